@@ -1,0 +1,215 @@
+"""The one core of all metrics: sorted scores of the negatives, positives looked up in them.
+
+With the negatives sorted, two binary searches say where a positive score stands among them.
+AUROC, average precision and AUPRO are then plain means over the positives, exact to the last
+tie, without a threshold grid and without sorting an index array of 8 bytes per pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from anomalib_lite.errors import InvalidTypeError, InvalidValueError
+
+Array = npt.NDArray[Any]
+
+_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+# Positives are looked up this many at a time: the counts take 8 bytes each, and must not
+# outweigh the scores themselves.
+_LOOKUP = 1 << 18
+
+
+class PixelPool(NamedTuple):
+    """The scores of all pixels of all images, in one buffer of the maps' total size."""
+
+    negatives: Array  # (n_negative,) sorted
+    positives: Array  # (n_positive,) region after region, or one sorted run
+    region_sizes: list[int]  # pixels of each region, in the order of ``positives``
+
+
+def n_at_least(ordered: Array, threshold: Any) -> Any:
+    """How many of the sorted values ``ordered`` are ``>= threshold``."""
+    return ordered.size - np.searchsorted(ordered, threshold, side="left")
+
+
+def n_above(ordered: Array, threshold: Any) -> Any:
+    """How many of the sorted values ``ordered`` are ``> threshold``."""
+    return ordered.size - np.searchsorted(ordered, threshold, side="right")
+
+
+def area(negatives: Array, positives: Array, limit: float = 1.0) -> float:
+    """Mean share of [0, limit] that lies under the positives' own ramps; see ``aupro``.
+
+    The curve of one positive of score t over the false-positive rate is 0 up to
+    ``low = #(negatives > t)``, 1 from ``high = #(negatives >= t)``, and a straight line between.
+    With ``limit=1`` the mean over the positives is the AUROC.
+    """
+    if not negatives.size or not positives.size:
+        return float("nan")
+    total = 0.0
+    for scores in _portions(positives):
+        low = n_above(negatives, scores) / negatives.size
+        high = n_at_least(negatives, scores) / negatives.size
+        rise = np.minimum(high, limit) - np.minimum(low, limit)
+        under_ramp = np.zeros_like(rise)
+        np.divide(rise**2, 2 * (high - low), out=under_ramp, where=high > low)
+        # Divided here and not at the end, so that a perfect map gives 1.0 and not 0.9999....
+        total += float(((limit - np.minimum(high, limit) + under_ramp) / limit).sum())
+    return total / positives.size
+
+
+def mean_precision(negatives: Array, positives: Array) -> float:
+    """Mean over the sorted ``positives`` of the precision at their own score."""
+    if not negatives.size or not positives.size:
+        return float("nan")
+    total = 0.0
+    for scores in _portions(positives):
+        hits = n_at_least(positives, scores)
+        total += float((hits / (hits + n_at_least(negatives, scores))).sum())
+    return total / positives.size
+
+
+def region_area(pool: PixelPool, limit: float) -> float:
+    """Mean over the regions of :func:`area`."""
+    if not pool.negatives.size or not pool.region_sizes:
+        return float("nan")
+    total, start = 0.0, 0
+    for size in pool.region_sizes:
+        region = pool.positives[start : start + size]
+        region.sort()  # neighbouring look-ups then hit the same memory: several times faster
+        total += area(pool.negatives, region, limit)
+        start += size
+    return total / len(pool.region_sizes)
+
+
+def split_images(y_true: npt.ArrayLike, y_score: npt.ArrayLike, where: str) -> tuple[Array, Array]:
+    """Check labels and scores; return the scores of the normal and of the anomalous, sorted."""
+    labels, scores = np.asarray(y_true), _numbers("y_score", y_score, where)
+    if labels.ndim != 1 or scores.shape != labels.shape:
+        raise InvalidValueError(
+            f"{where}: y_true and y_score must both have shape (N,), "
+            f"got {labels.shape} and {scores.shape}."
+        )
+    if not labels.size:
+        raise InvalidValueError(f"{where}: y_true must hold at least one label, got none.")
+    if labels.dtype.kind not in "biuf":
+        raise InvalidTypeError(
+            f"{where}: y_true must hold 0 (normal) and 1 (anomalous), got dtype {labels.dtype}."
+        )
+    valid = (labels == 0) | (labels == 1)
+    if not valid.all():
+        raise InvalidValueError(
+            f"{where}: y_true must hold only 0 (normal) and 1 (anomalous), "
+            f"got {labels[~valid][0]!s}. For scikit-learn's +1 and -1, pass y == -1."
+        )
+    if np.isnan(scores).any():
+        index = int(np.isnan(scores).argmax())
+        raise InvalidValueError(f"{where}: y_score must not be NaN, got NaN at index {index}.")
+    anomalous = labels == 1
+    return np.sort(scores[~anomalous]), np.sort(scores[anomalous])
+
+
+def pool_pixels(
+    masks: Sequence[npt.ArrayLike | None] | Array,
+    maps: Sequence[npt.ArrayLike] | Array,
+    where: str,
+    *,
+    by_region: bool,
+) -> PixelPool:
+    """Check masks and maps and gather their scores.
+
+    Negatives fill the one buffer from its start, positives from its end, so that nothing needs
+    to be counted first and no second copy of the maps exists.
+    """
+    masks, maps = _listed("masks", masks, where), _listed("maps", maps, where)
+    if len(masks) != len(maps):
+        raise InvalidValueError(
+            f"{where}: masks and maps must be equally many, got {len(masks)} and {len(maps)}."
+        )
+    if not maps:
+        raise InvalidValueError(f"{where}: maps must hold at least one map, got none.")
+    arrays = [_check_map(values, index, where) for index, values in enumerate(maps)]
+    buffer = np.empty(sum(a.size for a in arrays), np.result_type(*{a.dtype for a in arrays}))
+    n_negatives, start = 0, buffer.size
+    region_sizes: list[int] = []
+    for index, (values, array) in enumerate(zip(masks, arrays, strict=True)):
+        mask = _check_mask(values, array.shape, index, where)
+        negatives = array[~mask]
+        buffer[n_negatives : n_negatives + negatives.size] = negatives
+        n_negatives += negatives.size
+        for region in _regions(mask, array) if by_region else [array[mask]]:
+            buffer[start - region.size : start] = region
+            start -= region.size
+            region_sizes.append(region.size)
+    pool = PixelPool(buffer[:n_negatives], buffer[n_negatives:], region_sizes[::-1])
+    pool.negatives.sort()
+    if not by_region:
+        pool.positives.sort()
+    return pool
+
+
+def _portions(ordered: Array) -> Iterator[Array]:
+    for start in range(0, ordered.size, _LOOKUP):
+        yield ordered[start : start + _LOOKUP]
+
+
+def _regions(mask: Array, array: Array) -> Iterator[Array]:
+    """Scores of each connected component of ``mask``, 8-neighbourhood."""
+    labels, _ = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        yield array[box][labels[box] == number]
+
+
+def _listed(name: str, values: Any, where: str) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError as error:
+        raise InvalidTypeError(
+            f"{where}: {name} must be a list of (H, W) arrays or an array of shape (N, H, W), "
+            f"got {type(values).__name__}."
+        ) from error
+
+
+def _numbers(name: str, values: npt.ArrayLike, where: str) -> Array:
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "biuf":
+        raise InvalidTypeError(f"{where}: {name} must hold real numbers, got dtype {array.dtype}.")
+    # float64 and wide integers keep their precision: rounding them would invent ties.
+    return array.astype(np.result_type(array.dtype, np.float32), copy=False)
+
+
+def _check_map(values: npt.ArrayLike, index: int, where: str) -> Array:
+    array = _numbers(f"maps[{index}]", values, where)
+    if array.ndim != 2 or not array.size:
+        raise InvalidValueError(
+            f"{where}: maps[{index}] must have shape (H, W), got {array.shape}. "
+            "A single map goes in as a list of one."
+        )
+    if np.isnan(array.max()):
+        raise InvalidValueError(f"{where}: maps[{index}] must not be NaN, got NaN.")
+    return array
+
+
+def _check_mask(
+    values: npt.ArrayLike | None, shape: tuple[int, ...], index: int, where: str
+) -> Array:
+    if values is None:
+        return np.zeros(shape, dtype=bool)
+    mask = np.asarray(values)
+    if mask.shape != shape:
+        raise InvalidValueError(
+            f"{where}: masks[{index}] and maps[{index}] must have one shape (H, W), "
+            f"got {mask.shape} and {shape}. Compare maps at the mask's own size."
+        )
+    fractions = mask.dtype.kind == "f" and not np.isin(mask, (0, 1)).all()
+    if mask.dtype.kind not in "biuf" or fractions:
+        raise InvalidTypeError(
+            f"{where}: masks[{index}] must be bool or integer, got dtype {mask.dtype}. "
+            "Threshold a resized or soft mask first, as in mask > 0.5."
+        )
+    return mask.astype(bool, copy=False)

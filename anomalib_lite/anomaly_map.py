@@ -1,0 +1,141 @@
+"""Patch scores (B, h, w) -> heatmaps at the images' own size, and one score per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from scipy.ndimage import gaussian_filter1d
+from scipy.special import softmax
+
+__all__ = ["IMAGE_SCORES", "anomaly_maps", "image_scores", "reweight"]
+
+IMAGE_SCORES = ("max", "top1%", "reweighted")
+
+
+def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
+    """One score per image from the scores of its patches.
+
+    Parameters
+    ----------
+    patch_scores : array of shape (B, h, w), float32
+    how : {"max", "top1%"}
+        The largest patch score, or the mean of the largest 1 % of them (at least one).
+        PatchCore's ``"reweighted"`` is ``"max"`` followed by :func:`reweight`.
+
+    Returns
+    -------
+    ndarray of shape (B,), float32
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> image_scores(np.arange(200, dtype=np.float32).reshape(1, 10, 20), "top1%")
+    array([198.5], dtype=float32)
+    """
+    flat = patch_scores.reshape(len(patch_scores), -1)
+    if how != "top1%":
+        return np.asarray(flat.max(axis=1))
+    n_top = max(1, round(flat.shape[1] / 100))
+    return np.asarray(np.partition(flat, -n_top, axis=1)[:, -n_top:].mean(axis=1))
+
+
+def reweight(scores: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    r"""Equation 7 of PatchCore: raise the score where the bank itself is sparse.
+
+    Parameters
+    ----------
+    scores : array of shape (B,), float32
+        :math:`s^*`, each image's largest patch score: the distance of its patch
+        :math:`m^{test,*}` to its nearest bank point :math:`m^*`.
+    distances : array of shape (B, b), float32
+        Rooted distances of :math:`m^{test,*}` to the b bank points nearest to :math:`m^*`,
+        :math:`m^*` itself first.
+
+    Returns
+    -------
+    ndarray of shape (B,), float32
+
+    Notes
+    -----
+    .. math:: s = \Bigl(1 - \frac{\exp \|m^{test,*} - m^*\|}
+              {\sum_{m \in N_b(m^*)} \exp \|m^{test,*} - m\|}\Bigr) s^*
+
+    Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022. The
+    distances are rooted, as written there.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> reweight(np.float32([2]), np.float32([[2, 2, 2, 2]]))
+    array([1.5], dtype=float32)
+    """
+    weights = 1 - softmax(distances, axis=1)[:, 0]
+    return np.asarray(weights * scores, dtype=np.float32)
+
+
+def anomaly_maps(
+    patch_scores: np.ndarray,
+    input_size: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
+    smoothing: float,
+) -> list[np.ndarray]:
+    """Heatmaps at the images' own sizes.
+
+    Parameters
+    ----------
+    patch_scores : array of shape (B, h, w), float32
+    input_size : (H, W)
+        Size in pixels at which the backbone saw the images.
+    sizes : sequence of B pairs (H, W)
+        The images' own sizes in pixels.
+    smoothing : float
+        Standard deviation of the Gaussian, in pixels of ``input_size``; 0 for none.
+
+    Returns
+    -------
+    list of B ndarrays of shape (H, W), float32
+
+    Notes
+    -----
+    Patch scores are upsampled bilinearly to ``input_size``, smoothed there (reflecting at the
+    borders), and resized bilinearly to the image's own size. Each step is linear and acts on
+    rows and columns alone, so all three together are one matrix a side:
+    ``A_H @ patch_scores @ A_W.T``. Cells are taken at their centres throughout and nothing is
+    cropped, so nothing is shifted.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> maps = anomaly_maps(np.ones((1, 4, 6), np.float32), (32, 48), [(100, 150)], 4.0)
+    >>> maps[0].shape, bool(np.allclose(maps[0], 1))
+    ((100, 150), True)
+    """
+    height, width = patch_scores.shape[1:]
+    return [
+        _resize_and_smooth(height, input_size[0], size[0], smoothing)
+        @ scores
+        @ _resize_and_smooth(width, input_size[1], size[1], smoothing).T
+        for scores, size in zip(patch_scores, sizes, strict=True)
+    ]
+
+
+@lru_cache(maxsize=256)
+def _resize_and_smooth(n_patches: int, n_input: int, n_output: int, smoothing: float) -> np.ndarray:
+    """Matrix (n_output, n_patches) from the patches of one side to the pixels of that side."""
+    matrix = _bilinear(n_patches, n_input)
+    if smoothing > 0:
+        matrix = gaussian_filter1d(matrix, smoothing, axis=0, mode="reflect")
+    if n_output != n_input:
+        matrix = _bilinear(n_input, n_output) @ matrix
+    return np.ascontiguousarray(matrix, dtype=np.float32)
+
+
+def _bilinear(n_in: int, n_out: int) -> np.ndarray:
+    """Matrix (n_out, n_in) of bilinear resizing, averaging over all it covers when shrinking."""
+    scale = n_in / n_out
+    centers = (np.arange(n_out) + 0.5) * scale - 0.5
+    offsets = np.abs(np.arange(n_in) - centers[:, None])
+    weights = np.clip(1 - offsets / max(scale, 1.0), 0, None)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))

