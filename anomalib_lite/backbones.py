@@ -121,6 +121,7 @@ class Backbone:
         self.stride = max((s["reduction"] for s in stages if s["module"] in self.layers), default=1)
         self._channels = {s["module"]: s["num_chs"] for s in stages}
         self.sha256 = weights_sha256(network)
+        self._origin = (backbone, weights, state)
         self._set_normalisation(network)
         self._captured: dict[str, Any] = {}
         for name in self.layers:
@@ -173,6 +174,31 @@ class Backbone:
                 ) from error
             chunks.append(output if self.layers else self._own_maps(output))
         return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
+
+    def original_state(self) -> dict[str, Tensor]:
+        """The weights as they were before they took on ``dtype``, read again from their source.
+
+        Returns
+        -------
+        dict of str to tensor
+
+        Raises
+        ------
+        InvalidValueError, MissingPathError
+            If the source has gone, or holds other weights by now.
+        """
+        backbone, weights, state = self._origin
+        if state is not None:
+            return dict(state)
+        if isinstance(backbone, str):
+            network = self._from_timm(backbone, weights, None)[0]
+        else:
+            network = backbone
+        if weights_sha256(network) != self.sha256:
+            raise InvalidValueError(
+                f"{self.where}: the weights of the backbone have changed since fit; fit again."
+            )
+        return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
 
     def _capture(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         """Keep what a layer gives as (B, C, h, w): tokens on their grid, channels in front."""

@@ -102,7 +102,7 @@ def select_coreset(
     ([0, 3], 1.0)
     """
     where = "select_coreset"
-    check_choice("method", method, _METHODS, where)
+    check_choice("method", method, METHODS, where)
     X = check_matrix("X", X, where)
     check_int("n_samples", n_samples, where, low=1, high=len(X))
     if existing is not None:
@@ -112,7 +112,7 @@ def select_coreset(
             )
         existing = check_matrix("existing", existing, where, n_features=X.shape[1])
     random = check_random_state(random_state)
-    return _METHODS[method](X, n_samples, random, existing, progress)
+    return METHODS[method](X, n_samples, random, existing, progress)
 
 
 def greedy_k_center(
@@ -365,4 +365,4 @@ def _kmeans(
     return Coreset(indices, covering_radius(X, X[indices]))
 
 
-_METHODS = {"greedy": _greedy, "random": _random, "kmeans": _kmeans}
+METHODS = {"greedy": _greedy, "random": _random, "kmeans": _kmeans}

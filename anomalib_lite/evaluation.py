@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
-import io
-import json
-import math
-import os
-import platform
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-import anomalib_lite
 from anomalib_lite import metrics
+from anomalib_lite._results import Report
 from anomalib_lite._validation import check_int, check_number
 from anomalib_lite.datasets import Dataset, Sample
 from anomalib_lite.errors import (
     InvalidTypeError,
     InvalidValueError,
+    MissingPathError,
     NotFittedError,
-    OutputError,
 )
 
 __all__ = ["Detector", "Report", "evaluate"]
-
-_TITLES = {
-    "image_auroc": "image AUROC",
-    "image_ap": "image AP",
-    "image_f1_max": "image F1-max",
-    "pixel_auroc": "pixel AUROC",
-    "pixel_ap": "pixel AP",
-    "aupro": "AUPRO",
-    "false_alarm_rate": "false-alarm rate",
-    "detection_rate": "detection rate",
-}
-_PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "timm", "faiss-cpu", "pillow")
 
 
 class Detector(Protocol):
@@ -56,133 +34,6 @@ class Detector(Protocol):
 
     def detect(self, images: Any, /) -> Any:
         """Return an object with ``scores`` (n,), ``maps`` (n of (H, W)) and ``labels`` (n,)."""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Report:
-    """What :func:`evaluate` found. Print it for a table.
-
-    Attributes
-    ----------
-    dataset, detector : str
-        Name of the data set, class of the detector.
-    parameters : dict
-        The detector's ``get_params()``, empty if it has none.
-    threshold : float
-        Its ``threshold_``: the decisions below are those at this threshold.
-    counts : dict of str to int
-        ``train`` (0 if not fitted here), ``test``, ``test_normal``, ``test_anomalous``, and
-        ``empty_masks``: anomalous images whose mask marks nothing (-1 if masks were not used).
-    metrics : dict of str to float
-        ``image_auroc``, ``image_ap``, ``image_f1_max``, ``false_alarm_rate``,
-        ``detection_rate`` and, with masks, ``pixel_auroc``, ``pixel_ap``, ``aupro``. ``nan``
-        where a class is missing.
-    per_kind : dict of str to dict of str to float
-        For each kind of anomaly: ``images``, ``image_auroc`` against all normal test images,
-        ``detection_rate``.
-    timings : dict of str to float
-        ``test_s``, the seconds spent in ``detect``, decoding included; ``ms_per_image``, the
-        same per image in milliseconds; ``fit_s`` if the detector was fitted here.
-    peak_memory_mb : float or None
-        Largest resident memory of this process since it started, in MiB; None on Windows.
-    fpr_limit : float
-        The limit of ``aupro``.
-    versions : dict of str to str
-        Python, platform, this library and those below it.
-    samples : tuple of Sample
-        The test images, in the order of ``scores`` and ``decisions``.
-    scores : ndarray of shape (n,), float32
-        Higher is more anomalous.
-    decisions : ndarray of shape (n,), bool
-        True where the detector called the image anomalous.
-    """
-
-    dataset: str
-    detector: str
-    parameters: dict[str, Any]
-    threshold: float
-    counts: dict[str, int]
-    metrics: dict[str, float]
-    per_kind: dict[str, dict[str, float]]
-    timings: dict[str, float]
-    peak_memory_mb: float | None
-    fpr_limit: float
-    samples: tuple[Sample, ...]
-    scores: npt.NDArray[np.float32]
-    decisions: npt.NDArray[np.bool_]
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the single images, in types that JSON knows; not finite becomes None.
-
-        Examples
-        --------
-        >>> report.to_dict()["metrics"]["image_auroc"]  # doctest: +SKIP
-        0.9876
-        """
-        names = ("dataset", "detector", "parameters", "threshold", "counts", "metrics")
-        more = ("per_kind", "fpr_limit", "timings", "peak_memory_mb", "versions")
-        return {name: _plain(getattr(self, name)) for name in names + more}
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_dict` to a file; a file that stood there is replaced in one step.
-
-        Raises
-        ------
-        OutputError
-            If the file cannot be written; what stood there stays as it was.
-        """
-        _write(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write one row per figure, so that several files can be stacked into one table.
-
-        The columns are dataset, detector, kind, metric, value. The kind is ``all``, or a kind of
-        anomaly. An undefined figure is an empty value.
-
-        Raises
-        ------
-        OutputError
-            If the file cannot be written; what stood there stays as it was.
-        """
-        figures = {"all": {**self.metrics, **self.timings, "threshold": self.threshold}}
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["dataset", "detector", "kind", "metric", "value"])
-        for kind, values in [*figures.items(), *self.per_kind.items()]:
-            for name, value in values.items():
-                rows.writerow([self.dataset, self.detector, kind, name, _plain(value)])
-        _write(path, text.getvalue())
-
-    def __repr__(self) -> str:
-        return f"Report({self.detector} on {self.dataset!r}, {self.counts['test']} images)"
-
-    def __str__(self) -> str:
-        counts = self.counts
-        lines = [
-            f"{self.detector} on {self.dataset}",
-            f"{counts['train']} training images, {counts['test_normal']} normal and "
-            f"{counts['test_anomalous']} anomalous test images",
-            "",
-        ]
-        for name, value in self.metrics.items():
-            title = f"{_TITLES[name]} up to {self.fpr_limit:g}" if name == "aupro" else _TITLES[name]
-            lines.append(f"{title:<20}{_shown(value):>10}")
-        lines.append(f"{'threshold':<20}{self.threshold:>10.4g}")
-        lines += [f"{name:<20}{value:>10.2f}" for name, value in self.timings.items()]
-        if self.peak_memory_mb is not None:
-            lines.append(f"{'peak_memory_mb':<20}{self.peak_memory_mb:>10.0f}")
-        if self.per_kind:
-            width = max(20, *(len(kind) + 2 for kind in self.per_kind))
-            lines += ["", f"{'kind':<{width}}{'images':>10}{'AUROC':>10}{'detected':>10}"]
-            lines += [
-                f"{kind:<{width}}{row['images']:>10.0f}{_shown(row['image_auroc']):>10}"
-                f"{_shown(row['detection_rate']):>10}"
-                for kind, row in self.per_kind.items()
-            ]
-        if counts["empty_masks"] > 0:
-            lines += ["", f"Note: the masks of {counts['empty_masks']} anomalous images are empty."]
-        return "\n".join(lines)
 
 
 def evaluate(
@@ -258,35 +109,28 @@ def evaluate(
     Report(PatchCore on 'plates', 12 images)
     >>> report.metrics["image_auroc"]
     1.0
+    >>> report.per_kind["dark"]["images"]
+    4.0
     """
     check_number("fpr_limit", fpr_limit, "evaluate", low=0, high=1, low_open=True)
     check_int("chunk_size", chunk_size, "evaluate", low=1)
     name, train, test = _unpack(dataset)
-    with_masks = pixel_metrics and any(s.label and s.mask_path is not None for s in test)
+    with_masks = pixel_metrics and _masks_complete(test)
     fit_s = _fit_if_needed(detector, train)
     tested = _test(detector, test, with_masks, chunk_size, progress)
-    figures, per_kind = _image_figures(test, tested)
+    figures = _image_metrics(test, tested)
     if with_masks:
         figures |= metrics.pixel_metrics(tested.masks, tested.maps, fpr_limit=fpr_limit)
     timings = {"test_s": tested.seconds, "ms_per_image": 1000 * tested.seconds / len(test)}
-    n_anomalous = sum(s.label for s in test)
-    get_params = getattr(detector, "get_params", dict)
     return Report(
         dataset=name,
         detector=type(detector).__name__,
-        parameters=get_params(),
+        parameters=getattr(detector, "get_params", dict)(),
         threshold=float(detector.threshold_),
-        counts={
-            "train": 0 if fit_s is None else len(train),
-            "test": len(test),
-            "test_normal": len(test) - n_anomalous,
-            "test_anomalous": n_anomalous,
-            "empty_masks": _count_empty(test, tested.masks) if with_masks else -1,
-        },
-        metrics={key: figures[key] for key in _TITLES if key in figures},
-        per_kind=per_kind,
+        counts=_counts(train if fit_s is not None else (), test, tested),
+        metrics=figures,
+        per_kind=_kinds(test, tested),
         timings=timings if fit_s is None else {"fit_s": fit_s, **timings},
-        peak_memory_mb=_peak_memory_mb(),
         fpr_limit=fpr_limit,
         samples=test,
         scores=tested.scores,
@@ -321,6 +165,18 @@ def _unpack(
     return name, train, test
 
 
+def _masks_complete(test: tuple[Sample, ...]) -> bool:
+    """Whether the anomalous samples have masks; raises if only some have."""
+    anomalous = [s for s in test if s.label]
+    missing = [s for s in anomalous if s.mask_path is None]
+    if missing and len(missing) < len(anomalous):
+        raise MissingPathError(
+            "evaluate: all anomalous images must have masks, or none, got none for "
+            f"{missing[0].path}. Add it, or pass pixel_metrics=False."
+        )
+    return bool(anomalous) and not missing
+
+
 def _fit_if_needed(detector: Detector, train: tuple[Sample, ...]) -> float | None:
     """Fit and return the seconds it took; None if the detector is fitted already."""
     if hasattr(detector, "threshold_"):
@@ -344,13 +200,15 @@ def _test(
     masks: list[npt.NDArray[np.bool_] | None] = []
     seconds = 0.0
     # disable=None: shown on a terminal only, never written into a log file.
-    with tqdm(total=len(test), desc="test", unit="image", disable=None if progress else True) as bar:
+    with tqdm(
+        total=len(test), desc="test", unit="image", disable=None if progress else True
+    ) as bar:
         for start in range(0, len(test), chunk_size):
             chunk = test[start : start + chunk_size]
             began = time.perf_counter()
             found = detector.detect(chunk)
             seconds += time.perf_counter() - began
-            _check_lengths(detector, chunk, found)
+            _check_lengths(found, len(chunk), with_masks)
             scores[start : start + len(chunk)] = found.scores
             decisions[start : start + len(chunk)] = found.labels
             if with_masks:
@@ -359,3 +217,67 @@ def _test(
                     maps.append(np.asarray(amap, np.float32))
             bar.update(len(chunk))
     return _Tested(scores, decisions, maps, masks, seconds)
+
+
+def _check_lengths(found: Any, n_images: int, with_masks: bool) -> None:
+    for name in ("scores", "labels", "maps") if with_masks else ("scores", "labels"):
+        if len(getattr(found, name)) != n_images:
+            raise InvalidValueError(
+                f"evaluate: detect must answer with as many {name} as there are images, "
+                f"got {len(getattr(found, name))} for {n_images}."
+            )
+
+
+def _mask_of(sample: Sample, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
+    mask = sample.mask()
+    if mask is not None and mask.shape != shape:
+        raise InvalidValueError(
+            f"evaluate: the map of {sample.path} must have the size of its mask {mask.shape}, "
+            f"got {shape}. Image and mask must be of one size; check {sample.mask_path}."
+        )
+    return mask
+
+
+def _image_metrics(test: tuple[Sample, ...], tested: _Tested) -> dict[str, float]:
+    truth = np.array([s.label for s in test])
+    return {
+        "image_auroc": metrics.auroc(truth, tested.scores),
+        "image_ap": metrics.average_precision(truth, tested.scores),
+        "image_f1_max": metrics.f1_max(truth, tested.scores),
+        "false_alarm_rate": _share(tested.decisions[truth == 0]),
+        "detection_rate": _share(tested.decisions[truth == 1]),
+    }
+
+
+def _kinds(test: tuple[Sample, ...], tested: _Tested) -> dict[str, dict[str, float]]:
+    """Each kind of anomaly by itself, against all normal images."""
+    truth = np.array([s.label for s in test])
+    kinds = np.array([s.kind for s in test])
+    rows = {}
+    for kind in sorted(set(kinds[truth == 1].tolist())):
+        chosen = (truth == 1) & (kinds == kind)
+        against = chosen | (truth == 0)
+        rows[kind] = {
+            "images": float(chosen.sum()),
+            "image_auroc": metrics.auroc(chosen[against], tested.scores[against]),
+            "detection_rate": _share(tested.decisions[chosen]),
+        }
+    return rows
+
+
+def _counts(train: tuple[Sample, ...], test: tuple[Sample, ...], tested: _Tested) -> dict[str, int]:
+    n_anomalous = sum(s.label for s in test)
+    counts = {
+        "train": len(train),
+        "test": len(test),
+        "test_normal": len(test) - n_anomalous,
+        "test_anomalous": n_anomalous,
+    }
+    if tested.masks:
+        truths = zip(test, tested.masks, strict=True)
+        counts["empty_masks"] = sum(s.label and m is not None and not m.any() for s, m in truths)
+    return counts
+
+
+def _share(decisions: npt.NDArray[np.bool_]) -> float:
+    return float(decisions.mean()) if decisions.size else float("nan")

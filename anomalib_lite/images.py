@@ -333,27 +333,25 @@ def iter_batches(
         while True:
             for index in itertools.islice(to_submit, 2 * batch_size - len(pending)):
                 pending.append((index, executor.submit(source.load, index, image_size, stride)))
-            if not pending:
+            if pending:
+                index, future = pending.popleft()
+                try:
+                    pixels, size = future.result()
+                except AnomalibLiteError as error:
+                    if on_error == "raise":
+                        raise
+                    if skipped is not None:
+                        skipped.append((index, str(error)))
+                    continue
+                key = (pixels.shape, pixels.dtype)
+                waiting.setdefault(key, []).append((index, pixels, size))
+            elif not waiting:
                 break
-            index, future = pending.popleft()
-            try:
-                pixels, size = future.result()
-            except AnomalibLiteError as error:
-                if on_error == "raise":
-                    raise
-                if skipped is not None:
-                    skipped.append((index, str(error)))
-                continue
-            key = (pixels.shape, pixels.dtype)
-            waiting.setdefault(key, []).append((index, pixels, size))
-            if sum(map(len, waiting.values())) >= 2 * batch_size:
-                key = max(waiting, key=lambda k: len(waiting[k]))
-            if len(waiting[key]) >= batch_size or not pending:
-                indices, batch, sizes = zip(*waiting.pop(key), strict=True)
+            largest = max(waiting, key=lambda k: len(waiting[k]))
+            n_waiting = sum(len(group) for group in waiting.values())
+            if len(waiting[largest]) >= batch_size or n_waiting >= 2 * batch_size or not pending:
+                indices, batch, sizes = zip(*waiting.pop(largest), strict=True)
                 yield Batch(list(indices), np.stack(batch), list(sizes))
-        for group in waiting.values():
-            indices, batch, sizes = zip(*group, strict=True)
-            yield Batch(list(indices), np.stack(batch), list(sizes))
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 

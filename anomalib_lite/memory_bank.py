@@ -9,7 +9,13 @@ import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
-from anomalib_lite._validation import check_choice, check_int, check_number, closest
+from anomalib_lite._validation import (
+    check_choice,
+    check_int,
+    check_matrix,
+    check_number,
+    closest,
+)
 from anomalib_lite.coreset import select_coreset
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
 
@@ -227,6 +233,70 @@ class MemoryBank(BaseEstimator):
             if short.any():
                 indices[short] = faiss.knn(X[short], self.embeddings_, k)[1]
         return self._rank(X, indices)
+
+    def serialized_index(self) -> np.ndarray:
+        """The trained FAISS index as bytes, (n,) uint8, for :meth:`restore`.
+
+        Raises
+        ------
+        InvalidValueError
+            For ``"flat"``, which has no index beside the embeddings.
+        """
+        if self.index_ is None:
+            raise InvalidValueError("MemoryBank: index='flat' has nothing to serialize.")
+        return np.asarray(faiss.serialize_index(self.index_))
+
+    @classmethod
+    def restore(
+        cls, embeddings: np.ndarray, serialized_index: np.ndarray | None, **parameters: Any
+    ) -> MemoryBank:
+        """A fitted bank from its arrays, with its index as it was trained.
+
+        Parameters
+        ----------
+        embeddings : array of shape (M, D), float32
+        serialized_index : array of shape (n,), uint8, or None
+            What :meth:`serialized_index` gave; None for ``"flat"``.
+        **parameters
+            Of the constructor.
+
+        Returns
+        -------
+        MemoryBank
+
+        Raises
+        ------
+        InvalidValueError
+            If the two do not belong together.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> X = np.random.default_rng(0).normal(size=(99, 8)).astype("float32")
+        >>> bank = MemoryBank(index="HNSW16").fit(X)
+        >>> again = MemoryBank.restore(X, bank.serialized_index(), index="HNSW16")
+        >>> bool((again.kneighbors(X)[0] == bank.kneighbors(X)[0]).all())
+        True
+        """
+        bank = cls(**parameters)
+        bank.embeddings_ = check_matrix("embeddings", embeddings, "MemoryBank")
+        bank.n_features_in_ = bank.embeddings_.shape[1]
+        bank.index_ = None
+        if (serialized_index is None) != (bank.index == "flat"):
+            raise InvalidValueError(f"MemoryBank: no serialized index fits index={bank.index!r}.")
+        if serialized_index is not None:
+            try:
+                bank.index_ = faiss.deserialize_index(serialized_index)
+            except RuntimeError as error:
+                raise InvalidValueError(
+                    f"MemoryBank: the serialized index is broken ({_faiss_reason(error)})."
+                ) from error
+            if (bank.index_.ntotal, bank.index_.d) != bank.embeddings_.shape:
+                raise InvalidValueError(
+                    f"MemoryBank: the index holds {bank.index_.ntotal} embeddings of "
+                    f"{bank.index_.d} dimensions, expected {bank.embeddings_.shape}."
+                )
+        return bank
 
     def _rank(self, X: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Exact distances to the neighbours found, (Q, k), and both in ascending order."""

@@ -1,0 +1,169 @@
+"""Your own directories: one of good parts, and, if you have them, some of bad ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from anomalib_lite._validation import check_number
+from anomalib_lite.datasets.base import (
+    Dataset,
+    Sample,
+    as_path,
+    check_directory,
+    list_images,
+    list_masks,
+    split_normal,
+)
+from anomalib_lite.errors import InvalidValueError, MissingPathError
+
+_Path: TypeAlias = str | os.PathLike[str]
+_GOOD = "good"
+
+
+class Folder(Dataset):
+    """Images in directories of your own.
+
+    Parameters
+    ----------
+    root : str or PathLike
+        The directory that holds the others. Every other path is relative to it, or absolute.
+    normal : str or PathLike, default="good"
+        Directory of images of good parts, subdirectories included.
+    anomalous : str, PathLike, iterable of these, or None, default=None
+        Directories of images of bad parts, subdirectories included. The kind of an image is the
+        name of the directory it lies in. They are used for testing only.
+    normal_test : str, PathLike or None, default=None
+        A separate directory of good images for testing. If given, all of ``normal`` is trained
+        on and ``test_size`` plays no part.
+    masks : str, PathLike or None, default=None
+        Directory of ground truth masks, one for each anomalous image: the mask of
+        ``scratch/007.jpg`` is ``007_mask.png`` or ``007.png`` (any image suffix), in
+        ``<masks>/scratch`` or directly in ``<masks>``.
+    test_size : float, default=0.2
+        Share of the images in ``normal`` that is kept for testing, in [0, 1); at least one
+        image, unless it is 0.
+    random_state : int, RandomState or None, default=0
+        Chooses which. The same number gives the same split on every machine.
+    name : str or None, default=None
+        What tables and reports call it; None takes the name of ``root``.
+
+    Attributes
+    ----------
+    name : str
+    train : tuple of Sample
+        Normal images, sorted by path.
+    test : tuple of Sample
+        The normal images held out, then the anomalous ones. Normal ones have the kind "good".
+
+    Raises
+    ------
+    MissingPathError
+        If a directory is missing or holds no images, or an anomalous image has no mask although
+        ``masks`` is given.
+    InvalidValueError
+        If a file is reached by two of the directories, ``test_size`` is outside [0, 1), there
+        are too few images to split, or one mask would serve two images.
+    InvalidTypeError
+        If a path is not a path.
+
+    Notes
+    -----
+    A random split assumes that the images are independent. If one part was photographed several
+    times, or in bursts, its images land on both sides and the result looks too good. Keep the
+    images of one part, day or batch together then, and name the test directory with
+    ``normal_test``.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for kind, n in (("good", 10), ("scratch", 3)):
+    ...         Path(root, kind).mkdir()
+    ...         for i in range(n):
+    ...             Image.new("RGB", (64, 48)).save(Path(root, kind, f"{i:03d}.png"))
+    ...     Folder(root, anomalous="scratch", name="line 3")
+    Folder('line 3': 8 train, 5 test (2 good, 3 scratch), no masks)
+    """
+
+    def __init__(
+        self,
+        root: _Path,
+        *,
+        normal: _Path = _GOOD,
+        anomalous: _Path | Iterable[_Path] | None = None,
+        normal_test: _Path | None = None,
+        masks: _Path | None = None,
+        test_size: float = 0.2,
+        random_state: int | np.random.RandomState | None = 0,
+        name: str | None = None,
+    ) -> None:
+        home = check_directory("root", as_path("root", root, "Folder"), "Folder")
+        mask_root = None if masks is None else home / as_path("masks", masks, "Folder")
+        good = home / as_path("normal", normal, "Folder")
+        train = list_images("normal", good, "Folder", recursive=True)
+        if normal_test is None:
+            share = check_number("test_size", test_size, "Folder", low=0, high=1, high_open=True)
+            train, test = split_normal(train, share, random_state, "Folder")
+        else:
+            place = home / as_path("normal_test", normal_test, "Folder")
+            test = list_images("normal_test", place, "Folder", recursive=True)
+        bad: list[Sample] = []
+        for directory in _listed(anomalous):
+            bad += _anomalous(home / as_path("anomalous", directory, "Folder"), good, mask_root)
+        super().__init__(
+            home.resolve().name if name is None else name,
+            [Sample(path, 0, _GOOD) for path in train],
+            [Sample(path, 0, _GOOD) for path in test] + _add_masks(bad, mask_root),
+        )
+
+
+def _listed(anomalous: _Path | Iterable[_Path] | None) -> list[_Path]:
+    if anomalous is None:
+        return []
+    return [anomalous] if isinstance(anomalous, str | os.PathLike) else list(anomalous)
+
+
+def _anomalous(directory: Path, good: Path, mask_root: Path | None) -> list[Sample]:
+    paths = list_images("anomalous", directory, "Folder", recursive=True)
+    samples = [
+        Sample(path, 1, path.parent.name)
+        for path in paths
+        if mask_root is None or mask_root not in path.parents
+    ]
+    for sample in samples:
+        if sample.kind in {_GOOD, good.name}:
+            raise InvalidValueError(
+                f"Folder: anomalous must name directories of bad parts only, got {directory}, "
+                f"which holds {sample.path}. Name the directories inside one by one."
+            )
+    return samples
+
+
+def _add_masks(samples: list[Sample], mask_root: Path | None) -> list[Sample]:
+    if mask_root is None:
+        return samples
+    files = list_masks("masks", mask_root, "Folder")
+    masked: dict[Path, Sample] = {}
+    for sample in samples:
+        stem, kind = sample.path.stem, sample.kind
+        places = [f"{kind}/{stem}_mask", f"{kind}/{stem}", f"{stem}_mask", stem]
+        mask = next((files[place] for place in places if place in files), None)
+        if mask is None:
+            raise MissingPathError(
+                f"Folder: the anomalous image {sample.path} must have a mask, got none at "
+                f"{mask_root / places[0]}.png. Add it, or leave masks out."
+            )
+        if mask in masked:
+            raise InvalidValueError(
+                f"Folder: every mask must belong to one image, got {mask} for both "
+                f"{masked[mask].path} and {sample.path}. Put the masks into {mask_root / kind}."
+            )
+        masked[mask] = Sample(sample.path, 1, kind, mask)
+    return list(masked.values())

@@ -1,0 +1,275 @@
+"""One safetensors file for each fitted detector: arrays and JSON, nothing that can run."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import anomalib_lite
+from anomalib_lite._validation import closest
+from anomalib_lite.backbones import Backbone
+from anomalib_lite.detectors.base import BaseDetector
+from anomalib_lite.detectors.patchcore import PatchCore
+from anomalib_lite.errors import (
+    InvalidValueError,
+    MissingPathError,
+    ModelFileError,
+    NotFittedError,
+    OutputError,
+)
+
+__all__ = ["FORMAT_VERSION", "load", "save"]
+
+FORMAT_VERSION = 1
+
+DETECTORS: dict[str, type[BaseDetector]] = {"PatchCore": PatchCore}
+
+_KEY = "anomalib_lite"  # of our JSON among the file's metadata
+_BACKBONE = "backbone."  # prefix of the backbone's tensors, where they are included
+
+
+def save(
+    detector: BaseDetector, path: str | os.PathLike[str], *, include_backbone: bool = False
+) -> None:
+    """Write a fitted detector; the same as ``detector.save(path)``.
+
+    Parameters
+    ----------
+    detector : BaseDetector
+        Fitted.
+    path : str or Path
+        Written under another name beside its place, then renamed over it.
+    include_backbone : bool, default=False
+        Whether the backbone's weights go into the file.
+
+    Raises
+    ------
+    NotFittedError
+        If the detector is not fitted.
+    InvalidValueError
+        If a parameter is an object that JSON cannot hold, such as a ``RandomState``.
+    OutputError
+        If the file cannot be written.
+
+    Notes
+    -----
+    The file is a safetensors file. Its metadata have one key, ``anomalib_lite``, which holds
+    JSON: ``format_version``, ``library_version``, ``detector`` (class name), ``parameters``
+    (every constructor argument), ``backbone`` (layers, stride, number type and SHA-256 of the
+    weights; null after ``fit_embeddings``) and ``state`` (threshold and the rest). Its tensors
+    are the detector's arrays: for PatchCore ``embeddings`` (M, D) float32, and ``index``, the
+    bytes of a trained FAISS index, unless the index is ``"flat"``.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np
+    >>> from pathlib import Path
+    >>> from anomalib_lite import PatchCore, load
+    >>> E = np.random.default_rng(0).normal(size=(9, 4, 6, 8)).astype("float32")
+    >>> detector = PatchCore(false_alarm_rate=0.3).fit_embeddings(E)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     detector.save(Path(directory, "line3.safetensors"))
+    ...     again = load(Path(directory, "line3.safetensors"))
+    >>> bool((again.score_embeddings(E) == detector.score_embeddings(E)).all())
+    True
+    """
+    name = type(detector).__name__
+    if not hasattr(detector, "threshold_"):
+        raise NotFittedError(f"{name}: not fitted yet. Call fit(images) before save.")
+    arrays, state = detector._get_state()
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
+    backbone: Backbone | None = getattr(detector, "backbone_", None)
+    header: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "library_version": anomalib_lite.__version__,
+        "detector": name,
+        "parameters": {k: _to_json(k, v, name) for k, v in detector.get_params(False).items()},
+        "backbone": None,
+        "state": {"threshold": float(detector.threshold_), **state},
+    }
+    if backbone is not None:
+        header["backbone"] = {
+            "layers": backbone.layers,
+            "stride": backbone.stride,
+            "dtype": detector.dtype_,
+            "sha256": backbone.sha256,
+        }
+        header["state"]["skipped"] = detector.skipped_
+        if include_backbone:
+            tensors |= {_BACKBONE + k: v for k, v in backbone.original_state().items()}
+    _write(tensors, {_KEY: json.dumps(header)}, Path(path), name)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backbone: nn.Module | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+) -> Any:
+    """Read a detector that :meth:`~anomalib_lite.detectors.base.BaseDetector.save` wrote.
+
+    Parameters
+    ----------
+    path : str or Path
+    backbone : torch.nn.Module, optional
+        The module, if the detector was fitted with one of yours.
+    weights : str or Path, optional
+        Where the weights file of the backbone lies here, if not where it lay when fitted.
+    device : str, optional
+        Where to run here, if not as when fitted.
+
+    Returns
+    -------
+    BaseDetector
+        Fitted; on the same machine its scores and maps are equal to the bit.
+
+    Raises
+    ------
+    MissingPathError
+        If the file does not exist.
+    ModelFileError
+        If it is cut short, not ours, of a newer format, or was fitted with other weights than
+        those found here.
+    InvalidValueError
+        If the backbone's weights cannot be had here.
+
+    Notes
+    -----
+    Nothing in the file is executed, and no network is used for the embedded backbone, a
+    ``weights`` file, a module, or a file saved with ``include_backbone=True``.
+
+    Examples
+    --------
+    See :func:`save`.
+    """
+    path = Path(path)
+    arrays, header = _read(path)
+    try:
+        cls = DETECTORS[header["detector"]]
+        parameters, state, fitted_with = (
+            header["parameters"],
+            header["state"],
+            header["backbone"],
+        )
+        if backbone is not None:
+            parameters["backbone"] = backbone
+        if weights is not None:
+            parameters["weights"] = str(weights)
+        if device is not None:
+            parameters["device"] = device
+        detector = cls(**parameters)
+        detector.threshold_ = float(state["threshold"])
+        detector._set_state(arrays, state)
+        if fitted_with is None:
+            return detector
+        detector.skipped_ = [tuple(entry) for entry in state["skipped"]]
+        layers, sha256 = list(fitted_with["layers"]), str(fitted_with["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(
+            f"load: {path} does not describe a detector this version knows "
+            f"({type(error).__name__}: {error}).{closest(header.get('detector'), DETECTORS)} "
+            f"It was written by version {header.get('library_version')} of anomalib-lite; this is "
+            f"{anomalib_lite.__version__}."
+        ) from error
+    included = {k.removeprefix(_BACKBONE): v for k, v in arrays.items() if k.startswith(_BACKBONE)}
+    detector.backbone_ = _open_backbone(detector, layers, included, path)
+    if detector.backbone_.sha256 != sha256:
+        raise ModelFileError(
+            f"load: {path} was fitted with other backbone weights (SHA-256 {sha256[:12]}...) than "
+            f"those found here ({detector.backbone_.sha256[:12]}...). Give the right file with "
+            "load(path, weights=...), save with include_backbone=True, or fit again."
+        )
+    detector.dtype_ = str(detector.backbone_.dtype).removeprefix("torch.")
+    return detector
+
+
+def _open_backbone(
+    detector: BaseDetector, layers: list[str], included: dict[str, Any], path: Path
+) -> Backbone:
+    if detector.backbone is None:
+        raise InvalidValueError(
+            f"load: {path} was fitted with a module of your own. Pass it: "
+            "load(path, backbone=module)."
+        )
+    return Backbone(
+        detector.backbone,
+        weights=detector.weights,
+        # As fitted, whatever this version of timm would choose.
+        layers=layers or None,
+        device=detector.device,
+        dtype=detector.dtype,
+        state=included or None,
+        where="load",
+    )
+
+
+def _to_json(name: str, value: object, where: str) -> object:
+    if isinstance(value, nn.Module):
+        return None
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike | torch.device):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_to_json(name, v, where) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise InvalidValueError(
+        f"{where}: {name}={value!r} cannot be saved; expected a number, a string, None or a list "
+        f"of these. Fit with a plain {name} first."
+    )
+
+
+def _write(tensors: dict[str, Any], metadata: dict[str, str], path: Path, where: str) -> None:
+    # Beside its place: renaming is atomic only within one file system.
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        save_file(tensors, part, metadata)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{where}: cannot write {path}: {error}. Choose a directory that exists and can be "
+            "written to."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not path.is_file():
+        raise MissingPathError(f"load: model file {path} does not exist.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            header = json.loads(metadata.get(_KEY, "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ModelFileError(
+            f"load: {path} is cut short or not a model file ({error}). Copy it again from where "
+            "it was saved."
+        ) from error
+    if not isinstance(header, dict) or not isinstance(header.get("format_version"), int):
+        raise ModelFileError(
+            f"load: {path} is a safetensors file, but not one that anomalib-lite wrote. Expected "
+            "a file from detector.save(path)."
+        )
+    if header["format_version"] > FORMAT_VERSION:
+        raise ModelFileError(
+            f"load: {path} has format version {header['format_version']}; this version of "
+            f"anomalib-lite ({anomalib_lite.__version__}) reads up to {FORMAT_VERSION}. Upgrade "
+            "with: pip install --upgrade anomalib-lite"
+        )
+    arrays = {k: v if k.startswith(_BACKBONE) else v.numpy() for k, v in tensors.items()}
+    return arrays, header
