@@ -1,0 +1,19 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+_DEFAULT = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real photographs; tests that need it are skipped where it is absent."""
+    path = Path(os.environ.get("ANOMALIB_LITE_DATA") or _DEFAULT)
+    if not path.is_dir():
+        pytest.skip(f"no folder of real photographs at {path}: set ANOMALIB_LITE_DATA")
+    return path
