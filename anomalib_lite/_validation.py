@@ -12,6 +12,11 @@ import numpy as np
 
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 
+# A directory's files of these kinds are taken to be images.
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+
 
 def check_choice(name: str, value: object, choices: Iterable[str], where: str) -> str:
     """Return ``value`` if it is one of ``choices``; otherwise name them all and the closest."""
@@ -29,31 +34,19 @@ def closest(value: object, choices: Iterable[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def check_number(
-    name: str,
-    value: object,
-    where: str,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    low_open: bool = False,
-    high_open: bool = False,
-) -> float:
-    """Return ``value`` as a float if it is a finite number inside the interval."""
-    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
-    ok = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
-    if ok:
-        number = float(value)  # type: ignore[arg-type]
-        above = number > low if low_open else number >= low
-        below = number < high if high_open else number <= high
+def check_number(name: str, value: object, where: str, interval: str) -> float:
+    """Return ``value`` as a float if it is a finite number in an interval such as "(0, 1]"."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    if isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_):
+        number = float(value)
+        above = number > low if interval[0] == "(" else number >= low
+        below = number < high if interval[-1] == ")" else number <= high
         if math.isfinite(number) and above and below:
             return number
     raise InvalidValueError(f"{where}: {name} must be a number in {interval}, got {value!r}.")
 
 
-def check_int(
-    name: str, value: object, where: str, *, low: int, high: int | None = None
-) -> int:
+def check_int(name: str, value: object, where: str, *, low: int, high: int | None = None) -> int:
     """Return ``value`` as an int if it is a whole number of at least ``low``."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_):
         number = int(value)
@@ -80,11 +73,68 @@ def check_matrix(name: str, value: Any, where: str, *, n_features: int | None = 
         )
     if n_features is not None and array.shape[1] != n_features:
         raise InvalidValueError(
-            f"{where}: {name} must have {n_features} columns, as when fitted, "
-            f"got {array.shape[1]}."
+            f"{where}: {name} must have {n_features} columns, as when fitted, got {array.shape[1]}."
         )
     if not np.isfinite(array).all():
         raise InvalidValueError(
             f"{where}: {name} must be finite, got NaN or infinity. Remove such rows first."
         )
     return array
+
+
+def check_embeddings(
+    E: Any, where: str, n_features: int | None = None
+) -> np.ndarray | list[np.ndarray]:
+    """Return ``E`` as (N, h, w, D) float32, or as a list of N (h, w, D), all finite."""
+    as_list = isinstance(E, list | tuple)
+    try:
+        grids = [np.asarray(e, np.float32) for e in E] if as_list else np.asarray(E, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidTypeError(
+            f"{where}: E must be numeric, of shape (N, h, w, D), got {type(E).__name__}."
+        ) from error
+    if np.ndim(grids) == 0 or len(grids) == 0:
+        raise InvalidValueError(
+            f"{where}: E must have shape (N, h, w, D) with N of at least 1, got {np.shape(grids)}."
+        )
+    for i, grid in enumerate(grids):
+        if grid.ndim == 3 and n_features is None:
+            n_features = grid.shape[2]
+        if grid.ndim != 3 or 0 in grid.shape or grid.shape[2] != n_features:
+            d = n_features or "D"
+            raise InvalidValueError(
+                f"{where}: E must have shape (N, h, w, {d}), got {grid.shape} for E[{i}]."
+            )
+        if not np.isfinite(grid).all():
+            raise InvalidValueError(f"{where}: E[{i}] must be finite, got NaN or infinity.")
+    return grids
+
+
+def check_image_size(image_size: Any, where: str, *, stride: int = 1) -> None:
+    """Raise unless ``image_size`` is an int or a pair that a backbone of ``stride`` can use."""
+    sides = image_size if isinstance(image_size, tuple | list) else (image_size,)
+    if sides is image_size and len(sides) != 2:
+        raise InvalidValueError(
+            f"{where}: image_size must be an int (the shorter side) or a pair (H, W), "
+            f"got {image_size!r}."
+        )
+    for side in sides:
+        check_int("image_size", side, where, low=16, high=8192)
+    if min(sides) < stride:
+        raise InvalidValueError(
+            f"{where}: image_size must be at least the backbone's stride of {stride} pixels, "
+            f"got {image_size!r}."
+        )
+
+
+def normal_indices(y: Any, n: int, where: str) -> np.ndarray:
+    """Return the positions of 0 among the ``n`` labels ``y`` of 0 and 1."""
+    labels = np.asarray(y)
+    if labels.shape != (n,) or not np.isin(labels, (0, 1)).all():
+        raise InvalidValueError(
+            f"{where}: y must hold {n} labels, 0 for normal and 1 for anomalous, "
+            f"got shape {labels.shape} with values {np.unique(labels)[:5].tolist()}."
+        )
+    if labels.all():
+        raise InvalidValueError(f"{where}: y has no normal image (0); fit needs at least one.")
+    return np.flatnonzero(labels == 0)

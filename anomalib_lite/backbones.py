@@ -17,13 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from anomalib_lite._validation import check_choice, closest
+from anomalib_lite._device import resolve_device, resolve_dtype
+from anomalib_lite._validation import closest
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingPathError
 
 __all__ = ["EMBEDDED", "Backbone", "weights_sha256"]
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINES = ("auto", "torch")
 
 # Networks whose weights come as a Python package: our name, and timm's name.
@@ -100,8 +99,8 @@ class Backbone:
         where: str = "Backbone",
     ) -> None:
         self.where = where
-        self.device = _resolve_device(device, where)
-        self.dtype = _resolve_dtype(dtype, self.device, where)
+        self.device = resolve_device(device, where)
+        self.dtype = resolve_dtype(dtype, self.device, where)
         if isinstance(backbone, str):
             network, stages = self._from_timm(backbone, weights, state)
         elif isinstance(backbone, nn.Module):
@@ -126,11 +125,8 @@ class Backbone:
         self._captured: dict[str, Any] = {}
         for name in self.layers:
             network.get_submodule(name).register_forward_hook(partial(self._capture, name))
-        self.network = (
-            network.eval()
-            .requires_grad_(False)
-            .to(self.device, self.dtype, memory_format=torch.channels_last)
-        )
+        network.eval().requires_grad_(False).to(self.device, self.dtype)
+        self.network = network.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> list[Tensor]:
@@ -225,7 +221,8 @@ class Backbone:
         height = round((n_patches * self._aspect) ** 0.5)
         if height < 1 or n_patches % height:
             return tokens
-        return tokens[:, prefix:].transpose(1, 2).unflatten(2, (height, n_patches // height))
+        maps = tokens[:, prefix:].transpose(1, 2)  # (B, C, h*w)
+        return maps.reshape(*maps.shape[:2], height, n_patches // height)
 
     def _own_maps(self, output: Any) -> list[Tensor]:
         """The maps that a module without ``layers`` returns."""
@@ -268,11 +265,12 @@ class Backbone:
             _load_embedded(network)
         else:
             network = self._from_hub(timm_name, kwargs)
-        return network, structure.feature_info.info
+        stages: Any = structure.feature_info
+        return network, stages.info
 
     def _from_hub(self, name: str, kwargs: dict[str, Any]) -> nn.Module:
         try:
-            return timm.create_model(name, pretrained=True, **kwargs)  # type: ignore[no-any-return]
+            return timm.create_model(name, pretrained=True, **kwargs)
         except Exception as error:  # each hub client raises its own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InvalidValueError(
@@ -339,7 +337,7 @@ class Backbone:
         self._std = torch.tensor(std, device=self.device).view(3, 1, 1)
 
 
-class _LastLayerReached(Exception):
+class _LastLayerReached(Exception):  # noqa: N818, it is no error
     """Ends a forward pass once every layer asked for has been seen."""
 
 
@@ -387,40 +385,6 @@ def _default_layers(stages: list[dict[str, Any]]) -> list[str]:
         return [names[depth // 2 - 1], names[depth * 3 // 4 - 1]]
     # Without stages the module gives its maps itself.
     return [name for name, stride in zip(names, strides, strict=True) if stride in (8, 16)]
-
-
-def _resolve_device(device: str | torch.device, where: str) -> torch.device:
-    if isinstance(device, torch.device):
-        return device
-    kind = str(device).split(":")[0]
-    check_choice("device", kind, DEVICES, where)
-    if kind == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if kind in available and not available[kind]():
-        raise InvalidValueError(
-            f"{where}: device={device!r} is not available on this machine. Use device='cpu'."
-        )
-    return torch.device(device)
-
-
-def _resolve_dtype(dtype: str, device: torch.device, where: str) -> torch.dtype:
-    check_choice("dtype", dtype, DTYPES, where)
-    if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-            dtype
-        ]
-    if device.type == "cuda":
-        return torch.float16
-    if device.type == "cpu" and _cpu_multiplies_bfloat16():
-        return torch.bfloat16
-    return torch.float32
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    # torch has no public question for this; where it cannot be asked, float32 is always right.
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 # timm announces every download at this level; a library is silent unless asked.

@@ -63,9 +63,7 @@ def conformal_threshold(scores: np.ndarray, false_alarm_rate: float) -> float:
     90.0
     """
     where = "conformal_threshold"
-    check_number(
-        "false_alarm_rate", false_alarm_rate, where, low=0, high=1, low_open=True, high_open=True
-    )
+    check_number("false_alarm_rate", false_alarm_rate, where, "(0, 1)")
     ordered = np.sort(np.asarray(list(scores), dtype=np.float32))
     n = len(ordered)
     if not np.isfinite(ordered).all():

@@ -336,7 +336,7 @@ def _random(
     existing: np.ndarray | None,
     progress: bool,
 ) -> Coreset:
-    indices = random.permutation(len(X))[:n_samples].astype(np.int64)
+    indices = random.permutation(len(X))[:n_samples]
     return Coreset(indices, covering_radius(X, X[indices]))
 
 
@@ -356,12 +356,11 @@ def _kmeans(
         min_points_per_centroid=1,
     )
     kmeans.train(X)
-    _, nearest = faiss.knn(kmeans.centroids, X, 1)
+    _, nearest = faiss.knn(np.asarray(kmeans.centroids), X, 1)
     # Two centres may share a nearest row: keep it once, and fill up with others at random.
     indices = np.unique(nearest)
-    others = np.setdiff1d(random.permutation(len(X)), indices, assume_unique=False)
-    random.shuffle(others)
-    indices = np.concatenate([indices, others[: n_samples - len(indices)]]).astype(np.int64)
+    others = random.permutation(np.setdiff1d(np.arange(len(X)), indices))
+    indices = np.concatenate([indices, others[: n_samples - len(indices)]])
     return Coreset(indices, covering_radius(X, X[indices]))
 
 

@@ -112,7 +112,7 @@ def evaluate(
     >>> report.per_kind["dark"]["images"]
     4.0
     """
-    check_number("fpr_limit", fpr_limit, "evaluate", low=0, high=1, low_open=True)
+    check_number("fpr_limit", fpr_limit, "evaluate", "(0, 1]")
     check_int("chunk_size", chunk_size, "evaluate", low=1)
     name, train, test = _unpack(dataset)
     with_masks = pixel_metrics and _masks_complete(test)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import avg_pool2d, interpolate
 
 from anomalib_lite._validation import check_choice
 
@@ -53,14 +53,14 @@ def patch_embeddings(
         check_choice("fusion", strategy, STRATEGIES, "patch_embeddings")
     maps = [m.float() for m in feature_maps]
     if neighbourhood > 1:
-        maps = [F.avg_pool2d(m, neighbourhood, 1, neighbourhood // 2) for m in maps]
+        maps = [avg_pool2d(m, neighbourhood, 1, neighbourhood // 2) for m in maps]
     return STRATEGIES[strategy](maps).permute(0, 2, 3, 1).contiguous()  # (B, h, w, D)
 
 
 def _concat(maps: list[Tensor]) -> Tensor:
     size = max((m.shape[-2:] for m in maps), key=lambda s: s[0] * s[1])
     resized = [
-        m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear", align_corners=False)
+        m if m.shape[-2:] == size else interpolate(m, size, mode="bilinear", align_corners=False)
         for m in maps
     ]
     return torch.cat(resized, dim=1)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from anomalib_lite._validation import IMAGE_SUFFIXES
 from anomalib_lite.errors import (
     AnomalibLiteError,
     ImageError,
@@ -24,11 +25,8 @@ from anomalib_lite.errors import (
     MissingPathError,
 )
 
-__all__ = ["EXTENSIONS", "Batch", "ImageSource", "iter_batches"]
+__all__ = ["Batch", "ImageSource", "iter_batches"]
 
-EXTENSIONS = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
 # Below this many pixels on a side there is no texture to describe.
 MIN_SIDE = 8
 
@@ -270,11 +268,8 @@ class ImageSource(Sequence[np.ndarray]):
     def _explain(self, error: Exception, item: Any, name: str) -> AnomalibLiteError:
         if isinstance(error, FileNotFoundError):
             return MissingPathError(f"{self.where}: {name} does not exist.")
-        if isinstance(item, str | os.PathLike) and Path(item).is_file():
-            empty = Path(item).stat().st_size == 0
-        else:
-            empty = False
-        if empty:
+        is_file = isinstance(item, str | os.PathLike) and Path(item).is_file()
+        if is_file and Path(item).stat().st_size == 0:
             reason = "the file is empty (0 bytes)"
         elif isinstance(error, UnidentifiedImageError):
             reason = "the file is not an image of a known format"
@@ -299,8 +294,7 @@ def iter_batches(
 
     Parameters
     ----------
-    source : ImageSource
-    image_size, stride
+    source, image_size, stride
         See :meth:`ImageSource.load`.
     batch_size : int
         Images per batch at the most. Images that come out at different sizes go to different
@@ -396,17 +390,17 @@ def _list_path(path: Path, where: str) -> list[Path]:
         raise MissingPathError(f"{where}: {path} does not exist.")
     if not path.is_dir():
         return [path]
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS)
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if files:
         return files
     subdirectories = sorted(
         d.name
         for d in path.iterdir()
-        if d.is_dir() and any(p.suffix.lower() in EXTENSIONS for p in d.iterdir())
+        if d.is_dir() and any(p.suffix.lower() in IMAGE_SUFFIXES for p in d.iterdir())
     )
     remedy = (
         f"Its subdirectories {subdirectories} do: name one of them."
         if subdirectories
-        else f"Known are {sorted(EXTENSIONS)}."
+        else f"Known are {sorted(IMAGE_SUFFIXES)}."
     )
     raise InvalidValueError(f"{where}: directory {path} holds no image files. {remedy}")

@@ -76,6 +76,11 @@ class MemoryBank(BaseEstimator):
     ([5.0, 1.0], [0, 1])
     """
 
+    embeddings_: np.ndarray
+    index_: Any
+    n_features_in_: int
+    covering_radius_: float
+
     def __init__(
         self, n_neighbors: int = 9, *, index: str = "flat", algorithm: str = "auto"
     ) -> None:
@@ -361,11 +366,10 @@ def coreset_size(amount: float | int, n: int, name: str, where: str) -> int:
     """Number of rows that a share (float) or a number (int) of ``n`` rows is."""
     if isinstance(amount, int | np.integer) and not isinstance(amount, bool):
         return check_int(name, amount, where, low=1, high=n)
-    size = round(check_number(name, amount, where, low=0, high=1, low_open=True) * n)
+    size = round(check_number(name, amount, where, "(0, 1]") * n)
     if size < 1:
         raise InvalidValueError(
-            f"{where}: {name}={amount:g} of {n} patches keeps none. "
-            f"Ask for at least {1 / n:.2g}."
+            f"{where}: {name}={amount:g} of {n} patches keeps none. Ask for at least {1 / n:.2g}."
         )
     return size
 

@@ -191,7 +191,7 @@ def fpr_at_tpr(y_true: npt.ArrayLike, y_score: npt.ArrayLike, tpr: float = 0.95)
     >>> fpr_at_tpr([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], tpr=1.0)
     0.5
     """
-    tpr = check_number("tpr", tpr, "fpr_at_tpr", low=0, high=1, low_open=True)
+    tpr = check_number("tpr", tpr, "fpr_at_tpr", "(0, 1]")
     negatives, positives = split_images(y_true, y_score, "fpr_at_tpr")
     if not negatives.size or not positives.size:
         return float("nan")
@@ -331,7 +331,7 @@ def aupro(masks: Masks, maps: Maps, fpr_limit: float = 0.3) -> float:
     >>> aupro([mask], [amap], fpr_limit=0.5)
     0.625
     """
-    limit = check_number("fpr_limit", fpr_limit, "aupro", low=0, high=1, low_open=True)
+    limit = check_number("fpr_limit", fpr_limit, "aupro", "(0, 1]")
     return region_area(pool_pixels(masks, maps, "aupro", by_region=True), limit)
 
 
@@ -363,7 +363,7 @@ def pixel_metrics(masks: Masks, maps: Maps, *, fpr_limit: float = 0.3) -> dict[s
     >>> pixel_metrics([mask], [amap], fpr_limit=0.5)
     {'pixel_auroc': 0.8125, 'pixel_ap': 0.75, 'aupro': 0.625}
     """
-    limit = check_number("fpr_limit", fpr_limit, "pixel_metrics", low=0, high=1, low_open=True)
+    limit = check_number("fpr_limit", fpr_limit, "pixel_metrics", "(0, 1]")
     pool = pool_pixels(masks, maps, "pixel_metrics", by_region=True)
     overlap = region_area(pool, limit)
     pool.positives.sort()  # the regions are done with: one run from here on

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from anomalib_lite.datasets import ELPV, Dataset, Folder, MVTecAD, Sample, load_mask
-from anomalib_lite.datasets.base import IMAGE_SUFFIXES
 from anomalib_lite.errors import (
     ImageError,
     InvalidTypeError,
@@ -19,7 +18,6 @@ from anomalib_lite.errors import (
     MissingDependencyError,
     MissingPathError,
 )
-from anomalib_lite.images import EXTENSIONS
 
 needs_elpv = pytest.mark.skipif(
     importlib.util.find_spec("elpv_dataset") is None, reason="elpv-dataset is not installed"
@@ -266,9 +264,6 @@ class TestDataset:
         train, test = Sample(Path("a/x.png"), 0, "good"), Sample(Path("a/./b/../x.png"), 0, "good")
         with pytest.raises(InvalidValueError, match=r"occur once.*x\.png 2 times"):
             Dataset("d", [train], [test])
-
-    def test_suffixes_are_those_that_can_be_read(self) -> None:
-        assert IMAGE_SUFFIXES == EXTENSIONS
 
 
 class TestMasks:

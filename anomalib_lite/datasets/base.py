@@ -14,15 +14,12 @@ import numpy.typing as npt
 from PIL import Image
 from sklearn.utils import check_random_state
 
+from anomalib_lite._validation import IMAGE_SUFFIXES
 from anomalib_lite.errors import (
     ImageError,
     InvalidTypeError,
     InvalidValueError,
     MissingPathError,
-)
-
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 
 

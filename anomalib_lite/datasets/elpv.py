@@ -103,9 +103,7 @@ class ELPV(Dataset):
     ) -> None:
         types = _CELLS[check_choice("cell", cell, _CELLS, "ELPV")]
         labels = _UNCERTAIN[check_choice("uncertain", uncertain, _UNCERTAIN, "ELPV")]
-        share = check_number(
-            "test_size", test_size, "ELPV", low=0, high=1, low_open=True, high_open=True
-        )
+        share = check_number("test_size", test_size, "ELPV", "(0, 1)")
         cells = _read_labels(types)
         normal = [path for path, thirds in cells if thirds == _NORMAL]
         train, held_out = split_normal(normal, share, random_state, "ELPV")

@@ -109,7 +109,7 @@ class Folder(Dataset):
         good = home / as_path("normal", normal, "Folder")
         train = list_images("normal", good, "Folder", recursive=True)
         if normal_test is None:
-            share = check_number("test_size", test_size, "Folder", low=0, high=1, high_open=True)
+            share = check_number("test_size", test_size, "Folder", "[0, 1)")
             train, test = split_normal(train, share, random_state, "Folder")
         else:
             place = home / as_path("normal_test", normal_test, "Folder")

@@ -1,6 +1,7 @@
 """Detectors: what is done with patch embeddings."""
 
-from anomalib_lite.detectors.base import BaseDetector, Detections
+from anomalib_lite.detectors.base import BaseDetector
+from anomalib_lite.detectors.detections import Detections
 from anomalib_lite.detectors.patchcore import PatchCore
 
 __all__ = ["BaseDetector", "Detections", "PatchCore"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -13,47 +13,26 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from tqdm import tqdm
 
-from anomalib_lite._validation import check_choice, check_int, check_number
+from anomalib_lite._validation import (
+    check_choice,
+    check_embeddings,
+    check_image_size,
+    check_int,
+    check_number,
+    normal_indices,
+)
 from anomalib_lite.anomaly_map import anomaly_maps
 from anomalib_lite.backbones import ENGINES, Backbone
 from anomalib_lite.calibration import calibration_size, conformal_threshold
-from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
+from anomalib_lite.detectors.detections import Detections
+from anomalib_lite.detectors.embeddings import Embeddings, stack, take
+from anomalib_lite.errors import InvalidValueError, NotFittedError
 from anomalib_lite.fusion import STRATEGIES, patch_embeddings
 from anomalib_lite.images import ImageSource, iter_batches
 
-__all__ = ["BaseDetector", "Detections", "Embeddings"]
-
-# (N, h, w, D) float32, or a list of N arrays (h, w, D) where images have different sizes.
-Embeddings = np.ndarray | list[np.ndarray]
+__all__ = ["BaseDetector"]
 
 CALIBRATIONS = ("split", "leave_one_out")
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What a detector says of each image, in the order in which the images were given.
-
-    Attributes
-    ----------
-    scores : ndarray of shape (N,), float32
-        Higher is more anomalous; raw units (a distance). NaN for an image that was skipped.
-    labels : ndarray of shape (N,), bool
-        True where the score exceeds ``threshold_``: anomalous. Also True for an image that was
-        skipped, since nothing shows that it is good.
-    maps : ndarray of shape (N, H, W), float32, or list of N arrays (H, W), or None
-        Heatmaps at the images' own sizes, in the units of the scores; a list where sizes
-        differ or an image was skipped (its entry is None). None if they were not asked for.
-    names : list of str
-        The image's path, or ``images[i]``.
-    skipped : list of (int, str)
-        Position and reason of every image left out; only with ``on_error="skip"``.
-    """
-
-    scores: np.ndarray
-    labels: np.ndarray
-    maps: Any
-    names: list[str]
-    skipped: list[tuple[int, str]] = field(default_factory=list)
 
 
 class BaseDetector(BaseEstimator, metaclass=ABCMeta):
@@ -96,8 +75,8 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         where = type(self).__name__
         source = ImageSource(images, max_pixels=self.max_pixels, where=where)
         if y is not None:
-            source = source.take(_normal_ones(y, len(source), where))
-        elif any(getattr(item, "label", 0) for item in _samples(images)):
+            source = source.take(normal_indices(y, len(source), where))
+        elif isinstance(images, Sequence) and any(getattr(item, "label", 0) for item in images):
             raise InvalidValueError(
                 f"{where}: images holds samples labelled anomalous; fit takes normal images only. "
                 "Use dataset.train, or pass y=[sample.label for sample in samples]."
@@ -110,7 +89,7 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
             dtype=self.dtype,
             where=where,
         )
-        self._check_image_size(backbone.stride)
+        check_image_size(self.image_size, where, stride=backbone.stride)
         random = check_random_state(self.random_state)
         to_fit, held_back = self._split(len(source), random)
         skipped: list[tuple[int, str]] = []
@@ -172,50 +151,23 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         return self.detect(images).maps
 
     def predict(self, images: Any) -> np.ndarray:
-        """Scikit-learn's outlier convention.
+        """Scikit-learn's outlier convention: +1 for normal, -1 for anomalous (or skipped).
 
-        Parameters
-        ----------
-        images
-            As in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (N,), int64
-            +1 for normal, -1 for anomalous (or skipped).
-
-        Raises
-        ------
-        NotFittedError, AnomalibLiteError
-            As :meth:`score`.
+        Takes images as :meth:`fit` does and gives an ndarray of shape (N,), int64.
         """
         return np.where(self.detect(images, maps=False).labels, -1, 1)
 
     def score_samples(self, images: Any) -> np.ndarray:
         """The negative of :meth:`score`: scikit-learn's direction, higher is more normal.
 
-        Parameters
-        ----------
-        images
-            As in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (N,), float32
+        Takes images as :meth:`fit` does and gives an ndarray of shape (N,), float32.
         """
         return -self.score(images)
 
     def decision_function(self, images: Any) -> np.ndarray:
         """``threshold_ - score``: negative is anomalous, as in scikit-learn.
 
-        Parameters
-        ----------
-        images
-            As in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (N,), float32
+        Takes images as :meth:`fit` does and gives an ndarray of shape (N,), float32.
         """
         return np.float32(self.threshold_) - self.score(images)
 
@@ -255,9 +207,7 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
                 for index, heatmap in zip(batch.indices, made, strict=True):
                     heatmaps[index] = heatmap
         labels = ~(scores <= self.threshold_)  # NaN is not known to be good
-        return Detections(
-            scores, labels, _stack(heatmaps) if maps else None, source.names, skipped
-        )
+        return Detections(scores, labels, stack(heatmaps) if maps else None, source.names, skipped)
 
     def fit_embeddings(self, E: Any, y: object = None) -> Self:
         """:meth:`fit` for those who bring their own patch embeddings.
@@ -279,10 +229,10 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
             For a parameter that cannot be used, or embeddings of another shape or not finite.
         """
         self._check_parameters()
-        E = self._check_embeddings(E)
+        E = check_embeddings(E, type(self).__name__)
         random = check_random_state(self.random_state)
         to_fit, held_back = self._split(len(E), random)
-        self._fit_and_calibrate(_take(E, to_fit), _take(E, held_back), random)
+        self._fit_and_calibrate(take(E, to_fit), take(E, held_back), random)
         for fitted_on_images in ("backbone_", "dtype_", "skipped_"):
             self.__dict__.pop(fitted_on_images, None)
         return self
@@ -309,7 +259,7 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
             raise NotFittedError(
                 f"{type(self).__name__}: not fitted yet. Call fit_embeddings(E) or fit(images)."
             )
-        return self._image_scores(self._check_embeddings(E, self.n_features_))
+        return self._image_scores(check_embeddings(E, type(self).__name__, self.n_features_))
 
     def save(self, path: str | os.PathLike[str], *, include_backbone: bool = False) -> None:
         """Write everything that scoring needs into one safetensors file.
@@ -365,59 +315,11 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         check_choice("on_error", self.on_error, ("raise", "skip"), where)
         check_int("batch_size", self.batch_size, where, low=1)
         check_int("max_pixels", self.max_pixels, where, low=1)
-        check_number("smoothing", self.smoothing, where, low=0, high=1000)
-        check_number(
-            "false_alarm_rate",
-            self.false_alarm_rate,
-            where,
-            low=0,
-            high=1,
-            low_open=True,
-            high_open=True,
-        )
-        pair = self.image_size if isinstance(self.image_size, tuple | list) else [self.image_size]
-        if len(pair) > 2 or (len(pair) == 1 and pair[0] is not self.image_size):
-            raise InvalidValueError(
-                f"{where}: image_size must be an int (shorter side) or a pair (H, W), "
-                f"got {self.image_size!r}."
-            )
-        for side in pair:
-            check_int("image_size", side, where, low=16, high=8192)
+        check_number("smoothing", self.smoothing, where, "[0, 1000]")
+        check_number("false_alarm_rate", self.false_alarm_rate, where, "(0, 1)")
+        check_image_size(self.image_size, where)
 
-    def _check_image_size(self, stride: int) -> None:
-        """A backbone whose coarsest map would be empty cannot describe anything."""
-        sides = self.image_size if isinstance(self.image_size, tuple | list) else [self.image_size]
-        if min(sides) < stride:
-            raise InvalidValueError(
-                f"{type(self).__name__}: image_size={self.image_size!r} is smaller than the "
-                f"backbone's stride of {stride} pixels. Use a larger image_size."
-            )
-
-    def _check_embeddings(self, E: Any, n_features: int | None = None) -> Embeddings:
-        where = type(self).__name__
-        as_list = isinstance(E, list | tuple)
-        try:
-            grids = [np.asarray(e, np.float32) for e in E] if as_list else np.asarray(E, np.float32)
-        except (TypeError, ValueError) as error:
-            raise InvalidTypeError(
-                f"{where}: E must be numeric, of shape (N, h, w, D), got {type(E).__name__}."
-            ) from error
-        d = n_features
-        for i, grid in enumerate(grids):
-            d = d or grid.shape[-1]
-            if grid.ndim != 3 or 0 in grid.shape or grid.shape[-1] != d:
-                raise InvalidValueError(
-                    f"{where}: E must have shape (N, h, w, {d}), got {grid.shape} for E[{i}]."
-                )
-            if not np.isfinite(grid).all():
-                raise InvalidValueError(f"{where}: E[{i}] must be finite, got NaN or infinity.")
-        if len(grids) == 0:
-            raise InvalidValueError(f"{where}: E is empty. Give the embeddings of an image.")
-        return grids
-
-    def _split(
-        self, n: int, random: np.random.RandomState
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _split(self, n: int, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
         """Images to fit on and images held back for calibration, both in their order.
 
         Held back are as many as the rate needs, at least a fifth and at most half of all.
@@ -469,19 +371,22 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
             for index, grid in zip(batch.indices, embeddings, strict=True):
                 grids[index] = grid.copy()  # its own memory, that can be given back alone
         skipped += [(int(indices[i]), reason) for i, reason in left_out]
-        return _stack([grid for grid in grids if grid is not None])
+        gathered: Embeddings = stack([grid for grid in grids if grid is not None])
+        return gathered
 
     def _fit_and_calibrate(
         self, E: Embeddings, calibration: Embeddings, random: np.random.RandomState
     ) -> None:
-        self._fit_patches(E, random)
+        fresh = copy.copy(self)  # until all has gone well, what was fitted before stays
+        fresh._fit_patches(E, random)
         if self.calibration == "leave_one_out":
-            scores = self._score_left_out(E)
+            scores = fresh._score_left_out(E)
         else:
-            scores = self._image_scores(calibration)
-        self.threshold_ = conformal_threshold(scores, self.false_alarm_rate)
+            scores = fresh._image_scores(calibration)
+        fresh.threshold_ = conformal_threshold(scores, self.false_alarm_rate)
         if len(calibration):
-            self._absorb(calibration, random)
+            fresh._absorb(calibration, random)
+        vars(self).update(vars(fresh))
 
     def _image_scores(self, E: Embeddings) -> np.ndarray:
         # A few at a time: the search makes arrays of its own.
@@ -491,33 +396,3 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
             for i in range(0, len(E), step)
         ]
         return np.concatenate([np.empty(0, np.float32), *parts])
-
-
-def _stack(arrays: list[Any]) -> Any:
-    """One array if all have one shape, else the list; either way nothing is held twice."""
-    if len({None if a is None else a.shape for a in arrays}) != 1 or arrays[0] is None:
-        return arrays
-    stacked = np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
-    for i in range(len(arrays)):
-        stacked[i], arrays[i] = arrays[i], None
-    return stacked
-
-
-def _take(E: Embeddings, indices: np.ndarray) -> Embeddings:
-    return E[indices] if isinstance(E, np.ndarray) else [E[i] for i in indices]
-
-
-def _samples(images: Any) -> Sequence[Any]:
-    return images if isinstance(images, list | tuple) else ()
-
-
-def _normal_ones(y: Any, n: int, where: str) -> np.ndarray:
-    labels = np.asarray(y)
-    if labels.shape != (n,) or not np.isin(labels, (0, 1)).all():
-        raise InvalidValueError(
-            f"{where}: y must hold {n} labels, 0 for normal and 1 for anomalous, "
-            f"got shape {labels.shape} with values {np.unique(labels)[:5].tolist()}."
-        )
-    if not (labels == 0).any():
-        raise InvalidValueError(f"{where}: y has no normal image (0); fit needs at least one.")
-    return np.flatnonzero(labels == 0)

@@ -11,7 +11,8 @@ import numpy as np
 from anomalib_lite._validation import check_choice, check_int, check_number
 from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores, reweight
 from anomalib_lite.coreset import METHODS, select_coreset
-from anomalib_lite.detectors.base import BaseDetector, Embeddings
+from anomalib_lite.detectors.base import BaseDetector
+from anomalib_lite.detectors.embeddings import Embeddings, rows_of
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.memory_bank import MemoryBank, check_index, coreset_size
 
@@ -162,7 +163,7 @@ class PatchCore(BaseDetector):
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        check_number("coreset_ratio", self.coreset_ratio, "PatchCore", low=0, high=1, low_open=True)
+        check_number("coreset_ratio", self.coreset_ratio, "PatchCore", "(0, 1]")
         check_choice("coreset", self.coreset, METHODS, "PatchCore")
         check_choice("image_score", self.image_score, IMAGE_SCORES, "PatchCore")
         check_index(self.index, "PatchCore")
@@ -179,7 +180,7 @@ class PatchCore(BaseDetector):
             )
 
     def _fit_patches(self, E: Embeddings, random: np.random.RandomState) -> None:
-        rows = _rows(E)
+        rows = rows_of(E)
         size = coreset_size(float(self.coreset_ratio), len(rows), "coreset_ratio", "PatchCore")
         if size < self.n_neighbors:
             raise InvalidValueError(
@@ -207,9 +208,7 @@ class PatchCore(BaseDetector):
             scores = self._reweight(scores, rows[worst], neighbors[worst, 0])
         return patch_scores, scores
 
-    def _reweight(
-        self, scores: np.ndarray, patches: np.ndarray, nearest: np.ndarray
-    ) -> np.ndarray:
+    def _reweight(self, scores: np.ndarray, patches: np.ndarray, nearest: np.ndarray) -> np.ndarray:
         """Equation 7, for each image's most anomalous patch (B, D) and its neighbour (B,)."""
         bank = self.memory_bank_
         size = min(_SUPPORT_SIZE, len(bank.embeddings_))
@@ -240,7 +239,7 @@ class PatchCore(BaseDetector):
         # indexes do not have this property.
         if self.index != "flat" or self.image_score == "reweighted":
             return
-        rows, bank = _rows(E), self.memory_bank_
+        rows, bank = rows_of(E), self.memory_bank_
         size = max(1, round(float(self.coreset_ratio) * len(rows)))
         kept = select_coreset(
             rows,
@@ -266,10 +265,3 @@ class PatchCore(BaseDetector):
         )
         self.memory_bank_.covering_radius_ = float(state["covering_radius"])
         self.n_features_ = self.memory_bank_.n_features_in_
-
-
-def _rows(E: Embeddings) -> np.ndarray:
-    """All patches of all images, (N, D), without a copy where one array holds them."""
-    if isinstance(E, np.ndarray):
-        return E.reshape(-1, E.shape[-1])
-    return np.concatenate([grid.reshape(-1, grid.shape[-1]) for grid in E])

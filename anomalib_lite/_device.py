@@ -1,0 +1,52 @@
+"""Where the numbers are computed, and in which type: what ``"auto"`` becomes."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from anomalib_lite._validation import check_choice
+from anomalib_lite.errors import InvalidValueError
+
+__all__ = ["DEVICES", "DTYPES", "resolve_device", "resolve_dtype"]
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def resolve_device(device: str | torch.device, where: str) -> torch.device:
+    """The device that a parameter means; InvalidValueError if it is not here."""
+    if isinstance(device, torch.device):
+        return device
+    kind = str(device).split(":")[0]
+    check_choice("device", kind, DEVICES, where)
+    if kind == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
+        raise InvalidValueError(
+            f"{where}: device={device!r} is not available on this machine. Use device='cpu'."
+        )
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device, where: str) -> torch.dtype:
+    """The number type that a parameter means on this device."""
+    check_choice("dtype", dtype, DTYPES, where)
+    if dtype != "auto":
+        return cast(torch.dtype, getattr(torch, dtype))
+    if device.type == "cuda":
+        return torch.float16
+    if device.type == "cpu" and _cpu_multiplies_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    # torch has no public question for this; where it cannot be asked, float32 is always right.
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        supported: Any = getattr(torch.cpu, name, None)
+        if supported is not None and supported():
+            return True
+    return False
