@@ -153,7 +153,7 @@ class ImageSource(Sequence[np.ndarray]):
         """
         image = self.decode(index)
         is_array = isinstance(image, np.ndarray)
-        size = image.shape[:2] if is_array else (image.height, image.width)
+        size = image.shape[:2] if is_array else image.size[::-1]
         if isinstance(image_size, int | np.integer):
             scale = image_size / min(size)
             height, width = (max(stride, round(side * scale / stride) * stride) for side in size)
@@ -398,9 +398,7 @@ def _list_path(path: Path, where: str) -> list[Path]:
         for d in path.iterdir()
         if d.is_dir() and any(p.suffix.lower() in IMAGE_SUFFIXES for p in d.iterdir())
     )
-    remedy = (
-        f"Its subdirectories {subdirectories} do: name one of them."
-        if subdirectories
-        else f"Known are {sorted(IMAGE_SUFFIXES)}."
-    )
+    remedy = f"Known are {sorted(IMAGE_SUFFIXES)}."
+    if subdirectories:
+        remedy = f"Its subdirectories {subdirectories} do: name one of them."
     raise InvalidValueError(f"{where}: directory {path} holds no image files. {remedy}")

@@ -386,7 +386,7 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         fresh.threshold_ = conformal_threshold(scores, self.false_alarm_rate)
         if len(calibration):
             fresh._absorb(calibration, random)
-        vars(self).update(vars(fresh))
+        self.__dict__.update(fresh.__dict__)
 
     def _image_scores(self, E: Embeddings) -> np.ndarray:
         # A few at a time: the search makes arrays of its own.

@@ -1,0 +1,31 @@
+# make demo | make test | make lint | make nightly: each does its own set-up in .venv
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint nightly bench-peers clean
+
+demo: $(VENV)/.demo
+	$(BIN)/anomalib-lite demo -o demo-output
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+nightly: $(VENV)/.test
+	ANOMALIB_LITE_NIGHTLY=1 $(BIN)/python -m pytest
+
+bench-peers: $(VENV)/.test
+	$(BIN)/python benchmarks/peers/run.py
+
+clean:
+	rm -rf $(VENV) demo-output dist .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@

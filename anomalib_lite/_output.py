@@ -1,0 +1,87 @@
+"""Places to write to: checked before long work begins, and named when they fail."""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from anomalib_lite.errors import OutputError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write ``path`` into an OutputError that names it."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"cannot write {path}: {reason}. Choose a place that can be written to."
+        ) from error
+
+
+def make_directory(path: Path) -> Path:
+    """Return ``path``, made if need be, as a directory in which files can be made."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        # Only making a file tells: permission bits say nothing on network drives or to root.
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    return path
+
+
+def check_file(path: Path) -> Path:
+    """Return ``path`` if a file can be written there; its directory is made if need be."""
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a directory. Name a file inside it.")
+    make_directory(path.parent)
+    return path
+
+
+class RowsFile:
+    """A CSV file that grows row by row and appears under its name when closed.
+
+    Whatever ends the writing, the rows written so far are kept. Without any row an older file
+    of that name stays.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path = path
+        self.n_rows = 0
+        self._part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._columns = columns
+
+    def __enter__(self) -> Self:
+        with writing(self.path):
+            self._file = self._part.open("w", encoding="utf-8", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._writer.writerow(self._columns)
+        return self
+
+    def write(self, row: Sequence[object]) -> None:
+        """Add one row, and hand it to the system at once."""
+        with writing(self.path):
+            self._writer.writerow(row)
+            self._file.flush()
+        self.n_rows += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with writing(self.path):
+            self._file.close()
+            if self.n_rows:
+                self._part.replace(self.path)
+            else:
+                self._part.unlink()

@@ -1,0 +1,177 @@
+"""Any number of images through a fitted detector: a table of scores, and pictures."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from anomalib_lite._output import RowsFile, make_directory, writing
+from anomalib_lite.detectors.base import BaseDetector, Detections
+from anomalib_lite.errors import ImageError, InvalidValueError
+from anomalib_lite.images import ImageSource
+from anomalib_lite.plotting import overlay
+
+COLUMNS = ("path", "score", "label", "threshold", "reason", "overlay")
+
+# Heatmaps held at once, as a number of pixels: 256 MiB of float32, whatever the images' size.
+_PIXELS_AT_ONCE = 1 << 26
+
+
+@dataclass
+class Summary:
+    """How many images were called what, and which were left out and why."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    skipped: list[str] = field(default_factory=list)
+
+
+def list_images(given: Sequence[str], max_pixels: int) -> ImageSource:
+    """The images of directories and files, each once, in the order given."""
+    paths = [item for name in given for item in ImageSource(name, where="predict").items]
+    once = {os.path.abspath(path): path for path in reversed(paths)}  # noqa: PTH100
+    return ImageSource(list(reversed(once.values())), max_pixels=max_pixels, where="predict")
+
+
+def predict_to(
+    output: Path, detector: BaseDetector, source: ImageSource, *, overlays: bool, skip: bool
+) -> Summary:
+    """Write ``scores.csv`` and, if asked for, ``overlays/*.png`` into ``output``.
+
+    Images pass in chunks, so memory does not grow with their number. Whatever happens on the
+    way, the rows of the images that are done stay in ``scores.csv``. Without ``skip`` the first
+    image that cannot be used ends all, once those before it are written.
+    """
+    if overlays and not (np.isfinite(detector.threshold_) and detector.threshold_ > 0):
+        raise InvalidValueError(
+            f"predict: the colours of overlays are tied to the model's threshold, which must be "
+            f"finite and above 0, got {detector.threshold_:g}. Give one with --threshold, or go "
+            "without pictures with --no-overlays."
+        )
+    pictures = make_directory(make_directory(output) / "overlays") if overlays else None
+    # Broken images are handled here, where the rows of the others are kept.
+    detector.on_error, detector.verbose = "skip", 0
+    names = unique_names(source.items)
+    summary = Summary()
+    with (
+        RowsFile(output / "scores.csv", COLUMNS) as rows,
+        tqdm(total=len(source), desc="predict", unit="image", leave=False, disable=None) as bar,
+    ):
+        for chunk in _chunks(source, 2 * detector.batch_size, by_pixels=overlays):
+            part = source.take(chunk)
+            found = detector.detect(part, maps=overlays)
+            reasons = dict(found.skipped)
+            for i, index in enumerate(chunk):
+                reason = reasons.get(i)
+                if reason is not None and not skip:
+                    raise ImageError(_how_to_go_on(reason, rows, len(source)))
+                place = f"overlays/{names[index]}.png" if pictures and reason is None else ""
+                if place:
+                    _save_overlay(output / place, part, i, found, detector.threshold_)
+                label = _label(found, i, reason)
+                rows.write(
+                    [
+                        part.names[i],
+                        "" if reason else _number(found.scores[i]),
+                        label,
+                        _number(detector.threshold_),
+                        reason or "",
+                        place,
+                    ]
+                )
+                summary.counts[label] += 1
+                if reason:
+                    summary.skipped.append(reason)
+                bar.update()
+    return summary
+
+
+def unique_names(paths: Sequence[Any]) -> list[str]:
+    """A file name for each path: its stem, with the directory's name where stems clash.
+
+    Case counts for nothing, since some file systems do not know it.
+
+    Examples
+    --------
+    >>> unique_names(["bent/0.png", "good/0.png", "good/0.JPG", "good/1.png"])
+    ['bent-0', 'good-0', 'good-0-2', '1']
+    """
+    files = [Path(path) for path in paths]
+    stems = Counter(file.stem.casefold() for file in files)
+    names: dict[str, None] = {}  # in order
+    taken: set[str] = set()
+    for file in files:
+        clashes = stems[file.stem.casefold()] > 1
+        # The parent of a bare file name is the current directory, which has no name.
+        base = f"{file.parent.name or 'here'}-{file.stem}" if clashes else file.stem
+        name, n = base, 1
+        while name.casefold() in taken:
+            n += 1
+            name = f"{base}-{n}"
+        taken.add(name.casefold())
+        names[name] = None
+    return list(names)
+
+
+def _chunks(source: ImageSource, n_images: int, *, by_pixels: bool) -> Iterator[list[int]]:
+    """Positions of the images, as many at once as the number and their sizes allow."""
+    chunk: list[int] = []
+    pixels = 0
+    for index, path in enumerate(source.items):
+        size = _pixels(path) if by_pixels else 0
+        if chunk and (len(chunk) == n_images or pixels + size > _PIXELS_AT_ONCE):
+            yield chunk
+            chunk, pixels = [], 0
+        chunk.append(index)
+        pixels += size
+    yield chunk
+
+
+def _pixels(path: Any) -> int:
+    """Pixels of an image file, from its header; 0 if it cannot be read, which others report."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.width * image.height
+    except Image.DecompressionBombError:
+        return _PIXELS_AT_ONCE
+    except Exception:  # PIL's decoders raise all kinds on broken files
+        return 0
+
+
+def _save_overlay(
+    path: Path, part: ImageSource, i: int, found: Detections, threshold: float
+) -> None:
+    picture = overlay(
+        part.decode(i), found.maps[i], threshold=threshold, score=float(found.scores[i])
+    )
+    with writing(path):
+        picture.save(path)
+
+
+def _label(found: Detections, i: int, reason: str | None) -> str:
+    if reason is not None:
+        return "skipped"
+    return "anomalous" if found.labels[i] else "normal"
+
+
+def _number(value: float) -> str:
+    # Shortest for float32, the type of scores: comparing the numbers read back with the
+    # threshold read back gives the label, always.
+    return str(np.float32(value))
+
+
+def _how_to_go_on(reason: str, rows: RowsFile, n_images: int) -> str:
+    if "on_error" not in reason:
+        reason += " To go on without it, pass on_error='skip'."
+    done = f"{rows.n_rows} of {n_images} images are done"
+    return f"{reason} {done}{f' and kept in {rows.path}' if rows.n_rows else ''}."
