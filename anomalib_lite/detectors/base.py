@@ -25,7 +25,7 @@ from anomalib_lite.anomaly_map import anomaly_maps
 from anomalib_lite.backbones import ENGINES, Backbone
 from anomalib_lite.calibration import calibration_size, conformal_threshold
 from anomalib_lite.detectors.detections import Detections
-from anomalib_lite.detectors.embeddings import Embeddings, stack, take
+from anomalib_lite.detectors.embeddings import Embeddings, stack, stack_embeddings, take
 from anomalib_lite.errors import InvalidValueError, NotFittedError
 from anomalib_lite.fusion import STRATEGIES, patch_embeddings
 from anomalib_lite.images import ImageSource, iter_batches
@@ -371,8 +371,8 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
             for index, grid in zip(batch.indices, embeddings, strict=True):
                 grids[index] = grid.copy()  # its own memory, that can be given back alone
         skipped += [(int(indices[i]), reason) for i, reason in left_out]
-        gathered: Embeddings = stack([grid for grid in grids if grid is not None])
-        return gathered
+        grids = [grid for grid in grids if grid is not None]
+        return stack_embeddings(grids)
 
     def _fit_and_calibrate(
         self, E: Embeddings, calibration: Embeddings, random: np.random.RandomState

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Embeddings", "rows_of", "stack", "take"]
+__all__ = ["Embeddings", "rows_of", "stack", "stack_embeddings", "take"]
 
 # (N, h, w, D) float32, or a list of N arrays (h, w, D) where images have different sizes.
 Embeddings = np.ndarray | list[np.ndarray]
@@ -27,8 +27,26 @@ def take(E: Embeddings, indices: np.ndarray) -> Embeddings:
     return E[indices] if isinstance(E, np.ndarray) else [E[i] for i in indices]
 
 
+def stack_embeddings(grids: list[np.ndarray]) -> Embeddings:
+    """Move the embeddings (h, w, D) of many images next to each other in memory."""
+    if len({grid.shape for grid in grids}) <= 1:
+        stacked: Embeddings = stack(grids) if grids else []
+        return stacked
+    ends = np.cumsum([grid.shape[0] * grid.shape[1] for grid in grids])
+    rows = np.empty((ends[-1], grids[0].shape[2]), np.float32)
+    for i, end in enumerate(ends):
+        height, width, length = grids[i].shape
+        mine = rows[end - height * width : end].reshape(height, width, length)
+        mine[:], grids[i] = grids[i], mine
+    return grids
+
+
 def rows_of(E: Embeddings) -> np.ndarray:
-    """All patches of all images, (N, D), without a copy where one array holds them."""
+    """All patches of all images, (N, D), without a copy where they lie next to each other."""
     if isinstance(E, np.ndarray):
         return E.reshape(-1, E.shape[-1])
+    rows = E[0].base
+    if rows is not None and rows.ndim == 2 and all(grid.base is rows for grid in E):
+        if len(rows) == sum(grid.shape[0] * grid.shape[1] for grid in E):
+            return rows
     return np.concatenate([grid.reshape(-1, grid.shape[-1]) for grid in E])

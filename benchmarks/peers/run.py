@@ -211,7 +211,7 @@ class Bench:
         self.args, self.images, self.scratch = args, images, scratch
         self.peer_python = peer_python
         self.embeddings = scratch / "embeddings.npy"
-        self.train_100 = random.Random(0).sample(images["train"], 10 if args.quick else 100)
+        self.train_100 = self.draw_training_images(0)
         self.common = {
             "image_size": [256, 256],
             "coreset_ratio": 0.01,
@@ -243,14 +243,14 @@ class Bench:
 
     def run_patchcore(self, case: str) -> dict[str, Any]:
         """Rounds of every pair: ours, then the peer, each judged right after."""
-        if case == "100":
-            train, repeats = self.train_100, self.args.repeats
-        else:
-            train, repeats = self.images["train"], self.args.repeats_all
+        train = self.images["train"]
+        repeats = self.args.repeats if case == "100" else self.args.repeats_all
         pairs = [p for p in available(PATCHCORE_PAIRS) if p.name in (self.args.pairs or [p.name])]
         runs: list[dict[str, Any]] = []
         agreement = None
         for repeat in range(repeats):
+            if case == "100":  # other images each round, the same ones for all contenders
+                train = self.draw_training_images(repeat)
             for pair in pairs:
                 for who in ("ours", "peer"):
                     job = self.job("patchcore", pair, len(runs) // 2) | self.images
@@ -264,7 +264,7 @@ class Bench:
         return {
             "n_train": len(train),
             "n_test": len(self.images["test"]),
-            "train_images": [Path(p).name for p in train] if case == "100" else "every one",
+            "train_images": "drawn anew each round" if case == "100" else "every one",
             "our_bank_rows_to_nearest_peer_embedding": agreement,
             "runs": runs,
         }
@@ -285,6 +285,10 @@ class Bench:
                     runs.append({"pair": pair.name, "repeat": repeat, "who": who} | run)
                     say(case, runs[-1], "coreset_s", "covering_radius")
         return {"n_rows": size[0], "n_samples": size[1], "runs": runs}
+
+    def draw_training_images(self, seed: int) -> list[str]:
+        """A hundred of the training images, in random order."""
+        return random.Random(seed).sample(self.images["train"], 10 if self.args.quick else 100)
 
     def check_agreement(self, job: dict[str, Any]) -> dict[str, Any]:
         """Compare our bank of the 100-image case with the peer's embeddings of these images."""
