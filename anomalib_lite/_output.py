@@ -30,6 +30,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def make_directory(path: Path) -> Path:
     """Return ``path``, made if need be, as a directory in which files can be made."""
+    if path.is_file():
+        raise OutputError(f"cannot write into {path}: it is a file. Name a directory.")
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         # Only making a file tells: permission bits say nothing on network drives or to root.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from anomalib_lite._output import RowsFile, make_directory, writing
-from anomalib_lite.detectors.base import BaseDetector, Detections
-from anomalib_lite.errors import ImageError, InvalidValueError
+from anomalib_lite.detectors import BaseDetector, Detections
+from anomalib_lite.errors import AnomalibLiteError, ImageError, InvalidValueError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.plotting import overlay
 
@@ -33,12 +32,11 @@ class Summary:
     counts: Counter[str] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
 
-
-def list_images(given: Sequence[str], max_pixels: int) -> ImageSource:
-    """The images of directories and files, each once, in the order given."""
-    paths = [item for name in given for item in ImageSource(name, where="predict").items]
-    once = {os.path.abspath(path): path for path in reversed(paths)}  # noqa: PTH100
-    return ImageSource(list(reversed(once.values())), max_pixels=max_pixels, where="predict")
+    def add(self, found: Detections, i: int, reason: str | None) -> None:
+        """Count the i-th image of a chunk."""
+        self.counts[_label(found, i, reason)] += 1
+        if reason is not None:
+            self.skipped.append(reason)
 
 
 def predict_to(
@@ -65,32 +63,25 @@ def predict_to(
         RowsFile(output / "scores.csv", COLUMNS) as rows,
         tqdm(total=len(source), desc="predict", unit="image", leave=False, disable=None) as bar,
     ):
-        for chunk in _chunks(source, 2 * detector.batch_size, by_pixels=overlays):
-            part = source.take(chunk)
-            found = detector.detect(part, maps=overlays)
-            reasons = dict(found.skipped)
-            for i, index in enumerate(chunk):
-                reason = reasons.get(i)
-                if reason is not None and not skip:
-                    raise ImageError(_how_to_go_on(reason, rows, len(source)))
-                place = f"overlays/{names[index]}.png" if pictures and reason is None else ""
-                if place:
-                    _save_overlay(output / place, part, i, found, detector.threshold_)
-                label = _label(found, i, reason)
-                rows.write(
-                    [
-                        part.names[i],
-                        "" if reason else _number(found.scores[i]),
-                        label,
-                        _number(detector.threshold_),
-                        reason or "",
-                        place,
-                    ]
-                )
-                summary.counts[label] += 1
-                if reason:
-                    summary.skipped.append(reason)
-                bar.update()
+        try:
+            for chunk in _chunks(source, 2 * detector.batch_size, by_pixels=overlays):
+                part = source.take(chunk)
+                found = detector.detect(part, maps=overlays)
+                reasons = dict(found.skipped)
+                for i, index in enumerate(chunk):
+                    reason = reasons.get(i)
+                    if reason is not None and not skip:
+                        raise ImageError(_with_remedy(reason))
+                    place = f"overlays/{names[index]}.png" if pictures and not reason else ""
+                    if place:
+                        _save_overlay(output / place, part, i, found, detector.threshold_)
+                    rows.write(_row(part.names[i], found, i, detector.threshold_, reason, place))
+                    summary.add(found, i, reason)
+                    bar.update()
+        except (AnomalibLiteError, KeyboardInterrupt) as error:
+            kept = f" and kept in {rows.path}" if rows.n_rows else ""
+            done = f"{rows.n_rows} of {len(source)} images are done{kept}."
+            raise type(error)(f"{error} {done}".strip()) from error
     return summary
 
 
@@ -158,20 +149,34 @@ def _save_overlay(
         picture.save(path)
 
 
+def _row(
+    name: str, found: Detections, i: int, threshold: float, reason: str | None, place: str
+) -> tuple[str, ...]:
+    """One line of the table, in the order of ``COLUMNS``."""
+    score = "" if reason else shortest(found.scores[i])
+    return name, score, _label(found, i, reason), shortest(threshold), reason or "", place
+
+
 def _label(found: Detections, i: int, reason: str | None) -> str:
     if reason is not None:
         return "skipped"
     return "anomalous" if found.labels[i] else "normal"
 
 
-def _number(value: float) -> str:
-    # Shortest for float32, the type of scores: comparing the numbers read back with the
-    # threshold read back gives the label, always.
+def shortest(value: float) -> str:
+    """The fewest digits that tell a float32, the type of scores, from its neighbours.
+
+    Comparing a score read back with the threshold read back thus gives the label, always.
+
+    Examples
+    --------
+    >>> shortest(25.884675979614258)
+    '25.884676'
+    """
     return str(np.float32(value))
 
 
-def _how_to_go_on(reason: str, rows: RowsFile, n_images: int) -> str:
-    if "on_error" not in reason:
-        reason += " To go on without it, pass on_error='skip'."
-    done = f"{rows.n_rows} of {n_images} images are done"
-    return f"{reason} {done}{f' and kept in {rows.path}' if rows.n_rows else ''}."
+def _with_remedy(reason: str) -> str:
+    if "on_error" in reason:
+        return reason
+    return f"{reason} To go on without it, pass on_error='skip'."

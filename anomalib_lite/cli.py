@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import anomalib_lite
+from anomalib_lite._arguments import FIT_OPTIONS, MASKS, PROGRAM, UsageError, make_parser
 
 # torch, scikit-learn and all modules that need them are imported inside the commands: it takes
 # seconds, and --help, --version and most mistakes need none of it.
 
 __all__ = ["main"]
 
-_PROGRAM = "anomalib-lite"
 _WRONG_USE, _INTERRUPTED = 2, 130
-
-
-class _UsageError(Exception):
-    """Arguments that the parser does not understand."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message}. See: {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,16 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     2
     """
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = make_parser().parse_args(argv)
         with _warnings_in_one_line():
-            arguments.run(arguments)
-    except KeyboardInterrupt:
-        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+            _COMMANDS[arguments.command](arguments)
+    except KeyboardInterrupt as interrupt:
+        print(" ".join([f"{PROGRAM}: interrupted.", *interrupt.args]), file=sys.stderr)
         return _INTERRUPTED
     except Exception as error:
         if not _is_the_users(error):
             raise
-        print(f"{_PROGRAM}: error: {_in_options(error)}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {_in_options(error)}", file=sys.stderr)
         return _WRONG_USE
     return 0
 
@@ -71,53 +63,49 @@ def _fit(arguments: argparse.Namespace) -> None:
     from anomalib_lite.images import ImageSource
 
     # Before the seconds that torch takes, and the minutes of the fit.
+    n_images = len(ImageSource(arguments.images, where="fit"))
     model = check_file(Path(arguments.output))
-    ImageSource(arguments.images, where="fit")
 
     from anomalib_lite import PatchCore
     from anomalib_lite.errors import CalibrationWarning
 
-    options = {name: getattr(arguments, name) for name in _FIT_OPTIONS}
-    detector = PatchCore(**options, verbose=1)
+    detector = PatchCore(**{name: getattr(arguments, name) for name in FIT_OPTIONS}, verbose=1)
     start = time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with _warnings_in_one_line() as shown:
         detector.fit(arguments.images)
     seconds = time.perf_counter() - start
-    for warning in caught:
-        warnings.warn(warning.message, stacklevel=1)
     detector.save(model, include_backbone=arguments.include_backbone)
-    n_images = len(ImageSource(arguments.images)) - len(detector.skipped_)
-    n_patches, length = detector.memory_bank_.embeddings_.shape
-    guaranteed = not any(issubclass(w.category, CalibrationWarning) for w in caught)
     _list_skipped([reason for _, reason in detector.skipped_])
-    print(f"images        {n_images:,} in {seconds:.1f} s on {_device(detector)}")
+    n_patches, length = detector.memory_bank_.embeddings_.shape
+    where = f"{detector.backbone_.device}, {detector.dtype_}"
+    print(f"images        {n_images - len(detector.skipped_):,} in {seconds:.1f} s ({where})")
     print(f"memory bank   {n_patches:,} patches of {length} numbers")
     print(f"threshold     {detector.threshold_:.6g}")
-    print(f"false alarms  {_promise(detector, guaranteed)}")
+    print(f"false alarms  {_promise(detector, CalibrationWarning not in shown)}")
     print(f"written to    {model} ({model.stat().st_size / 1e6:.1f} MB)")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
     from anomalib_lite._output import make_directory
+    from anomalib_lite.images import ImageSource
 
+    files = _image_files(arguments.images)
     output = make_directory(Path(arguments.output))
 
-    from anomalib_lite._predictions import list_images, predict_to
+    from anomalib_lite._predictions import predict_to
 
-    list_images(arguments.images, 1)  # before the model: a wrong path is told at once
     detector = _load(arguments)
-    source = list_images(arguments.images, detector.max_pixels)
+    source = ImageSource(files, max_pixels=detector.max_pixels, where="predict")
     skip, overlays = arguments.on_error == "skip", not arguments.no_overlays
     start = time.perf_counter()
     summary = predict_to(output, detector, source, overlays=overlays, skip=skip)
     seconds = time.perf_counter() - start
     _list_skipped(summary.skipped)
-    counts = [f"{summary.counts[label]:,} {label}" for label in ("normal", "anomalous")]
-    counts += [f"{len(summary.skipped):,} skipped"] * bool(summary.skipped)
+    labels = [label for label in ("normal", "anomalous", "skipped") if summary.counts[label]]
+    counts = ", ".join(f"{summary.counts[label]:,} {label}" for label in labels)
     pictures = f" and {output / 'overlays'}" * overlays
     print(
-        f"{len(source):,} images in {seconds:.1f} s: {', '.join(counts)} at threshold "
+        f"{len(source):,} images in {seconds:.1f} s: {counts} at threshold "
         f"{detector.threshold_:.6g}; see {output / 'scores.csv'}{pictures}"
     )
 
@@ -125,11 +113,8 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from anomalib_lite._output import check_file
 
-    files = [check_file(Path(f)) for f in (arguments.json, arguments.csv) if f is not None]
-
-    from dataclasses import replace
-
     name, samples = _test_samples(arguments)
+    files = [check_file(Path(f)) for f in (arguments.json, arguments.csv) if f is not None]
 
     from anomalib_lite.evaluation import evaluate
 
@@ -168,8 +153,19 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
 
 
+_COMMANDS = {"fit": _fit, "predict": _predict, "evaluate": _evaluate, "demo": _demo}
+
+
+def _image_files(given: Sequence[str]) -> list[Any]:
+    """The images of directories and files, each once, in the order given."""
+    from anomalib_lite.images import ImageSource
+
+    files = [item for name in given for item in ImageSource(name, where="predict").items]
+    return list({os.path.abspath(file): file for file in files}.values())  # noqa: PTH100
+
+
 def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
-    """Name and test images of the data set; which files they are, not the files."""
+    """Name of the data set, and its test images; none is decoded."""
     from anomalib_lite.datasets import Folder, MVTecAD
     from anomalib_lite.datasets.base import subdirectories
     from anomalib_lite.errors import MissingPathError
@@ -185,14 +181,15 @@ def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
     if layout == "mvtec":
         dataset = MVTecAD(root.parent, root.name)
         return dataset.name, dataset.test
-    apart = {Path(arguments.normal), Path(arguments.masks or arguments.normal)}
-    kinds = [d.name for d in subdirectories(root) if Path(d.name) not in apart]
+    kinds = [d.name for d in subdirectories(root)]
+    masks = arguments.masks or next((name for name in MASKS if name in kinds), None)
+    apart = {os.path.normpath(name) for name in (arguments.normal, masks) if name}
     folder = Folder(
         root,
         normal=arguments.normal,
-        anomalous=arguments.anomalous or kinds,
-        masks=arguments.masks,
-        test_size=0,
+        anomalous=arguments.anomalous or [kind for kind in kinds if kind not in apart],
+        masks=masks,
+        test_size=0,  # the model is fitted already, so nothing is kept for training
     )
     return folder.name, folder.train + folder.test
 
@@ -201,17 +198,13 @@ def _load(arguments: argparse.Namespace) -> Any:
     from anomalib_lite import load
     from anomalib_lite._validation import check_int, check_number
 
+    where = arguments.command
     detector = load(arguments.model, weights=arguments.weights, device=arguments.device)
     if arguments.batch_size is not None:
-        detector.batch_size = check_int("batch_size", arguments.batch_size, _PROGRAM, low=1)
+        detector.batch_size = check_int("batch_size", arguments.batch_size, where, low=1)
     if arguments.threshold is not None:
-        value = check_number("threshold", arguments.threshold, _PROGRAM, "[0, inf)")
-        detector.threshold_ = value
+        detector.threshold_ = check_number("threshold", arguments.threshold, where, "[0, inf)")
     return detector
-
-
-def _device(detector: Any) -> str:
-    return f"{detector.backbone_.device} ({detector.dtype_})"
 
 
 def _promise(detector: Any, guaranteed: bool) -> str:
@@ -229,18 +222,22 @@ def _list_skipped(reasons: Sequence[str]) -> None:
 
 
 @contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    def show(message: Warning | str, *_: object, **__: object) -> None:
+def _warnings_in_one_line() -> Iterator[list[type[Warning]]]:
+    """Print warnings in one line each; gives the list of the kinds that came."""
+    shown: list[type[Warning]] = []
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        shown.append(category)
         print(f"warning: {_in_options(message)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
-        yield
+        yield shown
 
 
 def _is_the_users(error: Exception) -> bool:
-    if isinstance(error, _UsageError | OSError):
+    if isinstance(error, UsageError | OSError):
         return True
     from anomalib_lite.errors import AnomalibLiteError
 
@@ -249,156 +246,13 @@ def _is_the_users(error: Exception) -> bool:
 
 def _in_options(message: object) -> str:
     """The library's message in one line, its ``name='value'`` written as ``--name value``."""
-    names = "|".join([*_FIT_OPTIONS, "threshold"])
+    names = "|".join([*FIT_OPTIONS, "threshold"])
     text = " ".join(str(message).split())
     return re.sub(
         rf"\b({names})=(?:'([^']*)'|(\d(?:[\d.,]*\d)?))",
         lambda found: f"--{found[1].replace('_', '-')} {found[2] or found[3]}",
         text,
     )
-
-
-def _image_size(text: str) -> int | tuple[int, int]:
-    """``"256"`` or ``"256x384"``, height first."""
-    sides = tuple(int(side) for side in text.lower().split("x"))
-    if len(sides) > 2:
-        raise ValueError
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def _layers(text: str) -> list[str | int]:
-    """``"blocks.2,blocks.4"`` or ``"1,3"``."""
-    return [int(part) if re.fullmatch(r"-?\d+", part) else part for part in text.split(",")]
-
-
-# Name as in PatchCore, type, default (also PatchCore's: a test compares them), help.
-_FIT_OPTIONS: dict[str, tuple[Any, Any, str]] = {
-    "backbone": (str, "efficientnet_lite0", "embedded network, or any timm name"),
-    "weights": (str, None, "weights file for a timm name (default: from the hub)"),
-    "layers": (_layers, None, "names or positions, with commas between (default: chosen)"),
-    "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
-    "coreset_ratio": (float, 0.1, "share of patches kept, in (0, 1]"),
-    "n_neighbors": (int, 1, "nearest patches that a score averages over"),
-    "image_score": (str, "max", "max, top1%% or reweighted"),
-    "index": (str, "flat", "flat (exact), or a FAISS index-factory string"),
-    "smoothing": (float, 4.0, "of heatmaps, in pixels of the image size"),
-    "false_alarm_rate": (float, 0.01, "of future normal images, in (0, 1)"),
-    "calibration": (str, "split", "split or leave_one_out"),
-    "device": (str, "auto", "auto, cpu, cuda or mps"),
-    "dtype": (str, "auto", "auto, float32, bfloat16 or float16"),
-    "batch_size": (int, 32, "images at a time"),
-    "on_error": (str, "raise", "what to do about an unreadable image: raise or skip"),
-    "max_pixels": (int, 100_000_000, "larger images are refused"),
-    "random_state": (int, 0, "seed"),
-}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=_PROGRAM,
-        description="Visual anomaly detection, trained on good images only.",
-        epilog="Try it without images of your own: pip install 'anomalib-lite[demo]', then "
-        "anomalib-lite demo.",
-    )
-    version = f"{_PROGRAM} {anomalib_lite.__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    _add_fit(commands)
-    _add_predict(commands)
-    _add_evaluate(commands)
-    _add_demo(commands)
-    return parser
-
-
-def _add_fit(commands: Any) -> None:
-    fit = commands.add_parser("fit", help="learn from normal images and write a model file")
-    fit.set_defaults(run=_fit)
-    fit.add_argument("images", metavar="DIR", help="directory of normal images")
-    fit.add_argument("-o", "--output", metavar="FILE", required=True, help="model to write")
-    for name, (kind, default, text) in _FIT_OPTIONS.items():
-        fit.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            default=default,
-            metavar="VALUE",
-            help=text if default is None else f"{text} (default: {default})",
-        )
-    fit.add_argument(
-        "--include-backbone", action="store_true", help="put the network's weights into the file"
-    )
-
-
-def _add_predict(commands: Any) -> None:
-    predict = commands.add_parser("predict", help="score images; write a table and heatmaps")
-    predict.set_defaults(run=_predict)
-    _add_model(predict)
-    predict.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGES",
-        help="files and directories (of which the images directly inside are taken)",
-    )
-    predict.add_argument(
-        "-o", "--output", metavar="DIR", required=True, help="for scores.csv and overlays"
-    )
-    predict.add_argument(
-        "--on-error",
-        choices=("raise", "skip"),
-        default="raise",
-        help="stop at an unreadable image, or list it and go on (default: raise)",
-    )
-    predict.add_argument("--no-overlays", action="store_true", help="write the table alone")
-
-
-def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser("evaluate", help="test a model on labelled images")
-    evaluate.set_defaults(run=_evaluate)
-    _add_model(evaluate)
-    evaluate.add_argument(
-        "dataset",
-        metavar="DATASET",
-        help="one category in MVTec AD's layout, or a directory with one of normal images that "
-        "the model was not fitted on and others of anomalous ones",
-    )
-    evaluate.add_argument("--layout", choices=("auto", "mvtec", "folder"), default="auto")
-    evaluate.add_argument(
-        "--normal", default="good", metavar="DIR", help="folder layout: normal (default: good)"
-    )
-    evaluate.add_argument(
-        "--anomalous", nargs="+", metavar="DIR", help="folder layout (default: all others)"
-    )
-    evaluate.add_argument("--masks", metavar="DIR", help="folder layout: ground truth masks")
-    evaluate.add_argument(
-        "--fpr-limit", type=float, default=0.3, metavar="VALUE", help="of AUPRO (default: 0.3)"
-    )
-    evaluate.add_argument("--no-pixel-metrics", action="store_true", help="image metrics alone")
-    evaluate.add_argument("--json", metavar="FILE", help="write the report as JSON")
-    evaluate.add_argument("--csv", metavar="FILE", help="write the report as CSV")
-
-
-def _add_demo(commands: Any) -> None:
-    demo = commands.add_parser(
-        "demo", help="fit and test on photographs of solar cells, and write a page about it"
-    )
-    demo.set_defaults(run=_demo)
-    demo.add_argument(
-        "-o", "--output", metavar="DIR", default="demo-output", help="(default: demo-output)"
-    )
-    demo.add_argument("--n-train", type=int, metavar="N", help="fewer training images")
-    demo.add_argument("--n-test", type=int, metavar="N", help="fewer test images")
-    demo.add_argument(
-        "--false-alarm-rate", type=float, default=0.05, metavar="VALUE", help="(default: 0.05)"
-    )
-
-
-def _add_model(command: Any) -> None:
-    command.add_argument("model", metavar="MODEL", help="file that fit wrote")
-    command.add_argument(
-        "--threshold", type=float, metavar="VALUE", help="instead of the model's own"
-    )
-    command.add_argument("--weights", metavar="FILE", help="where the backbone's weights lie here")
-    command.add_argument("--device", metavar="VALUE", help="where to run here (default: as fitted)")
-    command.add_argument("--batch-size", type=int, metavar="N", help="(default: as fitted)")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,7 @@ def rows_of(E: Embeddings) -> np.ndarray:
     """All patches of all images, (N, D), without a copy where they lie next to each other."""
     if isinstance(E, np.ndarray):
         return E.reshape(-1, E.shape[-1])
-    rows = E[0].base
-    if rows is not None and rows.ndim == 2 and all(grid.base is rows for grid in E):
-        if len(rows) == sum(grid.shape[0] * grid.shape[1] for grid in E):
-            return rows
+    rows, n_patches = E[0].base, sum(grid.shape[0] * grid.shape[1] for grid in E)
+    if all(grid.base is rows for grid in E) and np.shape(rows) == (n_patches, E[0].shape[2]):
+        return rows
     return np.concatenate([grid.reshape(-1, grid.shape[-1]) for grid in E])
