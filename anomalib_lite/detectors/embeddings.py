@@ -45,7 +45,8 @@ def rows_of(E: Embeddings) -> np.ndarray:
     """All patches of all images, (N, D), without a copy where they lie next to each other."""
     if isinstance(E, np.ndarray):
         return E.reshape(-1, E.shape[-1])
-    rows, n_patches = E[0].base, sum(grid.shape[0] * grid.shape[1] for grid in E)
-    if all(grid.base is rows for grid in E) and np.shape(rows) == (n_patches, E[0].shape[2]):
+    rows = E[0].base
+    shape = (sum(grid.shape[0] * grid.shape[1] for grid in E), E[0].shape[2])
+    if rows is not None and rows.shape == shape and all(grid.base is rows for grid in E):
         return rows
     return np.concatenate([grid.reshape(-1, grid.shape[-1]) for grid in E])
