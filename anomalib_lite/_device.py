@@ -28,7 +28,12 @@ def resolve_device(device: str | torch.device, where: str) -> torch.device:
         raise InvalidValueError(
             f"{where}: device={device!r} is not available on this machine. Use device='cpu'."
         )
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InvalidValueError(
+            f"{where}: device must be one of {list(DEVICES)} or such as 'cuda:1', got {device!r}."
+        ) from error
 
 
 def resolve_dtype(dtype: str, device: torch.device, where: str) -> torch.dtype:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from sklearn.utils import check_random_state
 
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 
@@ -93,9 +94,9 @@ def check_embeddings(
         raise InvalidTypeError(
             f"{where}: E must be numeric, of shape (N, h, w, D), got {type(E).__name__}."
         ) from error
-    if np.ndim(grids) == 0 or len(grids) == 0:
+    if (isinstance(grids, np.ndarray) and grids.ndim == 0) or len(grids) == 0:
         raise InvalidValueError(
-            f"{where}: E must have shape (N, h, w, D) with N of at least 1, got {np.shape(grids)}."
+            f"{where}: E must have shape (N, h, w, D) with N of at least 1, got none."
         )
     for i, grid in enumerate(grids):
         if grid.ndim == 3 and n_features is None:
@@ -125,6 +126,17 @@ def check_image_size(image_size: Any, where: str, *, stride: int = 1) -> None:
             f"{where}: image_size must be at least the backbone's stride of {stride} pixels, "
             f"got {image_size!r}."
         )
+
+
+def check_seed(random_state: Any, where: str) -> None:
+    """Raise unless ``random_state`` is an int, a RandomState or None."""
+    try:
+        check_random_state(random_state)
+    except ValueError as error:
+        raise InvalidValueError(
+            f"{where}: random_state must be a whole number of at least 0, a RandomState or None, "
+            f"got {random_state!r}."
+        ) from error
 
 
 def normal_indices(y: Any, n: int, where: str) -> np.ndarray:

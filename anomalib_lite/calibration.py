@@ -103,14 +103,13 @@ def _rank(n: int, false_alarm_rate: float) -> int:
 def _warn_too_few(n: int, false_alarm_rate: float) -> None:
     needed = calibration_size(false_alarm_rate)
     reachable = (
-        f"threshold_ is the largest of {n} scores, which guarantees {1 / (n + 1):.3g}"
+        f"threshold_ is the largest of their scores, which guarantees {1 / (n + 1):.3g} at best"
         if n
         else "threshold_ is infinite: nothing will be called anomalous until you set it"
     )
     warnings.warn(
-        f"false_alarm_rate={false_alarm_rate:g} needs {needed} normal images held back for "
-        f"calibration, got {n}; {reachable}. Fit on more images, ask for a higher rate, or "
-        "set threshold_ yourself.",
+        f"false_alarm_rate={false_alarm_rate:g} needs {needed} normal images for calibration, got "
+        f"{n}; {reachable}. Fit on more images, ask for a higher rate, or set threshold_ yourself.",
         CalibrationWarning,
         stacklevel=2,
     )

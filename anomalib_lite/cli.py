@@ -74,6 +74,7 @@ def _fit(arguments: argparse.Namespace) -> None:
     with _warnings_in_one_line() as shown:
         detector.fit(arguments.images)
     seconds = time.perf_counter() - start
+    detector.verbose = 0  # or programs that load the model would show bars
     detector.save(model, include_backbone=arguments.include_backbone)
     _list_skipped([reason for _, reason in detector.skipped_])
     n_patches, length = detector.memory_bank_.embeddings_.shape
@@ -120,7 +121,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     detector = _load(arguments)
     # A figure over only those images that could be read would be another figure.
-    detector.on_error = "raise"
+    detector.on_error, detector.verbose = "raise", 0
     report = evaluate(
         detector,
         samples,

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from anomalib_lite._validation import IMAGE_SUFFIXES
+from anomalib_lite._validation import IMAGE_SUFFIXES, check_int
 from anomalib_lite.errors import (
     AnomalibLiteError,
     ImageError,
@@ -75,12 +76,8 @@ class ImageSource(Sequence[np.ndarray]):
 
     Raises
     ------
-    MissingPathError
-        If a directory does not exist.
-    InvalidValueError
-        If there is no image, or an array has a shape that no image has.
-    InvalidTypeError
-        If it is nothing that holds images.
+    MissingPathError, InvalidValueError, InvalidTypeError
+        If a directory does not exist; if there is no image; if it is nothing that holds images.
 
     Examples
     --------
@@ -137,19 +134,10 @@ class ImageSource(Sequence[np.ndarray]):
             uint8 in [0, 255] or float32 in [0, 1]; resized bilinearly, averaging over all that
             a pixel covers when shrinking.
         size : (H, W)
-            Of the image itself, after any EXIF rotation.
+            Of the image itself, after any EXIF rotation. Raises as :meth:`decode` does.
 
-        Raises
-        ------
-        AnomalibLiteError
-            As :meth:`decode`.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> pixels, size = ImageSource(np.zeros((60, 100), np.uint8)).load(0, 32, 16)
-        >>> pixels.shape, size
-        ((32, 48, 3), (60, 100))
+        >>> ImageSource(np.zeros((60, 100), np.uint8)).load(0, 32, 16)[0].shape
+        (32, 48, 3)
         """
         image = self.decode(index)
         is_array = isinstance(image, np.ndarray)
@@ -170,12 +158,8 @@ class ImageSource(Sequence[np.ndarray]):
 
         Raises
         ------
-        ImageError
-            Naming the image, if it cannot be read or is nothing that an image can be.
-        MissingPathError
-            If its file does not exist.
-        InvalidTypeError
-            If it is neither path, PIL image, array nor tensor.
+        ImageError, MissingPathError, InvalidTypeError
+            Naming the image: it cannot be read, or is not there, or is nothing like an image.
         """
         item, name = self.items[index], self.names[index]
         try:
@@ -188,7 +172,9 @@ class ImageSource(Sequence[np.ndarray]):
                         finally:
                             Image.MAX_IMAGE_PIXELS = limit
                     return self._convert(image, name)
-            return self._convert(item, name)
+            # One PIL image, opened but not read yet, may have been given twice.
+            with _OPEN_LOCK if isinstance(item, Image.Image) else nullcontext():
+                return self._convert(item, name)
         except (AnomalibLiteError, MemoryError):
             raise
         except Exception as error:  # PIL's decoders raise all kinds on broken files
@@ -214,10 +200,14 @@ class ImageSource(Sequence[np.ndarray]):
         if is_pil:
             image = ImageOps.exif_transpose(image)
             if image.mode == "F" or image.mode.startswith("I"):  # 32-bit floats, 16-bit integers
-                image = self._to_array(np.asarray(image), name)
+                array = np.asarray(image)  # int32 for some 16-bit files
+                is_16_bit = array.dtype.kind == "i" and 0 <= array.min() <= array.max() <= 65535
+                image = self._to_array(array.astype(np.uint16) if is_16_bit else array, name)
+            elif image.mode == "P":  # by way of RGBA, since a palette may have transparency
+                return image.convert("RGBA").convert("RGB")
         if isinstance(image, Image.Image):
             return image.convert("RGB")
-        if image.dtype.kind in "iu" and image.dtype != np.uint8:
+        if image.dtype.kind == "u" and image.dtype != np.uint8:
             image = image.astype(np.float32) / np.float32(65535)
         if image.dtype.kind == "f":
             image = self._check_floats(image, name)
@@ -237,14 +227,16 @@ class ImageSource(Sequence[np.ndarray]):
                 f"got {type(image).__name__}."
             )
         array = np.asarray(image)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         if array.ndim == 2:
             array = array[:, :, None]
         if array.ndim != 3 or array.shape[2] not in _CHANNELS:
             raise ImageError(
                 f"{self.where}: {name} must have shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
-                f"got {np.shape(image)}: a wrong number of channels."
+                f"got {np.shape(image)}: a wrong number of channels. Give a stack of gray images "
+                "as list(stack) or stack[..., None]."
             )
-        if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16, np.int32):
+        if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
             raise ImageError(
                 f"{self.where}: {name} must be uint8, uint16, or floats in [0, 1], "
                 f"got {array.dtype}. Convert it with .astype('uint8') if it holds 0 to 255."
@@ -276,8 +268,8 @@ class ImageSource(Sequence[np.ndarray]):
         else:
             reason = str(error) or type(error).__name__
         return ImageError(
-            f"{self.where}: {name} cannot be read: {reason}. Replace the file, or pass "
-            "on_error='skip' to go on without it."
+            f"{self.where}: {name} cannot be read: {reason}. Replace it, or go on without it by "
+            "on_error='skip'."
         )
 
 
@@ -307,11 +299,7 @@ def iter_batches(
     Yields
     ------
     Batch
-
-    Raises
-    ------
-    ImageError, MissingPathError
-        With ``on_error="raise"``, for the first image that cannot be used.
+        With ``on_error="raise"`` the first image that cannot be used raises its error.
 
     Notes
     -----
@@ -319,6 +307,8 @@ def iter_batches(
     batches ahead; images wait for company of their own size, again two batches in all. So at
     most about four batches of resized images are in memory, whatever the number of images.
     """
+    if batch_size < 1:  # fit checks it, but it may have been changed since
+        check_int("batch_size", batch_size, source.where, low=1)
     waiting: dict[Any, list[tuple[int, np.ndarray, tuple[int, int]]]] = {}
     pending: deque[tuple[int, Future[tuple[np.ndarray, tuple[int, int]]]]] = deque()
     executor = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decode")
@@ -390,15 +380,18 @@ def _list_path(path: Path, where: str) -> list[Path]:
         raise MissingPathError(f"{where}: {path} does not exist.")
     if not path.is_dir():
         return [path]
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in path.iterdir() if _is_image(p))
     if files:
         return files
     subdirectories = sorted(
-        d.name
-        for d in path.iterdir()
-        if d.is_dir() and any(p.suffix.lower() in IMAGE_SUFFIXES for p in d.iterdir())
+        d.name for d in path.iterdir() if d.is_dir() and any(map(_is_image, d.iterdir()))
     )
     remedy = f"Known are {sorted(IMAGE_SUFFIXES)}."
     if subdirectories:
         remedy = f"Its subdirectories {subdirectories} do: name one of them."
     raise InvalidValueError(f"{where}: directory {path} holds no image files. {remedy}")
+
+
+def _is_image(path: Path) -> bool:
+    # Hidden files are notes that file managers keep beside the images.
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any, Self
 
 import faiss
@@ -23,7 +25,7 @@ __all__ = ["MemoryBank", "check_index"]
 
 ALGORITHMS = ("auto", "faiss")
 
-_WELL_KNOWN = ("flat", "HNSW32", "IVF64,Flat", "IVF256,Flat", "SQ8", "PQ16", "IVF64,PQ16")
+_WELL_KNOWN = ("flat", "HNSW32", "IVF64,Flat", "IVF256,Flat", "SQ8", "PQ8", "IVF64,PQ8")
 # Queries whose distances are computed at once: bounds the (queries, k, D) array.
 _BLOCK_QUERIES = 4096
 
@@ -290,6 +292,12 @@ class MemoryBank(BaseEstimator):
         if (serialized_index is None) != (bank.index == "flat"):
             raise InvalidValueError(f"MemoryBank: no serialized index fits index={bank.index!r}.")
         if serialized_index is not None:
+            serialized_index = np.asarray(serialized_index)
+            if serialized_index.dtype != np.uint8 or serialized_index.ndim != 1:
+                raise InvalidValueError(
+                    "MemoryBank: the serialized index must have shape (n,) and dtype uint8, got "
+                    f"{serialized_index.shape} and {serialized_index.dtype}."
+                )
             try:
                 bank.index_ = faiss.deserialize_index(serialized_index)
             except RuntimeError as error:
@@ -321,6 +329,7 @@ class MemoryBank(BaseEstimator):
         if self.index != "flat":
             try:
                 index = faiss.index_factory(X.shape[1], self.index)
+                _silence_training(index)
                 index.train(X)
                 index.add(X)
             except RuntimeError as error:
@@ -353,8 +362,10 @@ def check_index(index: object, where: str) -> None:
     try:
         if not isinstance(index, str):
             raise RuntimeError("not a string")
-        # What FAISS can build may depend on the dimension: 960 has many divisors.
-        faiss.index_factory(960, index)
+        # Whether FAISS can build it may depend on the dimension, which is not known yet: take one
+        # that all numbers in the string divide.
+        dimension = math.lcm(*(int(n) for n in re.findall("[1-9][0-9]*", index)))
+        faiss.index_factory(min(dimension, 65536), index)
     except RuntimeError as error:
         raise InvalidValueError(
             f"{where}: index must be 'flat' or a FAISS index-factory string such as "
@@ -372,6 +383,16 @@ def coreset_size(amount: float | int, n: int, name: str, where: str) -> int:
             f"{where}: {name}={amount:g} of {n} patches keeps none. Ask for at least {1 / n:.2g}."
         )
     return size
+
+
+def _silence_training(index: Any) -> None:
+    """Keep FAISS from printing that a coreset has few rows for each of its centroids."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    for clustered in (index, getattr(index, "pq", index)):
+        if hasattr(clustered, "cp"):
+            clustered.cp.min_points_per_centroid = 1
 
 
 def _faiss_reason(error: RuntimeError) -> str:

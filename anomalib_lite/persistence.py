@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 import anomalib_lite
@@ -66,8 +67,8 @@ def save(
     JSON: ``format_version``, ``library_version``, ``detector`` (class name), ``parameters``
     (every constructor argument), ``backbone`` (layers, stride, number type and SHA-256 of the
     weights; null after ``fit_embeddings``) and ``state`` (threshold and the rest). Its tensors
-    are the detector's arrays: for PatchCore ``embeddings`` (M, D) float32, and ``index``, the
-    bytes of a trained FAISS index, unless the index is ``"flat"``.
+    are ``calibration_scores`` (n,) and the detector's arrays: for PatchCore ``embeddings``
+    (M, D) float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``.
 
     Examples
     --------
@@ -86,6 +87,7 @@ def save(
     if not hasattr(detector, "threshold_"):
         raise NotFittedError(f"{name}: not fitted yet. Call fit(images) before save.")
     arrays, state = detector._get_state()
+    arrays["calibration_scores"] = detector.calibration_scores_
     tensors = {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
     backbone: Backbone | None = getattr(detector, "backbone_", None)
     header: dict[str, Any] = {
@@ -169,6 +171,7 @@ def load(
             parameters["device"] = device
         detector = cls(**parameters)
         detector.threshold_ = float(state["threshold"])
+        detector.calibration_scores_ = arrays["calibration_scores"]
         detector._set_state(arrays, state)
         if fitted_with is None:
             return detector
@@ -182,7 +185,12 @@ def load(
             f"{anomalib_lite.__version__}."
         ) from error
     included = {k.removeprefix(_BACKBONE): v for k, v in arrays.items() if k.startswith(_BACKBONE)}
-    detector.backbone_ = _open_backbone(detector, layers, included, path)
+    try:
+        detector.backbone_ = _open_backbone(detector, layers, included, path)
+    except InvalidValueError as error:
+        if not included:
+            raise
+        raise ModelFileError(f"load: {path} is broken: {error}") from error
     if detector.backbone_.sha256 != sha256:
         raise ModelFileError(
             f"load: {path} was fitted with other backbone weights (SHA-256 {sha256[:12]}...) than "
@@ -201,9 +209,10 @@ def _open_backbone(
             f"load: {path} was fitted with a module of your own. Pass it: "
             "load(path, backbone=module)."
         )
+    own_module = isinstance(detector.backbone, nn.Module)
     return Backbone(
         detector.backbone,
-        weights=detector.weights,
+        weights=None if own_module else detector.weights,
         # As fitted, whatever this version of timm would choose.
         layers=layers or None,
         device=detector.device,
@@ -234,17 +243,19 @@ def _write(tensors: dict[str, Any], metadata: dict[str, str], path: Path, where:
     # Beside its place: renaming is atomic only within one file system.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        save_file(tensors, part, metadata)
-        with part.open("rb+") as file:
+        with part.open("wb") as file:
+            file.write(serialize(tensors, metadata))
+            file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OutputError(
             f"{where}: cannot write {path}: {error}. Choose a directory that exists and can be "
             "written to."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -255,7 +266,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             metadata = file.metadata() or {}
             header = json.loads(metadata.get(_KEY, "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        arrays = {k: v if k.startswith(_BACKBONE) else v.numpy() for k, v in tensors.items()}
+    except (SafetensorError, json.JSONDecodeError, OSError, TypeError) as error:
         raise ModelFileError(
             f"load: {path} is cut short or not a model file ({error}). Copy it again from where "
             "it was saved."
@@ -271,5 +283,4 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"anomalib-lite ({anomalib_lite.__version__}) reads up to {FORMAT_VERSION}. Upgrade "
             "with: pip install --upgrade anomalib-lite"
         )
-    arrays = {k: v if k.startswith(_BACKBONE) else v.numpy() for k, v in tensors.items()}
     return arrays, header

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABCMeta, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +19,7 @@ from anomalib_lite._validation import (
     check_image_size,
     check_int,
     check_number,
+    check_seed,
     normal_indices,
 )
 from anomalib_lite.anomaly_map import anomaly_maps
@@ -76,7 +77,7 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         source = ImageSource(images, max_pixels=self.max_pixels, where=where)
         if y is not None:
             source = source.take(normal_indices(y, len(source), where))
-        elif isinstance(images, Sequence) and any(getattr(item, "label", 0) for item in images):
+        elif isinstance(images, list | tuple) and any(getattr(item, "label", 0) for item in images):
             raise InvalidValueError(
                 f"{where}: images holds samples labelled anomalous; fit takes normal images only. "
                 "Use dataset.train, or pass y=[sample.label for sample in samples]."
@@ -91,18 +92,17 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         )
         check_image_size(self.image_size, where, stride=backbone.stride)
         random = check_random_state(self.random_state)
-        to_fit, held_back = self._split(len(source), random)
+        order = self._order(len(source), random)
         skipped: list[tuple[int, str]] = []
-        embeddings = self._gather(backbone, source, to_fit, "fit", skipped)
-        calibration = self._gather(backbone, source, held_back, "calibrate", skipped)
-        if len(embeddings) == 0:
+        grids = self._gather(backbone, source.take(order), skipped)
+        if not grids:
             raise InvalidValueError(
                 f"{where}: none of {len(source)} images could be used; the first: {skipped[0][1]}"
             )
-        self._fit_and_calibrate(embeddings, calibration, random)
+        self._fit_and_calibrate(grids, random)
         self.backbone_ = backbone
         self.dtype_ = str(backbone.dtype).removeprefix("torch.")
-        self.skipped_ = [(source.names[i], reason) for i, reason in skipped]
+        self.skipped_ = [(source.names[i], r) for i, r in sorted((order[i], r) for i, r in skipped)]
         return self
 
     def score(self, images: Any) -> np.ndarray:
@@ -169,7 +169,8 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
 
         Takes images as :meth:`fit` does and gives an ndarray of shape (N,), float32.
         """
-        return np.float32(self.threshold_) - self.score(images)
+        scores = self.score(images)
+        return np.float32(self.threshold_) - scores
 
     def detect(self, images: Any, *, maps: bool = True) -> Detections:
         """Scores, heatmaps and labels, from one pass through the backbone.
@@ -231,8 +232,7 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         self._check_parameters()
         E = check_embeddings(E, type(self).__name__)
         random = check_random_state(self.random_state)
-        to_fit, held_back = self._split(len(E), random)
-        self._fit_and_calibrate(take(E, to_fit), take(E, held_back), random)
+        self._fit_and_calibrate(take(E, self._order(len(E), random)), random)
         for fitted_on_images in ("backbone_", "dtype_", "skipped_"):
             self.__dict__.pop(fitted_on_images, None)
         return self
@@ -318,17 +318,17 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         check_number("smoothing", self.smoothing, where, "[0, 1000]")
         check_number("false_alarm_rate", self.false_alarm_rate, where, "(0, 1)")
         check_image_size(self.image_size, where)
+        check_seed(self.random_state, where)
 
-    def _split(self, n: int, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-        """Images to fit on and images held back for calibration, both in their order.
+    def _order(self, n: int, random: np.random.RandomState) -> np.ndarray:
+        """The images, those to be held back for calibration last."""
+        return np.arange(n) if self.calibration == "leave_one_out" else random.permutation(n)
 
-        Held back are as many as the rate needs, at least a fifth and at most half of all.
-        """
+    def _n_held_back(self, n: int) -> int:
+        """As many as the rate needs; at least a fifth and at most half of ``n`` images."""
         if self.calibration == "leave_one_out":
-            return np.arange(n), np.arange(0)
-        n_held_back = min(max(calibration_size(self.false_alarm_rate), n // 5), n // 2)
-        order = random.permutation(n)
-        return np.sort(order[n_held_back:]), np.sort(order[:n_held_back])
+            return 0
+        return min(max(calibration_size(self.false_alarm_rate), n // 5), n // 2)
 
     def _embed(
         self,
@@ -357,35 +357,32 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
                 bar.update(len(batch.indices))
 
     def _gather(
-        self,
-        backbone: Backbone,
-        source: ImageSource,
-        indices: np.ndarray,
-        purpose: str,
-        skipped: list[tuple[int, str]],
-    ) -> Embeddings:
-        """The embeddings of these images, all of them, in the order of ``indices``."""
-        left_out: list[tuple[int, str]] = []
-        grids: list[Any] = [None] * len(indices)
-        for batch, embeddings in self._embed(backbone, source.take(indices), purpose, left_out):
+        self, backbone: Backbone, source: ImageSource, skipped: list[tuple[int, str]]
+    ) -> list[np.ndarray]:
+        """The embeddings (h, w, D) of all images, in their order."""
+        grids: list[Any] = [None] * len(source)
+        for batch, embeddings in self._embed(backbone, source, "fit", skipped):
             for index, grid in zip(batch.indices, embeddings, strict=True):
                 grids[index] = grid.copy()  # its own memory, that can be given back alone
-        skipped += [(int(indices[i]), reason) for i, reason in left_out]
-        grids = [grid for grid in grids if grid is not None]
-        return stack_embeddings(grids)
+        return [grid for grid in grids if grid is not None]
 
-    def _fit_and_calibrate(
-        self, E: Embeddings, calibration: Embeddings, random: np.random.RandomState
-    ) -> None:
+    def _fit_and_calibrate(self, E: Embeddings, random: np.random.RandomState) -> None:
+        n_to_fit = len(E) - self._n_held_back(len(E))
+        held_back = E[n_to_fit:]
+        if isinstance(E, list):  # moved, so that nothing is in memory twice
+            del E[n_to_fit:]
+            E, held_back = stack_embeddings(E), stack_embeddings(list(held_back))
+        else:
+            E = E[:n_to_fit]
         fresh = copy.copy(self)  # until all has gone well, what was fitted before stays
         fresh._fit_patches(E, random)
         if self.calibration == "leave_one_out":
-            scores = fresh._score_left_out(E)
+            fresh.calibration_scores_ = fresh._score_left_out(E)
         else:
-            scores = fresh._image_scores(calibration)
-        fresh.threshold_ = conformal_threshold(scores, self.false_alarm_rate)
-        if len(calibration):
-            fresh._absorb(calibration, random)
+            fresh.calibration_scores_ = fresh._image_scores(held_back)
+        fresh.threshold_ = conformal_threshold(fresh.calibration_scores_, self.false_alarm_rate)
+        if len(held_back):
+            fresh._absorb(held_back, random)
         self.__dict__.update(fresh.__dict__)
 
     def _image_scores(self, E: Embeddings) -> np.ndarray:

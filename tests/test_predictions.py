@@ -1,0 +1,249 @@
+"""The command predict: the table, the pictures, and what stays when something breaks."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anomalib_lite import PatchCore, _predictions, cli, load
+from anomalib_lite._predictions import unique_names
+from anomalib_lite.plotting import overlay
+
+pytest_plugins = ["cli_fixtures"]
+
+Refused = Callable[..., str]
+SIZE = (96, 64)  # width, height
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+class TestPredict:
+    def test_writes_a_table_and_pictures(
+        self, wall: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folders = [str(wall / "test/good"), str(wall / "test/scratch")]
+        assert cli.main(["predict", str(model), *folders, "-o", str(tmp_path / "out")]) == 0
+        rows = read(tmp_path / "out/scores.csv")
+        detector = load(model)
+        paths = sorted((wall / "test").rglob("*.png"))
+        found = detector.detect(paths)
+        assert [row["path"] for row in rows] == list(map(str, paths))
+        assert [np.float32(row["score"]) for row in rows] == found.scores.tolist()
+        assert {np.float32(row["threshold"]) for row in rows} == {np.float32(detector.threshold_)}
+        for row in rows:
+            above = float(row["score"]) > float(row["threshold"])
+            assert row["label"] == ("anomalous" if above else "normal")
+            assert row["reason"] == ""
+            with Image.open(tmp_path / "out" / row["overlay"]) as picture:
+                assert picture.width >= SIZE[0]
+                assert picture.height > SIZE[1]
+        assert [row["label"] for row in rows[6:]] == ["anomalous"] * 4
+        counts = [sum(row["label"] == label for row in rows) for label in ("normal", "anomalous")]
+        out, err = capsys.readouterr()
+        assert re.match(rf"10 images in .*: {counts[0]} normal, {counts[1]} anomalous", out)
+        assert err == ""
+
+    def test_the_picture_is_the_overlay(self, wall: Path, model: Path, tmp_path: Path) -> None:
+        path = wall / "test/scratch/000.png"
+        assert cli.main(["predict", str(model), str(path), "-o", str(tmp_path)]) == 0
+        detector = load(model)
+        found = detector.detect(path)
+        expected = overlay(
+            path, found.maps[0], threshold=detector.threshold_, score=float(found.scores[0])
+        )
+        with Image.open(tmp_path / "overlays/000.png") as picture:
+            assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+    def test_each_image_once_and_no_name_twice(
+        self, wall: Path, model: Path, tmp_path: Path
+    ) -> None:
+        given = [wall / "test/good", wall / "test/good/001.png", wall / "test/scratch/001.png"]
+        assert cli.main(["predict", str(model), *map(str, given), "-o", str(tmp_path)]) == 0
+        rows = read(tmp_path / "scores.csv")
+        assert len(rows) == 7
+        pictures = [row["overlay"] for row in rows]
+        assert "overlays/good-001.png" in pictures
+        assert "overlays/scratch-001.png" in pictures
+        assert sorted(pictures) == sorted(
+            f"overlays/{path.name}" for path in (tmp_path / "overlays").iterdir()
+        )
+
+    def test_no_name_twice_whatever_the_names(self) -> None:
+        names = unique_names(["a/0.png", "b/0.png", "A/0.JPG", "a-0.png", "0.png", "x/a-0-2.png"])
+        assert len({name.casefold() for name in names}) == 6
+
+    def test_a_threshold_of_ones_own(self, wall: Path, model: Path, tmp_path: Path) -> None:
+        for value, label in (("1e-3", "anomalous"), ("1000", "normal")):
+            options = ["-o", str(tmp_path), "--no-overlays", "--threshold", value]
+            assert cli.main(["predict", str(model), str(wall / "test/good"), *options]) == 0
+            rows = read(tmp_path / "scores.csv")
+            assert {row["label"] for row in rows} == {label}
+            assert {float(row["threshold"]) for row in rows} == {float(value)}
+            assert {row["overlay"] for row in rows} == {""}
+        assert not (tmp_path / "overlays").exists()
+
+    def test_small_chunks_give_the_same_table(
+        self, wall: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = ["predict", str(model), str(wall / "test/good")]
+        assert cli.main([*command, "-o", str(tmp_path / "one")]) == 0
+        sizes: list[int] = []
+        detect = PatchCore.detect
+
+        def counted(self: PatchCore, images: Any, **options: Any) -> Any:
+            sizes.append(len(images))
+            return detect(self, images, **options)
+
+        monkeypatch.setattr(PatchCore, "detect", counted)
+        monkeypatch.setattr(_predictions, "_PIXELS_AT_ONCE", 4 * SIZE[0] * SIZE[1])
+        assert cli.main([*command, "-o", str(tmp_path / "four")]) == 0
+        assert cli.main([*command, "-o", str(tmp_path / "two"), "--batch-size", "1"]) == 0
+        assert sizes == [4, 2, 2, 2, 2]
+        first, *others = (read(tmp_path / name / "scores.csv") for name in ("one", "four", "two"))
+        for rows in others:
+            assert [row["path"] for row in rows] == [row["path"] for row in first]
+            scores = [[float(row["score"]) for row in table] for table in (rows, first)]
+            np.testing.assert_allclose(*scores, rtol=1e-2)  # bfloat16 differs with the batch
+
+    def test_what_is_done_is_kept_when_one_image_breaks(
+        self,
+        wall: Path,
+        model: Path,
+        broken: dict[str, Path],
+        tmp_path: Path,
+        refused: Refused,
+    ) -> None:
+        good = sorted((wall / "test/good").iterdir())
+        files = [*good[:2], broken["cut"], *good[2:]]
+        said = refused("predict", model, *files, "-o", tmp_path / "out")
+        assert str(broken["cut"]) in said
+        assert "--on-error skip" in said
+        assert f"2 of 7 images are done and kept in {tmp_path / 'out/scores.csv'}." in said
+        assert [row["path"] for row in read(tmp_path / "out/scores.csv")] == list(
+            map(str, good[:2])
+        )
+        assert not list((tmp_path / "out").glob(".*"))
+
+    def test_an_older_table_stays_when_nothing_is_done(
+        self,
+        model: Path,
+        broken: dict[str, Path],
+        tmp_path: Path,
+        refused: Refused,
+    ) -> None:
+        (tmp_path / "scores.csv").write_text("older")
+        said = refused("predict", model, broken["1x1"], "-o", tmp_path)
+        assert "0 of 1 images are done." in said
+        assert "--on-error skip" in said
+        assert (tmp_path / "scores.csv").read_text() == "older"
+
+    def test_skips_and_lists(
+        self,
+        wall: Path,
+        model: Path,
+        broken: dict[str, Path],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        files = [wall / "test/good/000.png", *broken.values()]
+        options = ["-o", str(tmp_path / "out"), "--on-error", "skip"]
+        assert cli.main(["predict", str(model), *map(str, files), *options]) == 0
+        out, err = capsys.readouterr()
+        assert ", 4 skipped at threshold" in out
+        assert err.count("\n") == err.count("skipped: ") == 4
+        rows = read(tmp_path / "out/scores.csv")
+        assert [row["label"] for row in rows[1:]] == ["skipped"] * 4
+        for row, path in zip(rows[1:], broken.values(), strict=True):
+            assert (row["score"], row["overlay"]) == ("", "")
+            assert str(path) in row["reason"]
+            assert str(path) in err
+
+    def test_what_is_done_is_kept_after_ctrl_c(
+        self,
+        wall: Path,
+        model: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        detect, calls = PatchCore.detect, []
+
+        def interrupted(self: PatchCore, images: Any, **options: Any) -> Any:
+            calls.append(images)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return detect(self, images, **options)
+
+        monkeypatch.setattr(PatchCore, "detect", interrupted)
+        arguments = [str(model), str(wall / "test/good"), "-o", str(tmp_path), "--batch-size", "1"]
+        assert cli.main(["predict", *arguments]) == 130
+        said = capsys.readouterr().err
+        kept = f"4 of 6 images are done and kept in {tmp_path / 'scores.csv'}."
+        assert said == f"anomalib-lite: interrupted. {kept}\n"
+        assert len(read(tmp_path / "scores.csv")) == 4
+
+    def test_a_fault_of_ours_is_not_hidden(
+        self, wall: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(PatchCore, "detect", fail)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["predict", str(model), str(wall / "test/good"), "-o", str(tmp_path)])
+
+    def test_names_a_model_that_is_none(
+        self, wall: Path, model: Path, tmp_path: Path, refused: Refused
+    ) -> None:
+        cut = tmp_path / "cut.safetensors"
+        cut.write_bytes(model.read_bytes()[:-1000])
+        images, out = wall / "test/good", tmp_path / "out"
+        said = refused("predict", cut, images, "-o", out)
+        assert f"{cut} is cut short or not a model file" in said
+        said = refused("predict", tmp_path / "none", images, "-o", out)
+        assert f"model file {tmp_path / 'none'} does not exist" in said
+
+    def test_names_a_place_that_cannot_be_written(
+        self, wall: Path, model: Path, tmp_path: Path, refused: Refused
+    ) -> None:
+        (tmp_path / "file").touch()
+        images = wall / "test/good"
+        for place in (tmp_path / "file", tmp_path / "file/below"):
+            said = refused("predict", model, images, "-o", place)
+            assert f"{tmp_path / 'file'}" in said
+        (tmp_path / "overlays").touch()
+        said = refused("predict", model, images, "-o", tmp_path)
+        assert f"cannot write into {tmp_path / 'overlays'}: it is a file" in said
+
+    @pytest.mark.parametrize("threshold", ["nan", "inf", "-1"])
+    def test_names_a_threshold_that_is_none(
+        self,
+        wall: Path,
+        model: Path,
+        tmp_path: Path,
+        threshold: str,
+        refused: Refused,
+    ) -> None:
+        options = ["-o", tmp_path, "--threshold", threshold]
+        said = refused("predict", model, wall / "test/good", *options)
+        assert "predict: threshold must be a number in [0, inf)" in said
+
+    def test_pictures_need_a_threshold(
+        self, wall: Path, model: Path, tmp_path: Path, refused: Refused
+    ) -> None:
+        detector = load(model)
+        detector.threshold_ = float("inf")  # as after a fit on a single image
+        detector.save(tmp_path / "m")
+        command = ["predict", str(tmp_path / "m"), str(wall / "test/good"), "-o", str(tmp_path)]
+        said = refused(*command)
+        assert "Give one with --threshold, or go without pictures with --no-overlays" in said
+        assert cli.main([*command, "--no-overlays"]) == 0
