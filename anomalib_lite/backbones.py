@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -32,7 +33,7 @@ EMBEDDED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # On a CPU the activations of a few images at a time stay in the cache, which halves the time
 # and bounds the memory, whatever the batch size.
-_CPU_PIXELS_AT_ONCE = 8 * 256 * 256
+_PIXELS_AT_ONCE = {"cpu": 8 * 256 * 256}
 
 
 class Backbone:
@@ -71,6 +72,8 @@ class Backbone:
         Of the weights, see ``weights_sha256`` in ``_weights.py``.
     device, dtype : torch.device, torch.dtype
         What "auto" became.
+    pixels_at_once : int
+        Pixels (of all images of a call together) that this device does best with.
 
     Raises
     ------
@@ -103,6 +106,7 @@ class Backbone:
         self.where = where
         self.device = resolve_device(device, where)
         self.dtype = resolve_dtype(dtype, self.device, where)
+        self.pixels_at_once = _PIXELS_AT_ONCE.get(self.device.type, sys.maxsize)
         if isinstance(backbone, str):
             network, stages = self._from_timm(backbone, weights, state)
         elif isinstance(backbone, nn.Module):
@@ -126,6 +130,8 @@ class Backbone:
         else:
             self.layers = self._resolve_layers(chosen, network, [s["module"] for s in stages])
         self.stride = max((s["reduction"] for s in stages if s["module"] in self.layers), default=1)
+        channels = {s["module"]: s["num_chs"] for s in stages}
+        self._channels = [channels.get(name) for name in self.layers]
         self.sha256 = weights_sha256(network)
         self._origin = (backbone, weights, state)
         self._read_conventions(network)
@@ -156,34 +162,32 @@ class Backbone:
             If the network cannot take images of this size, or gives no feature maps.
         """
         height, width = pixels.shape[1:3]
-        step = len(pixels)
-        if self.device.type == "cpu":
-            step = max(1, _CPU_PIXELS_AT_ONCE // (height * width))
         scale = 255.0 if pixels.dtype == np.uint8 else 1.0
-        chunks = []
-        for start in range(0, len(pixels), step):
-            x = torch.tensor(pixels[start : start + step], device=self.device)  # a copy
-            x = x.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
-            x = x.mul_(1 / (scale * self._std)).sub_(self._mean / self._std)
-            captured = self._captured[threading.get_ident()] = {}
-            try:
-                output = self.network(x.to(self.dtype))
-            except _LastLayerReached:
-                output = [captured[name] for name in self.layers]
-            except torch.OutOfMemoryError:
-                raise
-            except (AssertionError, RuntimeError) as error:  # how networks refuse a size
-                raise InvalidValueError(
-                    f"{self.where}: the backbone cannot take images of {height}x{width}: {error}. "
-                    "Set image_size to what it was trained with."
-                ) from error
-            else:
-                output = self._own_maps(output, captured)
-            finally:
-                del self._captured[threading.get_ident()]
-            plain = all(getattr(m, "ndim", 0) == 4 for m in output) and not self._channels_last
-            chunks.append(output if plain else [self._to_map(m, height / width) for m in output])
-        return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
+        x = torch.tensor(pixels, device=self.device)  # a copy
+        x = x.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
+        x = x.mul_(1 / (scale * self._std)).sub_(self._mean / self._std)
+        captured = self._captured[threading.get_ident()] = {}
+        try:
+            output = self.network(x.to(self.dtype))
+        except _LastLayerReached:
+            output = [captured[name] for name in self.layers]
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError) as error:  # how networks refuse a size
+            raise InvalidValueError(
+                f"{self.where}: the backbone cannot take images of {height}x{width}: {error}. "
+                "Set image_size to what it was trained with."
+            ) from error
+        else:
+            output = self._own_maps(output, captured)
+        finally:
+            del self._captured[threading.get_ident()]
+        expected = self._channels or [None] * len(output)
+        shapes = [tuple(getattr(m, "shape", ())) for m in output]
+        as_announced = all(len(s) == 4 and s[1] == c for s, c in zip(shapes, expected, strict=True))
+        if as_announced and not self._channels_last:
+            return output
+        return [self._to_map(m, c, height / width) for m, c in zip(output, expected, strict=True)]
 
     def original_state(self) -> dict[str, Tensor]:
         """The weights as they were before they took on ``dtype``, read again from their source.
@@ -217,7 +221,7 @@ class Backbone:
         if len(captured) == len(self.layers):
             raise _LastLayerReached
 
-    def _to_map(self, output: Any, aspect: float) -> Tensor:
+    def _to_map(self, output: Any, channels: int | None, aspect: float) -> Tensor:
         """What a layer gives, as (B, C, h, w): tokens on their grid, channels in front."""
         if isinstance(output, Tensor) and output.ndim == 3:  # (B, prefix + h*w, C)
             prefix = int(getattr(self.network, "num_prefix_tokens", 0))
@@ -226,8 +230,10 @@ class Backbone:
             if height > 0 and n_patches % height == 0:
                 output = output[:, prefix:].transpose(1, 2)
                 output = output.reshape(*output.shape[:2], height, n_patches // height)
-        elif isinstance(output, Tensor) and output.ndim == 4 and self._channels_last:
-            output = output.permute(0, 3, 1, 2)
+        elif isinstance(output, Tensor) and output.ndim == 4:
+            last = channels not in (None, output.shape[1]) and output.shape[3] == channels
+            if last or self._channels_last:
+                output = output.permute(0, 3, 1, 2)
         if not isinstance(output, Tensor) or output.ndim != 4:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise InvalidValueError(

@@ -188,7 +188,7 @@ def load(
     try:
         detector.backbone_ = _open_backbone(detector, layers, included, path)
     except InvalidValueError as error:
-        if not included:
+        if not included or detector.backbone is None:
             raise
         raise ModelFileError(f"load: {path} is broken: {error}") from error
     if detector.backbone_.sha256 != sha256:

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from cli_fixtures import broken, model, refused, wall
+
+__all__ = ["broken", "data_dir", "model", "refused", "wall"]
 
 _DEFAULT = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 

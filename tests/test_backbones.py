@@ -509,6 +509,82 @@ def test_blocks_of_networks_with_channels_last_give_channels_first() -> None:
     assert maps.shape == (2, 32, 16, 24)
 
 
+def test_channels_last_are_seen_where_the_network_does_not_announce_them() -> None:
+    network = random_network("volo_d1_224", img_size=64, num_classes=0)
+    assert not hasattr(network, "output_fmt")
+    (maps,) = Backbone(network, layers=[0], dtype="float32")(pixels(1, 64, 64))
+    assert maps.shape == (1, 192, 8, 8)
+
+
+# --- Batch norms --------------------------------------------------------------------------
+
+
+def batch_norm(channels: int) -> nn.Module:
+    norm = nn.BatchNorm2d(channels)
+    for parameter in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.uniform_(parameter, -2, 2)
+    nn.init.uniform_(norm.running_var, 0.1, 3)
+    return norm
+
+
+class Residual(nn.Module):
+    """Uses what a convolution gives before its batch norm as well as after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), batch_norm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) + 0.3 * y
+
+
+def shrink(network: nn.Module) -> nn.Module:
+    """Makes all its convolutions give small numbers."""
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight *= 1e-3
+                module.bias *= 1e-3
+    return network
+
+
+NORMED: dict[str, Any] = {
+    "plain": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), batch_norm(4), nn.ReLU(inplace=True)),
+    "inside": lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), batch_norm(4), nn.ReLU()),
+    "after activation": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), batch_norm(4)
+    ),
+    "small after activation": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(inplace=True),
+        batch_norm(4),
+        shrink(nn.Conv2d(4, 5, 1)),
+    ),
+    "residual": lambda: nn.Sequential(Residual(), nn.Conv2d(4, 5, 1), batch_norm(5)),
+    "small residual": lambda: nn.Sequential(Residual(), shrink(nn.Conv2d(4, 5, 1))),
+    "shared": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), *[batch_norm(4)] * 2),
+    "first": lambda: nn.Sequential(batch_norm(3), nn.Conv2d(3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", NORMED)
+def test_batch_norms_count_whatever_stands_around_them(kind: str) -> None:
+    torch.manual_seed(0)
+    network = NORMED[kind]().eval()
+    x = normalised(pixels(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with torch.inference_mode():
+        steps = [x]
+        for module in network:
+            steps.append(module(steps[-1].clone()).clone())
+    assert_same_maps(Backbone(network, dtype="float32")(pixels()), steps[-1:])
+    for layer, _ in network.named_children():
+        if kind == "shared" and layer == "1":
+            continue  # one module with two outputs: which is meant cannot be said
+        got = Backbone(network, layers=[layer], dtype="float32")(pixels())
+        assert_same_maps(got, [steps[int(layer) + 1]])
+
+
 # --- Modules of one's own -----------------------------------------------------------------
 
 

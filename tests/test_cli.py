@@ -19,8 +19,6 @@ import anomalib_lite
 from anomalib_lite import PatchCore, cli, load
 from anomalib_lite._arguments import FIT_OPTIONS
 
-pytest_plugins = ["cli_fixtures"]
-
 Refused = Callable[..., str]
 FAST = ["--image-size", "64", "--coreset-ratio", "0.2", "--false-alarm-rate", "0.2"]
 

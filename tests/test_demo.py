@@ -16,8 +16,6 @@ from PIL import Image
 from anomalib_lite import cli, load
 from anomalib_lite.datasets import ELPV, elpv
 
-pytest_plugins = ["cli_fixtures"]
-
 Refused = Callable[..., str]
 
 

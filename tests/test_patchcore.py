@@ -670,6 +670,15 @@ def test_a_few_images_are_enough_to_fit_and_too_few_to_promise(n: int, calibrati
     assert detector.predict(bad(1)).tolist() == [1 if n == 1 else -1]
 
 
+@pytest.mark.parametrize("calibration", ["split", "leave_one_out"])
+def test_the_threshold_can_be_taken_again_for_another_rate(calibration: str) -> None:
+    detector = make(calibration=calibration, false_alarm_rate=0.1).fit_embeddings(embeddings(30))
+    scores = detector.calibration_scores_
+    assert (scores.shape, scores.dtype) == ((9 if calibration == "split" else 30,), np.float32)
+    assert conformal_threshold(scores, 0.1) == detector.threshold_
+    assert conformal_threshold(scores, 0.5) < detector.threshold_
+
+
 def test_enough_images_are_held_back_for_the_rate() -> None:
     E = embeddings(40)
     with warnings.catch_warnings():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -119,7 +120,11 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Patch
         env=environment | {"PYTHONPATH": str(Path(anomalib_lite.__file__).parents[1])},
         check=True,
     )
-    return {name: (d, np.load(directory / f"{name}.npz")) for name, d in fitted.items()}
+    found = {}
+    for name in fitted:
+        with np.load(directory / f"{name}.npz") as file:
+            found[name] = dict(file)
+    return {name: (detector, found[name]) for name, detector in fitted.items()}
 
 
 @pytest.mark.parametrize("name", ["embedded", "hnsw", "included"])
@@ -143,6 +148,7 @@ def test_embeddings_are_scored_alike(index: str, image_score: str, tmp_path: Pat
     again = load(str(tmp_path / "model"))
     np.testing.assert_array_equal(again.score_embeddings(asked), detector.score_embeddings(asked))
     assert again.threshold_ == detector.threshold_
+    np.testing.assert_array_equal(again.calibration_scores_, detector.calibration_scores_)
     assert again.n_features_ == 6
     assert again.memory_bank_.covering_radius_ == detector.memory_bank_.covering_radius_
     with pytest.raises(NotFittedError, match="score_embeddings"):
@@ -193,7 +199,7 @@ def test_the_file_holds_arrays_and_json_alone(saved: Path, embedded: PatchCore) 
     with safe_open(saved, "np") as file:
         assert list(file.metadata()) == [KEY]
         header = json.loads(file.metadata()[KEY])
-        assert list(file.keys()) == ["embeddings"]
+        assert sorted(file.keys()) == ["calibration_scores", "embeddings"]
         np.testing.assert_array_equal(
             file.get_tensor("embeddings"), embedded.memory_bank_.embeddings_
         )
@@ -376,6 +382,21 @@ def test_the_closest_detector_is_named(saved: Path) -> None:
 ROWS = torch.arange(12.0).reshape(3, 4)
 
 
+def without_embeddings(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != "embeddings"}
+
+
+def test_other_embeddings_of_the_right_kind_are_read(saved: Path) -> None:
+    rewrite(saved, tensors=lambda held: without_embeddings(held) | {"embeddings": ROWS})
+    np.testing.assert_array_equal(load(saved).memory_bank_.embeddings_, ROWS)
+
+
+def test_calibration_scores_are_needed(saved: Path) -> None:
+    rewrite(saved, tensors=lambda held: {"embeddings": held["embeddings"]})
+    with pytest.raises(ModelFileError, match=r"model.safetensors .*calibration_scores"):
+        load(saved)
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
@@ -393,7 +414,7 @@ ROWS = torch.arange(12.0).reshape(3, 4)
     ids=lambda t: str({k: (tuple(v.shape), v.dtype) for k, v in t.items()}),
 )
 def test_embeddings_of_the_wrong_kind_are_refused(saved: Path, tensors: dict[str, Tensor]) -> None:
-    rewrite(saved, tensors=lambda _: tensors)
+    rewrite(saved, tensors=lambda held: without_embeddings(held) | tensors)
     with pytest.raises(ModelFileError, match=r"model.safetensors"):
         load(saved)
 
@@ -488,19 +509,21 @@ def test_a_crash_while_writing_leaves_the_old_file_whole(
     assert names_in(saved.parent) == [saved.name]
 
 
-def test_a_crash_in_the_middle_of_the_bytes_leaves_the_old_file_whole(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="needs Unix resource limits")
+def test_a_disk_that_fills_up_leaves_the_old_file_whole(saved: Path) -> None:
+    import resource
+
     before = saved.read_bytes()
-
-    def half(tensors: Any, path: Path, metadata: Any) -> None:
-        save_file(tensors, path, metadata)
-        Path(path).write_bytes(Path(path).read_bytes()[:100])
-        raise SafetensorError("the disk is full")
-
-    monkeypatch.setattr(persistence, "save_file", half)
-    with pytest.raises(OutputError, match="the disk is full"):
-        make().fit_embeddings(embeddings(30, 5)).save(saved)
+    larger = make().fit_embeddings(embeddings(30, 5))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        with pytest.raises(OutputError, match="File too large"):
+            larger.save(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
     assert saved.read_bytes() == before
     assert names_in(saved.parent) == [saved.name]
 
@@ -543,9 +566,14 @@ def test_parameters_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
 # --- Files of released versions -----------------------------------------------------------
 
 
+def answers_of(name: str) -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / f"{name}.npz") as file:
+        return dict(file)
+
+
 @pytest.mark.parametrize("name", ["patchcore_v1", "patchcore_v1_hnsw"])
 def test_files_of_version_1_are_read(name: str) -> None:
-    answers = np.load(FIXTURES / f"{name}.npz")
+    answers = answers_of(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         detector = load(FIXTURES / f"{name}.safetensors")
@@ -556,7 +584,7 @@ def test_files_of_version_1_are_read(name: str) -> None:
 
 
 def test_a_file_of_version_1_scores_images() -> None:
-    answers = np.load(FIXTURES / "patchcore_v1_images.npz")
+    answers = answers_of("patchcore_v1_images")
     detector = load(FIXTURES / "patchcore_v1_images.safetensors")
     assert detector.threshold_ == float(answers["threshold"])
     found = detector.detect(answers["images"])

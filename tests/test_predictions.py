@@ -16,8 +16,6 @@ from anomalib_lite import PatchCore, _predictions, cli, load
 from anomalib_lite._predictions import unique_names
 from anomalib_lite.plotting import overlay
 
-pytest_plugins = ["cli_fixtures"]
-
 Refused = Callable[..., str]
 SIZE = (96, 64)  # width, height
 

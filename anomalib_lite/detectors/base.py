@@ -338,13 +338,8 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         skipped: list[tuple[int, str]],
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """Batches of images, each with its patch embeddings (B, h, w, D)."""
-        with tqdm(
-            total=len(source.items),
-            desc=purpose,
-            unit="image",
-            leave=False,
-            disable=None if self.verbose else True,
-        ) as bar:
+        n, quiet = len(source.items), None if self.verbose else True  # None: in a terminal only
+        with tqdm(total=n, desc=purpose, unit="image", leave=False, disable=quiet) as bar:
             for batch in iter_batches(
                 source,
                 image_size=self.image_size,
@@ -353,8 +348,14 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
                 on_error=self.on_error,
                 skipped=skipped,
             ):
-                yield batch, patch_embeddings(backbone(batch.pixels), self.fusion).cpu().numpy()
-                bar.update(len(batch.indices))
+                pixels = batch.pixels
+                step = max(1, backbone.pixels_at_once // pixels[0, :, :, 0].size)
+                parts = [
+                    patch_embeddings(backbone(pixels[i : i + step]), self.fusion).cpu().numpy()
+                    for i in range(0, len(pixels), step)
+                ]
+                yield batch, np.concatenate(parts)
+                bar.update(len(pixels))
 
     def _gather(
         self, backbone: Backbone, source: ImageSource, skipped: list[tuple[int, str]]
