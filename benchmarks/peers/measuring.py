@@ -11,7 +11,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +65,42 @@ def environment(*distributions: str) -> dict[str, Any]:
     return {"versions": versions}
 
 
-def save_predictions(
-    path: str, scores: Sequence[float] | np.ndarray, maps: Sequence[np.ndarray], bank: np.ndarray
-) -> None:
-    """Write the scores (N,), maps of any sizes and the memory bank (M, D), all float32."""
-    np.savez(
-        path,
-        scores=np.asarray(scores, dtype=np.float32),
-        shapes=np.array([m.shape for m in maps], dtype=np.int64).reshape(-1, 2),
-        maps=np.concatenate([np.asarray(m, dtype=np.float32).ravel() for m in maps]),
-        bank=np.asarray(bank, dtype=np.float32),
-    )
+class Predictions:
+    """Scores and maps of the test images; maps go to disk at once and are not kept in memory."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.positions: list[int] = []
+        self.scores: list[float] = []
+        self.shapes: list[tuple[int, ...]] = []
+        Path(f"{path}.maps").write_bytes(b"")
+
+    def add(self, positions: Iterable[int], scores: Iterable[float], maps: Iterable[Any]) -> None:
+        """Some images: their places among the test images, their scores, their maps (H, W)."""
+        with Path(f"{self.path}.maps").open("ab") as file:
+            for position, score, heatmap in zip(positions, scores, maps, strict=True):
+                array = np.ascontiguousarray(heatmap, dtype=np.float32)
+                file.write(array.tobytes())
+                self.positions.append(position)
+                self.scores.append(float(score))
+                self.shapes.append(array.shape)
+
+    def finish(self, bank: np.ndarray) -> None:
+        """Write all but the maps, and the memory bank (M, D) float32."""
+        np.savez(
+            self.path,
+            positions=np.array(self.positions),
+            scores=np.array(self.scores, dtype=np.float32),
+            shapes=np.array(self.shapes, dtype=np.int64).reshape(-1, 2),
+            bank=np.asarray(bank, dtype=np.float32),
+        )
 
 
 def load_predictions(path: str) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-    """Read back what ``save_predictions`` wrote: scores, maps, bank."""
+    """Read back what ``Predictions`` wrote, in the order of the test images: scores, maps, bank."""
     with np.load(path) as stored:
-        shapes, flat = stored["shapes"], stored["maps"]
+        shapes, order = stored["shapes"], np.argsort(stored["positions"])
+        flat = np.fromfile(f"{path}.maps", dtype=np.float32)
         ends = np.cumsum(shapes.prod(axis=1))
         maps = [m.reshape(s) for m, s in zip(np.split(flat, ends[:-1]), shapes, strict=True)]
-        return stored["scores"], maps, stored["bank"]
+        return stored["scores"][order], [maps[i] for i in order], stored["bank"]

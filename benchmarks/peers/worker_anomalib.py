@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from measuring import (
     PROCESS_START,
+    Predictions,
     Stopwatch,
     environment,
     peak_rss_mb,
     read_job,
-    save_predictions,
     write_result,
 )
 
@@ -72,7 +72,8 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
         result["peak_rss_after_fit_mb"] = peak_rss_mb()
 
         watch = Stopwatch()
-        scores, maps = run.test()
+        predictions = Predictions(job["predictions"])
+        run.test(predictions)
         result |= watch.read("test")
         result["script_s"] = time.perf_counter() - PROCESS_START
         result["script_s"] = time.perf_counter() - PROCESS_START
@@ -82,7 +83,7 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
     result["bank_shape"] = bank.shape
     result["settings"] = settings(job, model)
     result["settings"]["backbone_check_max_abs_difference"] = check_backbone(job, model)
-    save_predictions(job["predictions"], scores, maps, bank)
+    predictions.finish(bank)
     return result
 
 
@@ -132,11 +133,10 @@ class EngineRun:
         """``Engine.fit``: load, embed and keep the coreset."""
         self.engine.fit(model=self.model, datamodule=self.data)
 
-    def test(self) -> tuple[list[float], list[np.ndarray]]:
-        """``Engine.predict``; scores and maps in the order of the job's test images."""
+    def test(self, predictions: Predictions) -> None:
+        """``Engine.predict``; scores and maps go to ``predictions`` batch by batch."""
+        self.collector.predictions = predictions
         self.engine.predict(model=self.model, datamodule=self.data, return_predictions=False)
-        in_order = [self.collector.found[i] for i in range(len(self.collector.found))]
-        return [score for score, _ in in_order], [m for _, m in in_order]
 
 
 def link_images(paths: list[str], folder: Path, wanted: list[bool] | None = None) -> None:
@@ -148,19 +148,18 @@ def link_images(paths: list[str], folder: Path, wanted: list[bool] | None = None
 
 
 def collector() -> Any:
-    """Make a Lightning callback that keeps score and map of each image, by the number it bears."""
+    """Make a Lightning callback that hands on score and map of each image, by its number."""
     from lightning.pytorch import Callback
 
     class Collector(Callback):  # type: ignore[misc]
         """Keeps no images, unlike ``Engine.predict(return_predictions=True)``."""
 
-        def __init__(self) -> None:
-            self.found: dict[int, tuple[float, np.ndarray]] = {}
+        predictions: Predictions
 
         def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-            rows = zip(outputs.image_path, outputs.pred_score, outputs.anomaly_map, strict=True)
-            for path, score, anomaly_map in rows:
-                self.found[int(Path(path).stem)] = (float(score), anomaly_map.squeeze().numpy())
+            positions = [int(Path(path).stem) for path in outputs.image_path]
+            maps = outputs.anomaly_map.squeeze(1).numpy()
+            self.predictions.add(positions, outputs.pred_score.tolist(), maps)
 
     return Collector()
 
@@ -186,19 +185,16 @@ class BareRun:
                 self.model.model(self.batch(self.job["train"], start))
             self.model.fit()
 
-    def test(self) -> tuple[list[float], list[np.ndarray]]:
-        """Scores and maps in the order of the job's test images."""
+    def test(self, predictions: Predictions) -> None:
+        """Score the test images; scores and maps go to ``predictions`` batch by batch."""
         import torch
 
         self.model.eval()
-        scores: list[float] = []
-        maps: list[np.ndarray] = []
         with torch.inference_mode():
             for start in range(0, len(self.job["test"]), self.job["batch_size"]):
                 found = self.model.model(self.batch(self.job["test"], start))
-                scores += found.pred_score.tolist()
-                maps += list(found.anomaly_map.squeeze(1).numpy())
-        return scores, maps
+                scores, maps = found.pred_score.tolist(), found.anomaly_map.squeeze(1).numpy()
+                predictions.add(range(start, start + len(scores)), scores, maps)
 
     def batch(self, paths: list[str], start: int) -> torch.Tensor:
         """Read and pre-process one batch with anomalib's own functions."""

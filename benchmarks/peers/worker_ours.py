@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from measuring import (
     PROCESS_START,
+    Predictions,
     Stopwatch,
     environment,
     peak_rss_mb,
     read_job,
-    save_predictions,
     write_result,
 )
 
@@ -61,7 +61,11 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
     result["peak_rss_after_fit_mb"] = peak_rss_mb()
 
     watch = Stopwatch()
-    detections = detector.detect(job["test"])
+    predictions, test = Predictions(job["predictions"]), job["test"]
+    for start in range(0, len(test), 2 * job["batch_size"]):
+        positions = range(start, min(start + 2 * job["batch_size"], len(test)))
+        detections = detector.detect([test[i] for i in positions])
+        predictions.add(positions, detections.scores, detections.maps)
     result |= watch.read("test")
     result["script_s"] = time.perf_counter() - PROCESS_START
     result["peak_rss_mb"] = peak_rss_mb()  # before anything is stacked, saved or scored
@@ -69,7 +73,7 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
     bank = np.asarray(detector.memory_bank_.embeddings_)
     result["bank_shape"] = bank.shape
     result["settings"] = settings(detector)
-    save_predictions(job["predictions"], detections.scores, list(detections.maps), bank)
+    predictions.finish(bank)
     return result
 
 
