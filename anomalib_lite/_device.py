@@ -17,14 +17,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def resolve_device(device: str | torch.device, where: str) -> torch.device:
     """The device that a parameter means; InvalidValueError if it is not here."""
-    if isinstance(device, torch.device):
-        return device
     kind = str(device).split(":")[0]
     check_choice("device", kind, DEVICES, where)
     if kind == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
+    number = str(device).partition(":")[2]
+    too_far = kind == "cuda" and number.isdigit() and int(number) >= torch.cuda.device_count()
+    if too_far or (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
         raise InvalidValueError(
             f"{where}: device={device!r} is not available on this machine. Use device='cpu'."
         )

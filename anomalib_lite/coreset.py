@@ -316,7 +316,10 @@ def _pick_from_pool(rows: _Rows, picks: np.ndarray, n_picked: int) -> int:
     while n_picked < len(picks):
         farthest = int(pool_sq.argmax())
         # The first pick is the farthest of all rows, even if it ties with one outside.
-        if n_picked > first and pool_sq[farthest] <= outside:
+        # Where nothing but twins of centres is left, any order is as good.
+        if n_picked > first and pool_sq[farthest] <= outside and outside > 0:
+            break
+        if pool_sq[farthest] < 0:
             break
         picks[n_picked] = pool[farthest]
         n_picked += 1

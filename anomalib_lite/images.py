@@ -211,7 +211,7 @@ class ImageSource(Sequence[np.ndarray]):
             image = image.astype(np.float32) / np.float32(65535)
         if image.dtype.kind == "f":
             image = self._check_floats(image, name)
-        image = np.ascontiguousarray(np.broadcast_to(image[..., :3], (height, width, 3)))
+        image = np.ascontiguousarray(np.broadcast_to(image[..., :3], (*image.shape[:2], 3)))
         return Image.fromarray(image) if image.dtype == np.uint8 else image
 
     def _to_array(self, image: Any, name: str) -> np.ndarray:

@@ -125,8 +125,7 @@ class MemoryBank(BaseEstimator):
 
         Returns
         -------
-        MemoryBank
-            Itself. A trained index is extended, not trained again.
+        MemoryBank: itself. A trained index is extended, not trained again.
 
         Raises
         ------
@@ -160,8 +159,7 @@ class MemoryBank(BaseEstimator):
 
         Returns
         -------
-        MemoryBank
-            Itself, smaller, with ``covering_radius_`` set.
+        MemoryBank: itself, smaller, with ``covering_radius_`` set.
 
         Raises
         ------
@@ -340,6 +338,7 @@ class MemoryBank(BaseEstimator):
                 ) from error
         self.embeddings_ = X
         self.index_ = index
+        self.__dict__.pop("covering_radius_", None)  # it was that of another bank
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
         try:
@@ -364,7 +363,8 @@ def check_index(index: object, where: str) -> None:
             raise RuntimeError("not a string")
         # Whether FAISS can build it may depend on the dimension, which is not known yet: take one
         # that all numbers in the string divide.
-        dimension = math.lcm(*(int(n) for n in re.findall("[1-9][0-9]*", index)))
+        dividing = re.sub("(IVF|HNSW)[0-9]+", "", index)
+        dimension = math.lcm(*(int(n) for n in re.findall("[1-9][0-9]*", dividing)))
         faiss.index_factory(min(dimension, 65536), index)
     except RuntimeError as error:
         raise InvalidValueError(

@@ -65,10 +65,11 @@ def save(
     -----
     The file is a safetensors file. Its metadata have one key, ``anomalib_lite``, which holds
     JSON: ``format_version``, ``library_version``, ``detector`` (class name), ``parameters``
-    (every constructor argument), ``backbone`` (layers, stride, number type and SHA-256 of the
-    weights; null after ``fit_embeddings``) and ``state`` (threshold and the rest). Its tensors
-    are ``calibration_scores`` (n,) and the detector's arrays: for PatchCore ``embeddings``
-    (M, D) float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``.
+    (every constructor argument), ``backbone`` (layers, stride, mean and deviation of the pixels,
+    number type and SHA-256 of the weights; null after ``fit_embeddings``) and ``state``
+    (threshold and the rest). Its tensors are ``calibration_scores`` (n,) and the detector's
+    arrays: for PatchCore ``embeddings`` (M, D) float32, and ``index``, the bytes of a trained
+    FAISS index, unless it is ``"flat"``.
 
     Examples
     --------
@@ -102,6 +103,8 @@ def save(
         header["backbone"] = {
             "layers": backbone.layers,
             "stride": backbone.stride,
+            "mean": backbone.mean,
+            "std": backbone.std,
             "dtype": detector.dtype_,
             "sha256": backbone.sha256,
         }
@@ -197,6 +200,13 @@ def load(
             f"those found here ({detector.backbone_.sha256[:12]}...). Give the right file with "
             "load(path, weights=...), save with include_backbone=True, or fit again."
         )
+    for key in ("mean", "std", "stride"):
+        here, then = getattr(detector.backbone_, key), fitted_with.get(key)
+        if then != here:
+            raise ModelFileError(
+                f"load: {path} was fitted with {key} {then} of the backbone, here it is {here}. Use "
+                "the version of timm, or the module, that it was fitted with."
+            )
     detector.dtype_ = str(detector.backbone_.dtype).removeprefix("torch.")
     return detector
 

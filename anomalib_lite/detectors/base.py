@@ -151,10 +151,7 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         return self.detect(images).maps
 
     def predict(self, images: Any) -> np.ndarray:
-        """Scikit-learn's outlier convention: +1 for normal, -1 for anomalous (or skipped).
-
-        Takes images as :meth:`fit` does and gives an ndarray of shape (N,), int64.
-        """
+        """+1 for normal, -1 for anomalous (or skipped), as in scikit-learn: (N,) int64."""
         return np.where(self.detect(images, maps=False).labels, -1, 1)
 
     def score_samples(self, images: Any) -> np.ndarray:
@@ -354,7 +351,13 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
                     patch_embeddings(backbone(pixels[i : i + step]), self.fusion).cpu().numpy()
                     for i in range(0, len(pixels), step)
                 ]
-                yield batch, np.concatenate(parts)
+                embeddings = np.concatenate(parts)
+                if not np.isfinite(embeddings).all():
+                    raise InvalidValueError(
+                        f"{type(self).__name__}: the backbone gives NaN or infinity in "
+                        f"{backbone.dtype}. Use dtype='float32'."
+                    )
+                yield batch, embeddings
                 bar.update(len(pixels))
 
     def _gather(
@@ -369,10 +372,10 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
 
     def _fit_and_calibrate(self, E: Embeddings, random: np.random.RandomState) -> None:
         n_to_fit = len(E) - self._n_held_back(len(E))
-        held_back = E[n_to_fit:]
+        held_back: Any = E[n_to_fit:]
         if isinstance(E, list):  # moved, so that nothing is in memory twice
             del E[n_to_fit:]
-            E, held_back = stack_embeddings(E), stack_embeddings(list(held_back))
+            E, held_back = stack_embeddings(E), stack_embeddings(held_back)
         else:
             E = E[:n_to_fit]
         fresh = copy.copy(self)  # until all has gone well, what was fitted before stays
