@@ -204,8 +204,8 @@ def load(
         here, then = getattr(detector.backbone_, key), fitted_with.get(key)
         if then != here:
             raise ModelFileError(
-                f"load: {path} was fitted with {key} {then} of the backbone, here it is {here}. Use "
-                "the version of timm, or the module, that it was fitted with."
+                f"load: {path} was fitted with {key} {then} of the backbone, here it is {here}. "
+                "Use the version of timm, or the module, that it was fitted with."
             )
     detector.dtype_ = str(detector.backbone_.dtype).removeprefix("torch.")
     return detector

@@ -26,7 +26,7 @@ from anomalib_lite.anomaly_map import anomaly_maps
 from anomalib_lite.backbones import ENGINES, Backbone
 from anomalib_lite.calibration import calibration_size, conformal_threshold
 from anomalib_lite.detectors.detections import Detections
-from anomalib_lite.detectors.embeddings import Embeddings, stack, stack_embeddings, take
+from anomalib_lite.detectors.embeddings import Embeddings, gather, stack, stack_embeddings, take
 from anomalib_lite.errors import InvalidValueError, NotFittedError
 from anomalib_lite.fusion import STRATEGIES, patch_embeddings
 from anomalib_lite.images import ImageSource, iter_batches
@@ -94,12 +94,13 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         random = check_random_state(self.random_state)
         order = self._order(len(source), random)
         skipped: list[tuple[int, str]] = []
-        grids = self._gather(backbone, source.take(order), skipped)
-        if not grids:
+        batches = self._embed(backbone, source.take(order), "fit", skipped)
+        embeddings = gather(len(source), ((batch.indices, E) for batch, E in batches))
+        if len(embeddings) == 0:
             raise InvalidValueError(
                 f"{where}: none of {len(source)} images could be used; the first: {skipped[0][1]}"
             )
-        self._fit_and_calibrate(grids, random)
+        self._fit_and_calibrate(embeddings, random)
         self.backbone_ = backbone
         self.dtype_ = str(backbone.dtype).removeprefix("torch.")
         self.skipped_ = [(source.names[i], r) for i, r in sorted((order[i], r) for i, r in skipped)]
@@ -359,16 +360,6 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
                     )
                 yield batch, embeddings
                 bar.update(len(pixels))
-
-    def _gather(
-        self, backbone: Backbone, source: ImageSource, skipped: list[tuple[int, str]]
-    ) -> list[np.ndarray]:
-        """The embeddings (h, w, D) of all images, in their order."""
-        grids: list[Any] = [None] * len(source)
-        for batch, embeddings in self._embed(backbone, source, "fit", skipped):
-            for index, grid in zip(batch.indices, embeddings, strict=True):
-                grids[index] = grid.copy()  # its own memory, that can be given back alone
-        return [grid for grid in grids if grid is not None]
 
     def _fit_and_calibrate(self, E: Embeddings, random: np.random.RandomState) -> None:
         n_to_fit = len(E) - self._n_held_back(len(E))

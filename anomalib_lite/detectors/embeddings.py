@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Embeddings", "rows_of", "stack", "stack_embeddings", "take"]
+__all__ = ["Embeddings", "gather", "rows_of", "stack", "stack_embeddings", "take"]
 
 # (N, h, w, D) float32, or a list of N arrays (h, w, D) where images have different sizes.
 Embeddings = np.ndarray | list[np.ndarray]
@@ -25,6 +26,24 @@ def stack(arrays: list[Any]) -> Any:
 def take(E: Embeddings, indices: np.ndarray) -> Embeddings:
     """The embeddings of some of the images."""
     return E[indices] if isinstance(E, np.ndarray) else [E[i] for i in indices]
+
+
+def gather(n: int, batches: Iterable[tuple[list[int], np.ndarray]]) -> Embeddings:
+    """Embeddings of up to ``n`` images, by their indices; those that never came are left out."""
+    grids: dict[int, np.ndarray] = {}
+    whole = np.empty((n, 0, 0, 0), np.float32)
+    for indices, embeddings in batches:
+        if not grids:  # room for all, in the hope that they have one size; not touched yet
+            whole = np.empty((n, *embeddings.shape[1:]), np.float32)
+        for index, grid in zip(indices, embeddings, strict=True):
+            if grid.shape == whole.shape[1:]:
+                whole[index] = grid
+                grids[index] = whole[index]
+            else:
+                grids[index] = grid.copy()
+    if len(grids) == n and all(grid.base is whole for grid in grids.values()):
+        return whole
+    return [grids[index] for index in sorted(grids)]
 
 
 def stack_embeddings(grids: list[np.ndarray]) -> Embeddings:
