@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
+from anomalib_lite import coreset
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.coreset import METHODS, covering_radius, greedy_k_center, select_coreset
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
@@ -293,3 +294,15 @@ def test_other_number_types_are_converted_and_nothing_is_changed() -> None:
     kept = floats.copy()
     select_coreset(floats, 10, existing=floats[:4], random_state=0)
     np.testing.assert_array_equal(floats, kept)
+
+
+def test_many_twins_take_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    X = np.repeat(rng.normal(size=(40, 6)).astype(np.float32), 150, axis=0)  # (6000, 6)
+    passes = []
+    pick = coreset._pick_from_pool
+    monkeypatch.setattr(coreset, "_pick_from_pool", lambda *a: passes.append(1) or pick(*a))
+    indices = coreset.greedy_k_center(X, 600, random_state=0)
+    assert len(set(indices.tolist())) == 600
+    assert coreset.covering_radius(X, X[indices]) == pytest.approx(0, abs=1e-2)
+    assert len(passes) < 60

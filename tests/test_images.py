@@ -560,3 +560,14 @@ def test_skipping_can_leave_nothing(tmp_path: Path) -> None:
     skipped: list[tuple[int, str]] = []
     assert batches([tmp_path / "gone.png"] * 9, on_error="skip", skipped=skipped) == []
     assert len(skipped) == 9
+
+
+def test_a_rotated_image_of_16_bits_keeps_its_size(tmp_path: Path) -> None:
+    array = np.arange(20 * 30, dtype=np.uint16).reshape(20, 30) * 100
+    image = Image.fromarray(array)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    image.save(tmp_path / "a.png", exif=exif)
+    (decoded,) = ImageSource([tmp_path / "a.png"])
+    assert decoded.shape == (30, 20, 3)
+    np.testing.assert_allclose(decoded[..., 0], np.rot90(array, -1) / 65535, atol=1e-6)

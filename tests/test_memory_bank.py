@@ -15,6 +15,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from anomalib_lite import MemoryBank
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
+from anomalib_lite.memory_bank import check_index
 
 
 def data(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -332,3 +333,15 @@ def test_an_empty_bank_says_so() -> None:
         with pytest.raises(NotFittedError, match=r"the bank is empty. Call fit") as caught:
             ask(MemoryBank())
         assert isinstance(caught.value, SklearnNotFittedError)
+
+
+@pytest.mark.parametrize("index", ["PQ19", "IVF4096,PQ76", "OPQ19_76,IVF16,PQ19", "HNSW32,Flat"])
+def test_an_index_is_not_refused_for_numbers_that_divide_nothing(index: str) -> None:
+    check_index(index, "test")
+
+
+def test_a_bank_filled_anew_forgets_its_covering_radius() -> None:
+    X = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    bank = MemoryBank().fit(X).subsample(0.5, random_state=0)
+    assert bank.covering_radius_ > 0
+    assert not hasattr(bank.fit(X), "covering_radius_")

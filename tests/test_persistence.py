@@ -237,8 +237,21 @@ def test_the_layers_are_those_fitted_with_whatever_the_default_has_become(tmp_pa
     model = tmp_path / "model.safetensors"
     make(backbone="test_resnet", weights=weights).fit(images(12)).save(model)
     assert load(model).backbone_.layers == ["layer2", "layer3"]
-    rewrite(model, header=lambda h: h | {"backbone": h["backbone"] | {"layers": ["layer1"]}})
+    other = make(backbone="test_resnet", weights=weights, layers=["layer1"]).fit(images(12))
+    described = {"layers": ["layer1"], "stride": other.backbone_.stride}
+    rewrite(model, header=lambda h: h | {"backbone": h["backbone"] | described})
     assert load(model).backbone_.layers == ["layer1"]
+
+
+@pytest.mark.parametrize("changed", [{"mean": [0.1, 0.2, 0.3]}, {"std": None}, {"stride": 3}])
+def test_another_preprocessing_than_fitted_with_is_refused(
+    changed: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tmp_path / "model.safetensors"
+    make().fit(images(12)).save(model)
+    rewrite(model, header=lambda h: h | {"backbone": h["backbone"] | changed})
+    with pytest.raises(ModelFileError, match=f"was fitted with {next(iter(changed))} "):
+        load(model)
 
 
 class Own(nn.Module):
