@@ -230,7 +230,7 @@ def table(page: str, first_cell: str) -> list[list[str]]:
 def test_default_layers() -> None:
     for name, layers, n_features, pixels in table("backbones.md", "backbone"):
         with torch.device("meta"):  # the structure alone
-            network = timm.create_model(EMBEDDED.get(name, name), features_only=True)
+            network = timm.create_model(EMBEDDED.get(name, (name,))[0], features_only=True)
         info = network.feature_info.info
         chosen = [stage for stage in info if stage["module"] in _default_layers(info)]
         assert [stage["module"] for stage in chosen] == layers.split(", "), name
