@@ -15,27 +15,18 @@ References
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
 from sklearn.utils import check_random_state
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from anomalib_lite._validation import check_choice, check_int, check_matrix
+from anomalib_lite import _k_center
+from anomalib_lite._validation import check_choice, check_int, check_matrix, check_number
 from anomalib_lite.errors import InvalidValueError
 
-__all__ = ["Coreset", "covering_radius", "greedy_k_center", "select_coreset"]
-
-# Rows compared with the new centres at once: small enough to stay in a core's cache.
-_BLOCK_ROWS = 2048
-# Farthest rows among which centres are picked before all the others are brought up to date.
-_POOL_ROWS = 1024
+__all__ = ["Coreset", "coreset_size", "covering_radius", "greedy_k_center", "select_coreset"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +52,7 @@ def select_coreset(
     method: str = "greedy",
     random_state: int | np.random.RandomState | None = None,
     existing: np.ndarray | None = None,
+    device: str = "cpu",
     progress: bool = False,
 ) -> Coreset:
     """Choose ``n_samples`` rows of ``X`` that stand for all of it.
@@ -81,6 +73,9 @@ def select_coreset(
     existing : array of shape (M, D), float32, optional
         Centres that are already there: rows near them need not be picked, and the covering
         radius counts them. Only with ``"greedy"``.
+    device : str, default="cpu"
+        Device of torch on which ``"greedy"`` computes, such as ``"cuda"``, and on which there
+        must be room for ``X``.
     progress : bool, default=False
         Show a progress bar (only in a terminal).
 
@@ -112,7 +107,7 @@ def select_coreset(
             )
         existing = check_matrix("existing", existing, where, n_features=X.shape[1])
     random = check_random_state(random_state)
-    return METHODS[method](X, n_samples, random, existing, progress)
+    return METHODS[method](X, n_samples, random, existing, device, progress)
 
 
 def greedy_k_center(
@@ -201,68 +196,19 @@ def covering_radius(X: np.ndarray, centers: np.ndarray) -> float:
     """
     X = check_matrix("X", X, "covering_radius")
     centers = check_matrix("centers", centers, "covering_radius", n_features=X.shape[1])
-    with _workers() as executor:
-        rows = _Rows(X, executor)
-        rows.meet(centers)
-        return rows.radius()
+    return _k_center.radius(X, centers)
 
 
-@dataclass
-class _Rows:
-    """All rows and, for each, the squared distance to its nearest centre so far."""
-
-    X: np.ndarray  # (N, D)
-    executor: ThreadPoolExecutor
-    mean: np.ndarray = field(init=False)  # (D,)
-    sq_norms: np.ndarray = field(init=False)  # (N,), of the centred rows
-    sq_distances: np.ndarray = field(init=False)  # (N,)
-
-    def __post_init__(self) -> None:
-        # |x - c|^2 = |x|^2 + |c|^2 - 2 x.c cancels badly where norms are larger than
-        # distances; centred data have the smallest norms.
-        self.mean = self.X.mean(axis=0, dtype=np.float64).astype(np.float32)
-        self.sq_norms = np.empty(len(self.X), np.float32)
-        self.sq_distances = np.full(len(self.X), np.inf, np.float32)
-        self._each_block(self._norms)
-
-    def _each_block(self, work: object, *args: object) -> None:
-        starts = range(0, len(self.X), _BLOCK_ROWS)
-        blocks = [slice(start, start + _BLOCK_ROWS) for start in starts]
-        for _ in self.executor.map(lambda block: work(block, *args), blocks):  # type: ignore[operator]
-            pass
-
-    def _norms(self, block: slice) -> None:
-        x = self.X[block] - self.mean
-        self.sq_norms[block] = np.einsum("nd,nd->n", x, x)
-
-    def meet(self, centers: np.ndarray) -> None:
-        """Let every row know the new ``centers`` (M, D)."""
-        for start in range(0, len(centers), _BLOCK_ROWS):
-            c = centers[start : start + _BLOCK_ROWS] - self.mean  # (m, D)
-            self._each_block(self._nearest, -2 * c.T, np.einsum("md,md->m", c, c))
-
-    def _nearest(self, block: slice, minus_two_c: np.ndarray, c_sq_norms: np.ndarray) -> None:
-        sq = (self.X[block] - self.mean) @ minus_two_c  # (B, m)
-        sq += c_sq_norms
-        nearest = sq.min(axis=1)
-        nearest += self.sq_norms[block]
-        np.maximum(nearest, 0, out=nearest)  # rounding may go below
-        np.minimum(self.sq_distances[block], nearest, out=self.sq_distances[block])
-
-    def radius(self) -> float:
-        return float(np.sqrt(max(self.sq_distances.max(), np.float32(0))))
-
-
-@contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """One thread a core, each with a BLAS of one thread.
-
-    Blocks are then centred, multiplied and reduced in parallel; a BLAS of many threads would
-    leave all but the product to one core.
-    """
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n_cores) as executor:
-        yield executor
+def coreset_size(amount: float | int, n: int, name: str, where: str) -> int:
+    """Number of rows that a share (float) or a number (int) of ``n`` rows is."""
+    if isinstance(amount, int | np.integer) and not isinstance(amount, bool):
+        return check_int(name, amount, where, low=1, high=n)
+    size = round(check_number(name, amount, where, "(0, 1]") * n)
+    if size < 1:
+        raise InvalidValueError(
+            f"{where}: {name}={amount:g} of {n} patches keeps none. Ask for at least {1 / n:.2g}."
+        )
+    return size
 
 
 def _greedy(
@@ -270,66 +216,18 @@ def _greedy(
     n_samples: int,
     random: np.random.RandomState,
     existing: np.ndarray | None,
+    device: str,
     progress: bool,
 ) -> Coreset:
-    picks = np.empty(n_samples, np.int64)
-    with (
-        _workers() as executor,
-        tqdm(
-            total=n_samples,
-            desc="coreset",
-            unit="patch",
-            leave=False,
-            disable=None if progress else True,
-        ) as bar,
-    ):
-        rows = _Rows(X, executor)
-        done = n_picked = 0
-        if existing is None:
-            picks[0] = random.randint(len(X))
-            n_picked = 1
-        else:
-            rows.meet(existing)
-        while True:
-            rows.meet(X[picks[done:n_picked]])
-            # Rounding leaves a centre some way from itself; it must never be picked again.
-            rows.sq_distances[picks[done:n_picked]] = -1
-            bar.update(n_picked - done)
-            done = n_picked
-            if n_picked == n_samples:
-                return Coreset(picks, rows.radius())
-            n_picked = _pick_from_pool(rows, picks, n_picked)
-
-
-def _pick_from_pool(rows: _Rows, picks: np.ndarray, n_picked: int) -> int:
-    """Extend ``picks`` while the pool alone decides; return how many there are then."""
-    sq_distances = rows.sq_distances
-    if len(sq_distances) > _POOL_ROWS:
-        order = np.argpartition(sq_distances, -_POOL_ROWS - 1)
-        pool, outside = order[-_POOL_ROWS:], sq_distances[order[-_POOL_ROWS - 1]]
-    else:
-        pool, outside = np.arange(len(sq_distances)), np.float32(-1)
-    pool = np.sort(pool)  # ties go to the lower index, as in the plain greedy
-    x = rows.X[pool] - rows.mean  # (P, D)
-    sq_norms, pool_sq = rows.sq_norms[pool], sq_distances[pool]
-    first = n_picked
-    while n_picked < len(picks):
-        farthest = int(pool_sq.argmax())
-        # The first pick is the farthest of all rows, even if it ties with one outside.
-        # Where nothing but twins of centres is left, any order is as good.
-        if n_picked > first and pool_sq[farthest] <= outside and outside > 0:
-            break
-        if pool_sq[farthest] < 0:
-            break
-        picks[n_picked] = pool[farthest]
-        n_picked += 1
-        sq = x @ (-2 * x[farthest])  # (P,)
-        sq += sq_norms
-        sq += sq_norms[farthest]
-        np.maximum(sq, 0, out=sq)
-        np.minimum(pool_sq, sq, out=pool_sq)
-        pool_sq[farthest] = -1
-    return n_picked
+    first = int(random.randint(len(X))) if existing is None else -1
+    with tqdm(
+        total=n_samples,
+        desc="coreset",
+        unit="patch",
+        leave=False,
+        disable=None if progress else True,
+    ) as bar:
+        return Coreset(*_k_center.greedy(X, n_samples, first, existing, bar, device))
 
 
 def _random(
@@ -337,6 +235,7 @@ def _random(
     n_samples: int,
     random: np.random.RandomState,
     existing: np.ndarray | None,
+    device: str,
     progress: bool,
 ) -> Coreset:
     indices = random.permutation(len(X))[:n_samples]
@@ -348,6 +247,7 @@ def _kmeans(
     n_samples: int,
     random: np.random.RandomState,
     existing: np.ndarray | None,
+    device: str,
     progress: bool,
 ) -> Coreset:
     kmeans = faiss.Kmeans(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Any, Self
 
 import faiss
@@ -11,23 +9,22 @@ import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
-from anomalib_lite._validation import (
-    check_choice,
-    check_int,
-    check_matrix,
-    check_number,
-    closest,
-)
-from anomalib_lite.coreset import select_coreset
+from anomalib_lite import _faiss_index, _int8
+from anomalib_lite._faiss_index import check_index
+from anomalib_lite._int8_index import Int8Index
+from anomalib_lite._validation import check_choice, check_int, check_matrix
+from anomalib_lite.coreset import coreset_size, select_coreset
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
 
 __all__ = ["MemoryBank", "check_index"]
 
-ALGORITHMS = ("auto", "faiss")
+ALGORITHMS = ("auto", "faiss", "int8")
 
-_WELL_KNOWN = ("flat", "HNSW32", "IVF64,Flat", "IVF256,Flat", "SQ8", "PQ8", "IVF64,PQ8")
 # Queries whose distances are computed at once: bounds the (queries, k, D) array.
 _BLOCK_QUERIES = 4096
+# Products of numbers in a search below which the preparation of 8-bit ones does not pay, and below
+# which it does not pay to import torch for them.
+_MANY, _VERY_MANY = 10**9, 10**12
 
 
 class MemoryBank(BaseEstimator):
@@ -41,8 +38,17 @@ class MemoryBank(BaseEstimator):
         ``"flat"`` searches exactly. Anything else is a FAISS index-factory string, such as
         ``"HNSW32"``, ``"IVF64,Flat"`` or ``"PQ16"``: which neighbours are found is then
         approximate, while how far they are is still exact.
-    algorithm : {"auto", "faiss"}, default="auto"
-        Who searches. Both mean FAISS at present.
+    algorithm : {"auto", "faiss", "int8"}, default="auto"
+        Who searches a flat index: ``"faiss"``, in float32; or ``"int8"``, which rules out most
+        rows by products of 8-bit integers and computes the others in float32. Both find the
+        same neighbours. ``"auto"`` takes ``"int8"`` for large searches where the processor
+        has instructions for it (AVX-512 VNNI, AMX), which is about three times as fast there.
+    nprobe : int, optional
+        For an index of kind ``"IVF..."``: cells looked into (FAISS: 1).
+    ef_search : int, optional
+        For an index of kind ``"HNSW..."``: rows kept in view on the walk (FAISS: 16).
+    device : str, default="cpu"
+        Device of torch that holds and searches a flat index, such as ``"cuda"``.
 
     Attributes
     ----------
@@ -64,6 +70,11 @@ class MemoryBank(BaseEstimator):
     neighbours are nearest; their distances are then computed from the differences, and rooted.
     A query that an approximate index finds too few neighbours for is searched exactly.
 
+    With ``"int8"``, the distance of a query to a row is known from the 8-bit product up to an
+    error that has a certain bound (see ``_int8.py``). A row is left out only if it is farther
+    than ``k`` others whatever the errors, so the search is exact; how many rows are left shows
+    in time alone.
+
     References
     ----------
     Douze et al., "The Faiss library", 2024.
@@ -82,13 +93,24 @@ class MemoryBank(BaseEstimator):
     index_: Any
     n_features_in_: int
     covering_radius_: float
+    _quick: Any  # what searches a flat index instead of FAISS, once there is much to search
 
     def __init__(
-        self, n_neighbors: int = 9, *, index: str = "flat", algorithm: str = "auto"
+        self,
+        n_neighbors: int = 9,
+        *,
+        index: str = "flat",
+        algorithm: str = "auto",
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+        device: str = "cpu",
     ) -> None:
         self.n_neighbors = n_neighbors
         self.index = index
         self.algorithm = algorithm
+        self.nprobe = nprobe
+        self.ef_search = ef_search
+        self.device = device
 
     def fit(self, X: Any, y: object = None) -> Self:
         """Fill the bank with ``X``, forgetting what was there.
@@ -107,12 +129,18 @@ class MemoryBank(BaseEstimator):
         Raises
         ------
         InvalidValueError
-            For embeddings of the wrong shape or not finite, an unknown index or algorithm, or
-            too few rows to train the index on.
+            For embeddings of the wrong shape or not finite, an unknown index or algorithm, an
+            algorithm or a device that is not to be had here, an ``nprobe`` or ``ef_search``
+            that the index does not have, or too few rows to train the index on.
         """
         check_int("n_neighbors", self.n_neighbors, "MemoryBank", low=1)
         check_choice("algorithm", self.algorithm, ALGORITHMS, "MemoryBank")
         check_index(self.index, "MemoryBank")
+        if self.algorithm == "int8" and not _int8.is_fast_here():
+            raise InvalidValueError(
+                "MemoryBank: algorithm='int8' needs a processor with AVX-512 VNNI or AMX. Use "
+                "algorithm='auto'."
+            )
         self._remember(self._validated(X, reset=True))
         return self
 
@@ -136,6 +164,7 @@ class MemoryBank(BaseEstimator):
             return self.fit(X)
         X = self._validated(X, reset=False)
         self.embeddings_ = np.concatenate([self.embeddings_, X])
+        self._quick = None
         if self.index_ is not None:
             self.index_.add(X)
         return self
@@ -218,26 +247,68 @@ class MemoryBank(BaseEstimator):
         return (distances, indices) if return_distance else indices
 
     def search(self, X: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """:meth:`kneighbors` for callers who know their array: (Q, D) float32, contiguous.
+        """:meth:`kneighbors` for callers who know their array: (Q, D) float32, contiguous."""
+        if self.index_ is not None:
+            indices = np.asarray(self.index_.search(X, k)[1])
+        elif self.device == "cpu" and len(X) * self.embeddings_.size < _MANY:
+            indices = np.asarray(faiss.knn(X, self.embeddings_, k)[1])
+        else:
+            indices = self._search_much(X, k)
+        short = (indices < 0).any(axis=1)  # inverted lists may hold fewer than k
+        if short.any():
+            indices[short] = faiss.knn(X[short], self.embeddings_, k)[1]
+        return self._rank(X, indices)
+
+    def _search_much(self, X: np.ndarray, k: int) -> np.ndarray:
+        """Indices by whatever is quickest for many queries of a large flat index."""
+        if self._quick is None:
+            if self.device != "cpu":
+                from anomalib_lite._on_device import DeviceIndex  # it needs torch
+
+                self._quick = DeviceIndex(self.embeddings_, self.device)
+            elif self._wants_int8(len(X)) and _int8.can_hold(self.embeddings_):
+                self._quick = Int8Index(self.embeddings_)
+            else:
+                return np.asarray(faiss.knn(X, self.embeddings_, k)[1])
+        return np.asarray(self._quick.search(X, k))
+
+    def _wants_int8(self, n_queries: int) -> bool:
+        if self.algorithm == "auto":
+            return _int8.pays(n_queries * self.embeddings_.size > _VERY_MANY)
+        return self.algorithm == "int8"
+
+    def recall(self, X: Any, n_neighbors: int | None = None) -> float:
+        """How many of the true nearest neighbours an approximate index finds.
 
         Parameters
         ----------
-        X : ndarray of shape (Q, D), float32
-        k : int
+        X : array of shape (Q, D), float32
+            Queries like those to come.
+        n_neighbors : int, optional
+            By default the ``n_neighbors`` of the bank.
 
         Returns
         -------
-        distances : ndarray of shape (Q, k), float32
-        indices : ndarray of shape (Q, k), int64
+        float
+            Share of the Q * k true neighbours that are found, 0 to 1. A row as near as the
+            last true neighbour counts as found.
+
+        Raises
+        ------
+        NotFittedError, InvalidValueError
+            As :meth:`kneighbors`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> X = np.random.default_rng(0).normal(size=(500, 8)).astype("float32")
+        >>> MemoryBank(1, index="IVF16,Flat", nprobe=16).fit(X).recall(X)
+        1.0
         """
-        if self.index_ is None:
-            indices = np.asarray(faiss.knn(X, self.embeddings_, k)[1])
-        else:
-            indices = np.asarray(self.index_.search(X, k)[1])
-            short = (indices < 0).any(axis=1)  # inverted lists may hold fewer than k
-            if short.any():
-                indices[short] = faiss.knn(X[short], self.embeddings_, k)[1]
-        return self._rank(X, indices)
+        distances = self.kneighbors(X, n_neighbors)[0]
+        X, k = self._validated(X, reset=False), distances.shape[1]
+        true = self._rank(X, np.asarray(faiss.knn(X, self.embeddings_, k)[1]))[0]
+        return float((distances <= true[:, -1:] * (1 + 1e-6)).mean())
 
     def serialized_index(self) -> np.ndarray:
         """The trained FAISS index as bytes, (n,) uint8, for :meth:`restore`.
@@ -249,7 +320,7 @@ class MemoryBank(BaseEstimator):
         """
         if self.index_ is None:
             raise InvalidValueError("MemoryBank: index='flat' has nothing to serialize.")
-        return np.asarray(faiss.serialize_index(self.index_))
+        return _faiss_index.serialize(self.index_)
 
     @classmethod
     def restore(
@@ -273,40 +344,16 @@ class MemoryBank(BaseEstimator):
         ------
         InvalidValueError
             If the two do not belong together.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> X = np.random.default_rng(0).normal(size=(99, 8)).astype("float32")
-        >>> bank = MemoryBank(index="HNSW16").fit(X)
-        >>> again = MemoryBank.restore(X, bank.serialized_index(), index="HNSW16")
-        >>> bool((again.kneighbors(X)[0] == bank.kneighbors(X)[0]).all())
-        True
         """
         bank = cls(**parameters)
         bank.embeddings_ = check_matrix("embeddings", embeddings, "MemoryBank")
         bank.n_features_in_ = bank.embeddings_.shape[1]
-        bank.index_ = None
+        bank.index_ = bank._quick = None
         if (serialized_index is None) != (bank.index == "flat"):
             raise InvalidValueError(f"MemoryBank: no serialized index fits index={bank.index!r}.")
         if serialized_index is not None:
-            serialized_index = np.asarray(serialized_index)
-            if serialized_index.dtype != np.uint8 or serialized_index.ndim != 1:
-                raise InvalidValueError(
-                    "MemoryBank: the serialized index must have shape (n,) and dtype uint8, got "
-                    f"{serialized_index.shape} and {serialized_index.dtype}."
-                )
-            try:
-                bank.index_ = faiss.deserialize_index(serialized_index)
-            except RuntimeError as error:
-                raise InvalidValueError(
-                    f"MemoryBank: the serialized index is broken ({_faiss_reason(error)})."
-                ) from error
-            if (bank.index_.ntotal, bank.index_.d) != bank.embeddings_.shape:
-                raise InvalidValueError(
-                    f"MemoryBank: the index holds {bank.index_.ntotal} embeddings of "
-                    f"{bank.index_.d} dimensions, expected {bank.embeddings_.shape}."
-                )
+            bank.index_ = _faiss_index.deserialize(serialized_index, bank.embeddings_.shape)
+        bank._set_efforts(bank.index_)
         return bank
 
     def _rank(self, X: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -323,22 +370,19 @@ class MemoryBank(BaseEstimator):
         return np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
 
     def _remember(self, X: np.ndarray) -> None:
-        index = None
-        if self.index != "flat":
-            try:
-                index = faiss.index_factory(X.shape[1], self.index)
-                _silence_training(index)
-                index.train(X)
-                index.add(X)
-            except RuntimeError as error:
-                raise InvalidValueError(
-                    f"MemoryBank: index={self.index!r} cannot hold {X.shape[0]} embeddings of "
-                    f"{X.shape[1]} dimensions ({_faiss_reason(error)}). Use index='flat', or one "
-                    "with fewer lists or other sub-quantisers."
-                ) from error
+        index = None if self.index == "flat" else _faiss_index.build(X, self.index)
+        self._set_efforts(index)
         self.embeddings_ = X
         self.index_ = index
+        self._quick = None
         self.__dict__.pop("covering_radius_", None)  # it was that of another bank
+
+    def _set_efforts(self, index: Any) -> None:
+        for name, effort in (("nprobe", self.nprobe), ("efSearch", self.ef_search)):
+            if effort is None:
+                continue
+            check_int(name, effort, "MemoryBank", low=1)
+            _faiss_index.set_effort(index, name, effort, self.index)
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
         try:
@@ -352,49 +396,3 @@ class MemoryBank(BaseEstimator):
     def _check_fitted(self) -> None:
         if not hasattr(self, "embeddings_"):
             raise NotFittedError("MemoryBank: the bank is empty. Call fit(X) or add(X) first.")
-
-
-def check_index(index: object, where: str) -> None:
-    """Raise InvalidValueError unless ``index`` is ``"flat"`` or FAISS can build it."""
-    if index == "flat":
-        return
-    try:
-        if not isinstance(index, str):
-            raise RuntimeError("not a string")
-        # Whether FAISS can build it may depend on the dimension, which is not known yet: take one
-        # that all numbers in the string divide.
-        dividing = re.sub("(IVF|HNSW)[0-9]+", "", index)
-        dimension = math.lcm(*(int(n) for n in re.findall("[1-9][0-9]*", dividing)))
-        faiss.index_factory(min(dimension, 65536), index)
-    except RuntimeError as error:
-        raise InvalidValueError(
-            f"{where}: index must be 'flat' or a FAISS index-factory string such as "
-            f"{list(_WELL_KNOWN[1:])}, got {index!r}.{closest(index, _WELL_KNOWN)}"
-        ) from error
-
-
-def coreset_size(amount: float | int, n: int, name: str, where: str) -> int:
-    """Number of rows that a share (float) or a number (int) of ``n`` rows is."""
-    if isinstance(amount, int | np.integer) and not isinstance(amount, bool):
-        return check_int(name, amount, where, low=1, high=n)
-    size = round(check_number(name, amount, where, "(0, 1]") * n)
-    if size < 1:
-        raise InvalidValueError(
-            f"{where}: {name}={amount:g} of {n} patches keeps none. Ask for at least {1 / n:.2g}."
-        )
-    return size
-
-
-def _silence_training(index: Any) -> None:
-    """Keep FAISS from printing that a coreset has few rows for each of its centroids."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
-    for clustered in (index, getattr(index, "pq", index)):
-        if hasattr(clustered, "cp"):
-            clustered.cp.min_points_per_centroid = 1
-
-
-def _faiss_reason(error: RuntimeError) -> str:
-    """FAISS's own words, without its function and file names."""
-    return str(error).rsplit("Error: ", 1)[-1].splitlines()[0].strip()

@@ -8,12 +8,24 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from anomalib_lite import coreset
+from anomalib_lite import _k_center, coreset
+from anomalib_lite._on_device import DeviceRows
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.coreset import METHODS, covering_radius, greedy_k_center, select_coreset
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.fusion import patch_embeddings
 from anomalib_lite.images import ImageSource, iter_batches
+
+
+@pytest.fixture(autouse=True, params=["float32", "int8", "torch"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds whatever multiplies; by itself only large data would meet int8."""
+    kinds = {
+        "float32": lambda X, executor, *_: _k_center._Rows(X, executor),
+        "int8": lambda X, executor, *_: _k_center._Int8Rows(X, executor),
+        "torch": lambda X, executor, *_: DeviceRows(X, "cpu"),
+    }
+    monkeypatch.setattr(_k_center, "_rows", kinds[request.param])
 
 
 def naive_greedy(
@@ -300,8 +312,8 @@ def test_many_twins_take_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     X = np.repeat(rng.normal(size=(40, 6)).astype(np.float32), 150, axis=0)  # (6000, 6)
     passes = []
-    pick = coreset._pick_from_pool
-    monkeypatch.setattr(coreset, "_pick_from_pool", lambda *a: passes.append(1) or pick(*a))
+    pick = _k_center._pick_from_pool
+    monkeypatch.setattr(_k_center, "_pick_from_pool", lambda *a: passes.append(1) or pick(*a))
     indices = coreset.greedy_k_center(X, 600, random_state=0)
     assert len(set(indices.tolist())) == 600
     assert coreset.covering_radius(X, X[indices]) == pytest.approx(0, abs=1e-2)

@@ -10,11 +10,11 @@ import numpy as np
 
 from anomalib_lite._validation import check_choice, check_int, check_number
 from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores, reweight
-from anomalib_lite.coreset import METHODS, select_coreset
+from anomalib_lite.coreset import METHODS, coreset_size, select_coreset
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.embeddings import Embeddings, rows_of
 from anomalib_lite.errors import InvalidValueError
-from anomalib_lite.memory_bank import MemoryBank, check_index, coreset_size
+from anomalib_lite.memory_bank import MemoryBank, check_index
 
 __all__ = ["PatchCore"]
 

@@ -1,0 +1,107 @@
+"""Approximate indexes by FAISS: from a factory string to a trained index, and to bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import faiss
+import numpy as np
+
+from anomalib_lite._validation import closest
+from anomalib_lite.errors import InvalidValueError
+
+__all__ = ["build", "check_index", "deserialize", "serialize", "set_effort"]
+
+_WELL_KNOWN = ("flat", "HNSW32", "IVF64,Flat", "IVF256,Flat", "SQ8", "PQ8", "IVF64,PQ8")
+
+
+def check_index(index: object, where: str) -> None:
+    """Raise InvalidValueError unless ``index`` is ``"flat"`` or FAISS can build it."""
+    if index == "flat":
+        return
+    try:
+        if not isinstance(index, str):
+            raise RuntimeError("not a string")
+        # Whether FAISS can build it may depend on the dimension, which is not known yet: take one
+        # that all numbers in the string divide.
+        dividing = re.sub("(IVF|HNSW)[0-9]+", "", index)
+        dimension = math.lcm(*(int(n) for n in re.findall("[1-9][0-9]*", dividing)))
+        faiss.index_factory(min(dimension, 65536), index)
+    except RuntimeError as error:
+        raise InvalidValueError(
+            f"{where}: index must be 'flat' or a FAISS index-factory string such as "
+            f"{list(_WELL_KNOWN[1:])}, got {index!r}.{closest(index, _WELL_KNOWN)}"
+        ) from error
+
+
+def build(X: np.ndarray, index: str) -> Any:
+    """The index that the string means, trained on ``X`` (N, D) and filled with it."""
+    try:
+        built = faiss.index_factory(X.shape[1], index)
+        _silence_training(built)
+        built.train(X)
+        built.add(X)
+    except RuntimeError as error:
+        raise InvalidValueError(
+            f"MemoryBank: index={index!r} cannot hold {X.shape[0]} embeddings of "
+            f"{X.shape[1]} dimensions ({_reason(error)}). Use index='flat', or one "
+            "with fewer lists or other sub-quantisers."
+        ) from error
+    return built
+
+
+def set_effort(index: Any, name: str, value: int, string: str) -> None:
+    """Set how much of the index a search looks at: ``nprobe`` or ``efSearch``."""
+    try:
+        if index is None:
+            raise RuntimeError("a flat index looks at all there is")
+        faiss.ParameterSpace().set_index_parameter(index, name, value)
+    except RuntimeError as error:
+        kind = {"nprobe": "'IVF...'", "efSearch": "'HNSW...'"}[name]
+        raise InvalidValueError(
+            f"MemoryBank: index={string!r} has no {name} to set to {value}. It goes with {kind}."
+        ) from error
+
+
+def serialize(index: Any) -> np.ndarray:
+    """The index as bytes, (n,) uint8."""
+    return np.asarray(faiss.serialize_index(index))
+
+
+def deserialize(serialized: np.ndarray, shape: tuple[int, ...]) -> Any:
+    """The index that :func:`serialize` made of, which must hold embeddings of this shape."""
+    serialized = np.asarray(serialized)
+    if serialized.dtype != np.uint8 or serialized.ndim != 1:
+        raise InvalidValueError(
+            "MemoryBank: the serialized index must have shape (n,) and dtype uint8, got "
+            f"{serialized.shape} and {serialized.dtype}."
+        )
+    try:
+        index = faiss.deserialize_index(serialized)
+    except RuntimeError as error:
+        raise InvalidValueError(
+            f"MemoryBank: the serialized index is broken ({_reason(error)})."
+        ) from error
+    if (index.ntotal, index.d) != shape:
+        raise InvalidValueError(
+            f"MemoryBank: the index holds {index.ntotal} embeddings of "
+            f"{index.d} dimensions, expected {shape}."
+        )
+    return index
+
+
+def _silence_training(index: Any) -> None:
+    """Keep FAISS from printing that a coreset has few rows for each of its centroids."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    for clustered in (index, getattr(index, "pq", index)):
+        if hasattr(clustered, "cp"):
+            clustered.cp.min_points_per_centroid = 1
+
+
+def _reason(error: RuntimeError) -> str:
+    """FAISS's own words, without its function and file names."""
+    return str(error).rsplit("Error: ", 1)[-1].splitlines()[0].strip()

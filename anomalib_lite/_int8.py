@@ -1,0 +1,230 @@
+"""Rows as 8-bit integers whose products have a known error.
+
+Processors multiply 8-bit integers four (AVX-512 VNNI) to eight times (AMX) as fast as 32-bit
+floats. With codes ``x' = s * c`` (integers ``c`` in [-127, 127], a step ``s``) and their residual
+``e = |x - x'|``, known exactly for every row, Cauchy and Schwarz give
+
+    |q.x - q'.x'| <= e_q |x'| + |q| e_x
+
+so what such a product rules out is ruled out for certain, and only what it leaves open is computed
+in float32.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Frame", "Items", "Queries", "can_hold", "is_fast_here", "limit", "pays", "products"]
+
+# Squares of values and products of steps stay far from where float32 ends.
+_SHORTEST_STEP, _LARGEST_VALUE = 1e-15, 1e15
+_MOST_BIASES = 64
+# Float32 rounding of the norms, of the rotation and of the bound itself, relative to |q| |x|.
+_ROUNDING = 2e-5
+# Largest value / root mean square above which a row is turned before it is rounded. About 3 for
+# rows of a hundred normally distributed values, 4 for a thousand.
+_OUTLIERS = 5.0
+
+
+def pays(much: bool) -> bool:
+    """Whether to use 8-bit products: they need torch, which is imported only if there is much
+    work, since that takes seconds.
+    """
+    return (much or "torch" in sys.modules) and is_fast_here()
+
+
+def can_hold(X: np.ndarray) -> bool:
+    """Whether the squares of such values are float32 numbers."""
+    return bool(max(X.max(), -X.min()) < _LARGEST_VALUE)
+
+
+@cache
+def is_fast_here() -> bool:
+    """Whether this processor multiplies 8-bit integers in hardware, and torch can make it."""
+    import torch
+
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not any(capabilities.get(k) for k in ("avx512_vnni", "amx_int8")):
+        return False
+    if not hasattr(torch, "_int_mm"):
+        return False
+    try:  # the largest values there are: no saturation on the way
+        a = torch.full((32, 64), -127, dtype=torch.int8)
+        return bool((torch._int_mm(a, a.T) == 64 * 127**2).all())
+    except RuntimeError:
+        return False
+
+
+def products(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """``a @ b.T`` of int8 (m, K) and (n, K): (m, n) int32, in the front of ``out`` if given."""
+    import torch
+
+    if out is None:
+        return torch._int_mm(torch.from_numpy(a), torch.from_numpy(b).T).numpy()
+    result = out[: len(a) * len(b)].reshape(len(a), len(b))
+    torch._int_mm(torch.from_numpy(a), torch.from_numpy(b).T, out=torch.from_numpy(result))
+    return result
+
+
+def limit(least: np.ndarray, queries: Queries, items: Items) -> np.ndarray:
+    """(n,) int32: a product below it is that of an item whose score is below ``least`` (n,)."""
+    scale = queries.steps * np.float32(items.step)
+    # One less, since float32 rounds.
+    lowest = np.floor((least - np.float32(items.shift) - items.error(queries)) / scale) - 1
+    # A float32 next to the largest int32; what does not fit is never reached.
+    lowest = np.where(queries.fits, np.clip(lowest, -(2.0**31), 2.0**31 - 129), 2.0**31 - 129)
+    return lowest.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Rows (n, D) on the left of a product."""
+
+    codes: np.ndarray  # (n, K) int8, the last columns being weights for the items' biases
+    steps: np.ndarray  # (n,)
+    norms: np.ndarray  # (n,)
+    residuals: np.ndarray  # (n,)
+    fits: np.ndarray  # (n,) bool: False where a row is so large that its codes say nothing
+
+    def take(self, rows: slice | np.ndarray) -> Queries:
+        return Queries(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    @classmethod
+    def join(cls, parts: Iterable[Queries]) -> Queries:
+        listed = list(parts)
+        return cls(*(np.concatenate([getattr(p, f.name) for p in listed]) for f in fields(cls)))
+
+
+@dataclass(frozen=True)
+class Items:
+    """Rows (m, D) on the right. ``products`` times both steps, plus ``shift``, is about
+    ``q.x - |x|^2 / 2``, which is largest for the nearest item.
+    """
+
+    codes: np.ndarray  # (m, K) int8
+    step: float
+    shift: float
+    norm: float  # the largest
+    residual: float  # the largest
+    unit: float  # what one unit of bias is worth
+
+    def error(self, queries: Queries) -> np.ndarray:
+        """(n,): how far a score may be from ``q.x - |x|^2 / 2``."""
+        error = queries.residuals * np.float32(self.norm + self.residual)
+        error += queries.norms * np.float32(self.residual + _ROUNDING * self.norm)
+        error += np.float32(self.unit / 2 + _ROUNDING * self.norm**2)
+        return error
+
+
+class Frame:
+    """Where rows are moved and turned to before they are rounded; distances stay.
+
+    Centring makes norms small. Where a few channels are far larger than the others (as in
+    vision transformers), their range would waste the integers of all the rest: a fixed random
+    rotation spreads them. It is a Kronecker product of two, so it costs ``a + b`` products a
+    value, not ``D = a b``.
+
+    Parameters
+    ----------
+    X : ndarray of shape (N, D), float32
+        Typical rows.
+    """
+
+    def __init__(self, X: np.ndarray) -> None:
+        self.mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)  # (D,)
+        sample = X[:: max(1, len(X) // 1024)] - self.mean
+        largest = np.abs(sample).max(axis=1)
+        rms = np.sqrt(np.einsum("nd,nd->n", sample, sample) / X.shape[1])
+        self.rotation: tuple[np.ndarray, np.ndarray] | None = None
+        if np.median(largest / np.maximum(rms, np.finfo(np.float32).tiny)) > _OUTLIERS:
+            b = next((b for b in (128, 64) if X.shape[1] % b == 0), 32)
+            random = np.random.default_rng(0)
+            self.rotation = (_rotation(-(-X.shape[1] // b), random), _rotation(b, random))
+            largest = np.abs(self.place(sample + self.mean)).max(axis=1)
+        # Queries are rounded in steps of this or more. Small enough for most rows to keep theirs.
+        self.smallest_step = max(0.75 * float(np.median(largest)) / 127, _SHORTEST_STEP)
+        self.n_biases = 0
+
+    def place(self, X: np.ndarray) -> np.ndarray:
+        """Rows (n, D), moved and turned: (n, D or a little more), float32."""
+        x: np.ndarray = X - self.mean
+        if self.rotation is None:
+            return x
+        left, right = self.rotation
+        padded = np.zeros((len(x), len(left) * len(right)), np.float32)
+        padded[:, : x.shape[1]] = x
+        turned = padded.reshape(-1, len(right)) @ right
+        np.matmul(
+            left, turned.reshape(len(x), len(left), -1), out=padded.reshape(len(x), len(left), -1)
+        )
+        return padded
+
+    def make_room(self, half_range: float, step: float) -> None:
+        """Set aside columns for biases up to ``half_range``, of items rounded in such steps.
+
+        Items that need more than there is room for are rounded in longer steps.
+        """
+        needed = half_range / (127 * self._unit(max(step, _SHORTEST_STEP)))
+        self.n_biases = int(min(needed, _MOST_BIASES - 1)) + 1
+
+    def queries(self, x: np.ndarray) -> Queries:
+        """Round rows that :meth:`place` gave."""
+        step = np.maximum(np.abs(x).max(axis=1) / 127, self.smallest_step)
+        weights = np.floor(127 * self.smallest_step / step)  # of the biases, an integer
+        fits = weights > 0
+        weights = np.maximum(weights, 1)
+        step = (127 * self.smallest_step / weights).astype(np.float32)
+        codes = self._round(x, step[:, None])
+        codes[:, x.shape[1] : x.shape[1] + self.n_biases] = weights[:, None]
+        return Queries(codes, step, _norms(x), _residuals(x, codes, step[:, None]), fits)
+
+    def items(self, x: np.ndarray) -> Items:
+        """Round rows that :meth:`place` gave, all in the same steps."""
+        half = _norms(x) ** 2 / 2
+        shift = float(half.min() + half.max()) / 2
+        # Long enough for the values, and for the biases to fit into their columns.
+        shortest = float(np.ptp(half)) / 2 / (127 * self.n_biases * self._unit(1))
+        step = np.float32(max(float(np.abs(x).max()) / 127, shortest, _SHORTEST_STEP))
+        codes = self._round(x, step)
+        unit = self._unit(float(step))
+        bias = np.rint((shift - half) / unit).astype(np.int64)
+        share, rest = np.divmod(bias, self.n_biases)
+        columns = codes[:, x.shape[1] : x.shape[1] + self.n_biases]
+        columns[:] = share[:, None] + (np.arange(self.n_biases) < rest[:, None])
+        residual = float(_residuals(x, codes, step).max())
+        norm = float(np.sqrt(2 * half.max()))
+        return Items(codes, float(step), -shift, norm, residual, unit)
+
+    def _unit(self, step: float) -> float:
+        return 127 * self.smallest_step * step
+
+    def _round(self, x: np.ndarray, step: np.ndarray | np.float32) -> np.ndarray:
+        """Codes, with room for the biases, and columns of zeros up to a multiple of four."""
+        n_columns = -(-(x.shape[1] + self.n_biases) // 4) * 4
+        codes = np.zeros((len(x), n_columns), np.int8)
+        scaled = x / step
+        np.rint(scaled, out=scaled)
+        np.clip(scaled, -127, 127, out=scaled)
+        codes[:, : x.shape[1]] = scaled
+        return codes
+
+
+def _norms(x: np.ndarray) -> np.ndarray:
+    return np.asarray(np.sqrt(np.einsum("nd,nd->n", x, x)))
+
+
+def _residuals(x: np.ndarray, codes: np.ndarray, step: np.ndarray | np.float32) -> np.ndarray:
+    rounded = codes[:, : x.shape[1]].astype(np.float32)
+    rounded *= step
+    rounded -= x
+    return _norms(rounded)
+
+
+def _rotation(n: int, random: np.random.Generator) -> np.ndarray:
+    return np.linalg.qr(random.normal(size=(n, n)))[0].astype(np.float32)

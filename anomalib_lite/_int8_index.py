@@ -1,0 +1,172 @@
+"""Exact nearest neighbours by 8-bit products that are certified."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from anomalib_lite._int8 import Frame, Items, Queries, limit, products
+from anomalib_lite._threads import workers
+
+__all__ = ["Int8Index"]
+
+# A tile of the product has so many items and queries; it stays in the cache.
+_TILE_ITEMS = 1024
+_TILE_QUERIES = 1024
+# Rows that are next to each other in norm, and sorted by range among themselves.
+_SIMILAR_ROWS = 8 * _TILE_ITEMS
+# Items of which only the best score is looked at first.
+_GROUP = 16
+# Pairs of query and item whose exact distance is computed at once.
+_BLOCK_VALUES = 1 << 20
+
+
+class Int8Index:
+    """The rows of a bank in 8-bit integers, beside the rows themselves.
+
+    Parameters
+    ----------
+    X : ndarray of shape (N, D), float32
+        The bank; kept, not copied.
+    """
+
+    def __init__(self, X: np.ndarray) -> None:
+        self.X = X
+        self.frame = Frame(X)
+        steps, half_sq_norms = np.empty((2, len(X)), np.float32)
+        blocks = [slice(i, i + _TILE_ITEMS) for i in range(0, len(X), _TILE_ITEMS)]
+
+        def measure(block: slice) -> None:
+            x = self.frame.place(X[block])
+            steps[block] = np.abs(x).max(axis=1) / 127
+            half_sq_norms[block] = np.einsum("nd,nd->n", x, x) / 2
+
+        with workers() as executor:
+            list(executor.map(measure, blocks))
+            # Rows of similar norm share a tile, so that their biases are small; among those, rows
+            # of similar range, so that no row is rounded in steps too long for it.
+            order = np.argsort(half_sq_norms, kind="stable")
+            for start in range(0, len(X), _SIMILAR_ROWS):
+                part = order[start : start + _SIMILAR_ROWS]
+                part[:] = part[np.argsort(steps[part], kind="stable")]
+            # In random order, since good neighbours found early rule out more of the others.
+            tiles = [order[blocks[i]] for i in np.random.default_rng(0).permutation(len(blocks))]
+            half_ranges = [np.ptp(half_sq_norms[tile]) / 2 for tile in tiles]
+            self.frame.make_room(4 * float(np.median(half_ranges)), float(np.median(steps)))
+            self.tiles: list[tuple[np.ndarray, Items]] = list(
+                executor.map(lambda t: (t, self.frame.items(self.frame.place(X[t]))), tiles)
+            )
+
+    def search(self, Q: np.ndarray, k: int) -> np.ndarray:
+        """The ``k`` nearest rows of the bank for each row of ``Q`` (n, D): (n, k) int64.
+
+        They come in the order of their distances, computed in float32 from the differences. For
+        a query so large that its codes say nothing they are -1.
+        """
+        neighbors = np.empty((len(Q), k), np.int64)
+        starts = range(0, len(Q), _TILE_QUERIES)
+        blocks = [slice(start, min(start + _TILE_QUERIES, len(Q))) for start in starts]
+
+        def work(block: slice) -> None:
+            neighbors[block] = _Search(self, Q[block], k).run()
+
+        with workers() as executor:
+            list(executor.map(work, blocks))
+        return neighbors
+
+
+class _Search:
+    """The search for one block of queries, tile after tile of the bank."""
+
+    def __init__(self, index: Int8Index, Q: np.ndarray, k: int) -> None:
+        self.index, self.Q, self.k = index, Q, k
+        self.queries: Queries = index.frame.queries(index.frame.place(Q))
+        self.sq_norms = self.queries.norms**2
+        # The k nearest so far, and their exact distances.
+        self.rows = np.full((len(Q), k), -1, np.int64)
+        self.sq_distances = np.full((len(Q), k), np.inf, np.float32)
+
+    def run(self) -> np.ndarray:
+        out = np.empty(_TILE_ITEMS * len(self.Q), np.int32)
+        for rows, items in self.index.tiles:
+            self._look(products(items.codes, self.queries.codes, out), rows, items)  # (m, n)
+        return self.rows
+
+    def _look(self, scores: np.ndarray, rows: np.ndarray, items: Items) -> None:
+        """Find the items of a tile that may be among the k nearest, and measure them."""
+        n_groups = len(rows) // _GROUP
+        n_grouped = n_groups * _GROUP
+        grouped = scores[:n_grouped].reshape(n_groups, _GROUP, -1)
+        groups = np.concatenate([grouped.max(axis=1), scores[n_grouped:]])  # (g, n)
+        highest = groups.max(axis=0)
+        error = items.error(self.queries)
+        scale = self.queries.steps * np.float32(items.step)
+        least = self._least_score(groups, highest, scale, np.float32(items.shift) - error)
+        lowest = limit(least, self.queries, items)
+        hot = np.flatnonzero(highest >= lowest)  # queries to which anything here may be near
+        group, query = np.nonzero(groups[:, hot] >= lowest[hot])
+        query = hot[query]
+        single = group >= n_groups
+        item = group[:, None] * _GROUP + np.arange(_GROUP)
+        item[single] = (group[single] - n_groups + n_grouped)[:, None]
+        found = scores[item, query[:, None]]
+        open_ = found >= lowest[query][:, None]
+        open_[single, 1:] = False
+        pair, _ = np.nonzero(open_)
+        query, row, found = query[pair], rows[item[open_]], found[open_]
+        # The most promising first: their exact distances rule out most of the others.
+        order = np.lexsort((-found, query))
+        query, row, found = query[order], row[order], found[order]
+        place = np.arange(len(query)) - np.searchsorted(query, query)
+        first = place < self.k
+        self._measure(query[first], row[first])
+        upper = found * scale[query] + (np.float32(items.shift) + error)[query]
+        rest = ~first & (upper >= self._known_least()[query])
+        self._measure(query[rest], row[rest])
+
+    def _least_score(
+        self, groups: np.ndarray, highest: np.ndarray, scale: np.ndarray, offset: np.ndarray
+    ) -> np.ndarray:
+        """What an item must reach to be among the k nearest: (n,), a lower bound."""
+        least = self._known_least()
+        lower = highest * scale + offset
+        better = np.flatnonzero(lower > least)
+        if self.k == 1:
+            least[better] = lower[better]
+        elif len(groups) >= self.k:
+            # The best of each group are different items, so k of them bound the k-th best.
+            lower = groups[:, better] * scale[better] + offset[better]
+            kth = np.partition(lower, -self.k, axis=0)[-self.k]
+            least[better] = np.maximum(least[better], kth)
+        return least
+
+    def _known_least(self) -> np.ndarray:
+        farthest = self.sq_distances[:, -1]
+        rounding = 1e-5 * (self.sq_norms + np.where(np.isinf(farthest), 0, farthest))
+        return (self.sq_norms - farthest) / 2 - rounding
+
+    def _measure(self, query: np.ndarray, row: np.ndarray) -> None:
+        """Let pairs, sorted by query, compete with the k nearest so far."""
+        if len(query) == 0:
+            return
+        sq_distances = np.empty(len(query), np.float32)
+        step = max(1, _BLOCK_VALUES // self.Q.shape[1])
+        for start in range(0, len(query), step):
+            pairs = slice(start, start + step)
+            difference = self.index.X[row[pairs]]
+            difference -= self.Q[query[pairs]]
+            np.einsum("pd,pd->p", difference, difference, out=sq_distances[pairs])
+        if self.k == 1 and (np.diff(query) > 0).all():  # one pair a query
+            closer = sq_distances < self.sq_distances[query, 0]
+            self.sq_distances[query[closer], 0] = sq_distances[closer]
+            self.rows[query[closer], 0] = row[closer]
+            return
+        met, first, count = np.unique(query, return_index=True, return_counts=True)
+        place = np.arange(len(query)) - np.repeat(first, count) + self.k
+        line = np.repeat(np.arange(len(met)), count)
+        all_sq = np.full((len(met), self.k + count.max()), np.inf, np.float32)
+        all_rows = np.full(all_sq.shape, -1)
+        all_sq[:, : self.k], all_rows[:, : self.k] = self.sq_distances[met], self.rows[met]
+        all_sq[line, place], all_rows[line, place] = sq_distances, row
+        nearest = np.argsort(all_sq, axis=1, kind="stable")[:, : self.k]
+        self.sq_distances[met] = np.take_along_axis(all_sq, nearest, 1)
+        self.rows[met] = np.take_along_axis(all_rows, nearest, 1)

@@ -1,0 +1,44 @@
+"""One thread a core, each of which computes alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from threadpoolctl import threadpool_limits
+
+__all__ = ["n_cores", "workers"]
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def workers() -> Iterator[ThreadPoolExecutor]:
+    """An executor with one thread a core, in which BLAS and torch use one thread each.
+
+    Work is cut into blocks, and each thread takes its block through all steps while it is in the
+    core's cache. A BLAS of many threads would parallelise the product alone.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n_cores()) as executor:
+            yield executor
+        return
+    before = torch.get_num_threads()
+    # torch keeps its number of threads for each thread, and a default for those to come.
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(n_cores(), initializer=torch.set_num_threads, initargs=(1,)) as executor,
+    ):
+        try:
+            yield executor
+        finally:
+            torch.set_num_threads(before)

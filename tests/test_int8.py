@@ -1,0 +1,229 @@
+"""Products of 8-bit integers: what they rule out is ruled out for certain."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+
+from anomalib_lite import MemoryBank, _int8
+from anomalib_lite._int8_index import Int8Index
+from anomalib_lite._on_device import DeviceIndex
+from anomalib_lite._threads import n_cores, workers
+from anomalib_lite.errors import InvalidValueError
+
+RNG = np.random.default_rng(0)
+
+
+def normal(n: int, d: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+
+
+def with_outliers(n: int, d: int, seed: int = 0) -> np.ndarray:
+    """A few channels far larger than the others, as vision transformers have them."""
+    X = normal(n, d, seed)
+    X[:, [3, d // 2]] *= 40
+    return X
+
+
+def skewed(n: int, d: int, seed: int = 0) -> np.ndarray:
+    return normal(n, d, seed) * np.random.default_rng(seed).lognormal(size=(n, 1)).astype("f4")
+
+
+def far(n: int, d: int, seed: int = 0) -> np.ndarray:
+    return normal(n, d, seed) + np.float32(1000)
+
+
+def twins(n: int, d: int, seed: int = 0) -> np.ndarray:
+    return np.repeat(normal(-(-n // 50), d, seed), 50, axis=0)[:n]
+
+
+def saturated(n: int, d: int, seed: int = 0) -> np.ndarray:
+    """Every code is 127 or -127: the largest products there can be."""
+    return np.sign(normal(n, d, seed)).astype(np.float32) * 7
+
+
+def sparse(n: int, d: int, seed: int = 0) -> np.ndarray:
+    X = normal(n, d, seed)
+    X[np.random.default_rng(seed).random(X.shape) < 0.95] = 0
+    X[::7] = 0
+    return X
+
+
+KINDS = [normal, with_outliers, skewed, far, twins, saturated, sparse]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", [4, 61, 152, 600])
+def test_no_score_is_farther_off_than_its_bound(kind: object, d: int) -> None:
+    X, Q = kind(700, d), kind(90, d, 1)  # type: ignore[operator]
+    frame = _int8.Frame(X)
+    placed = frame.place(X)
+    half = (placed.astype(np.float64) ** 2).sum(axis=1) / 2
+    frame.make_room(float(np.ptp(half)) / 2, frame.smallest_step)
+    items, queries = frame.items(placed), frame.queries(frame.place(Q))
+    codes = _int8.products(queries.codes, items.codes)
+    steps = queries.steps.astype(np.float64) * items.step
+    got = codes * steps[:, None] + items.shift
+    centred = X.astype(np.float64) - frame.mean
+    expected = (Q.astype(np.float64) - frame.mean) @ centred.T - (centred**2).sum(axis=1) / 2
+    off = np.abs(got - expected)[queries.fits]
+    error = items.error(queries)[queries.fits]
+    assert queries.fits.mean() > 0.9
+    assert (off <= error[:, None]).all()
+    # And the bound is worth something: a few hundredths of the largest score.
+    assert np.median(error) < 0.15 * max(np.abs(expected).max(), 1e-6)
+
+
+def test_a_product_just_below_the_limit_is_below_the_score() -> None:
+    X, Q = normal(300, 32), normal(40, 32, 1)
+    frame = _int8.Frame(X)
+    frame.make_room(100.0, frame.smallest_step)
+    items, queries = frame.items(frame.place(X)), frame.queries(frame.place(Q))
+    x, q = X - frame.mean, Q - frame.mean
+    scores = q @ x.T - (x**2).sum(axis=1) / 2
+    codes = _int8.products(queries.codes, items.codes)
+    least = np.partition(scores, -5, axis=1)[:, -5]  # the five best must all stay
+    kept = codes >= _int8.limit(least, queries, items)[:, None]
+    assert kept[scores >= least[:, None]].all()
+    assert kept.mean() < 0.5
+
+
+def test_turning_keeps_distances() -> None:
+    X = with_outliers(500, 152)
+    frame = _int8.Frame(X)
+    assert frame.rotation is not None
+    placed = frame.place(X).astype(np.float64)
+    np.testing.assert_allclose(cdist(placed, placed), cdist(X, X), rtol=1e-5, atol=1e-3)
+    rms = np.sqrt((placed**2).mean(axis=1))
+    assert np.median(np.abs(placed).max(axis=1) / rms) < 4.5
+    assert _int8.Frame(normal(500, 152)).rotation is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "d"), [(17, 8), (1024, 152), (5000, 61), (9000, 260)])
+@pytest.mark.parametrize("k", [1, 9])
+def test_neighbours_are_those_of_brute_force(kind: object, n: int, d: int, k: int) -> None:
+    X, Q = kind(n, d), kind(300, d, 1)  # type: ignore[operator]
+    found = Int8Index(X).search(Q, k)
+    exact = cdist(Q.astype(np.float64), X.astype(np.float64))
+    expected = np.sort(exact, axis=1)[:, :k]
+    open_ = (found >= 0).all(axis=1)
+    found[~open_] = 0
+    got = np.take_along_axis(exact, found, 1)
+    assert open_.mean() > 0.9 or (n == 17 and kind is twins)  # those are all one
+    np.testing.assert_allclose(got[open_], expected[open_], rtol=2e-6, atol=1e-5)
+    assert all(len(set(row)) == k for row in found[open_].tolist())
+
+
+def test_a_query_too_large_to_be_rounded_is_left_to_others() -> None:
+    X, Q = normal(3000, 16), normal(20, 16, 1)
+    Q[3] *= 1e4
+    Q[7] = 0
+    found = Int8Index(X).search(Q, 2)
+    assert (found[3] == -1).all()
+    assert (np.delete(found, 3, axis=0) >= 0).all()
+    bank = MemoryBank(2, algorithm="int8")
+    bank.n_features_in_, bank.embeddings_, bank.index_ = 16, X, None
+    bank._quick = Int8Index(X)
+    np.testing.assert_array_equal(bank._search_much(Q, 2), found)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e4, -3e7])
+def test_rows_without_any_range(value: float) -> None:
+    X = np.full((2000, 12), value, np.float32)
+    X[77, 3] += abs(value) * 0.5 + 1
+    found = Int8Index(X).search(X[[77, 5]], 1)
+    assert found[0, 0] in (77, -1)  # -1: out of proportion to all the others, FAISS must say
+    assert found[1, 0] not in (77, -1)
+
+
+needs_vnni = pytest.mark.skipif(
+    not _int8.is_fast_here(), reason="this processor has no 8-bit products in hardware"
+)
+
+
+@needs_vnni
+@pytest.mark.parametrize("k", [1, 9])
+def test_a_bank_answers_the_same_whoever_searches(k: int) -> None:
+    X, Q = skewed(20_000, 64), skewed(3000, 64, 1)
+    by = {a: MemoryBank(k, algorithm=a).fit(X) for a in ("auto", "faiss", "int8")}
+    answers = {a: bank.kneighbors(Q) for a, bank in by.items()}
+    assert isinstance(by["auto"]._quick, Int8Index)
+    assert isinstance(by["int8"]._quick, Int8Index)
+    assert by["faiss"]._quick is None
+    for a in ("auto", "int8"):
+        np.testing.assert_allclose(answers[a][0], answers["faiss"][0], rtol=1e-5)
+        assert (answers[a][1] == answers["faiss"][1]).mean() > 0.999
+    more = by["int8"].add(Q[:50])
+    np.testing.assert_array_equal(more.kneighbors(Q[:50], 1)[1].ravel(), np.arange(20_000, 20_050))
+
+
+def test_int8_is_refused_where_it_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_int8, "is_fast_here", lambda: False)
+    with pytest.raises(InvalidValueError, match=r"algorithm='int8' needs a processor with AVX-512"):
+        MemoryBank(algorithm="int8").fit(normal(9, 3))
+    bank = MemoryBank(1).fit(normal(20_000, 64))
+    assert bank.kneighbors(normal(3000, 64), 1)[1].shape == (3000, 1)
+    assert bank._quick is None
+
+
+def test_values_whose_squares_overflow_go_another_way() -> None:
+    X = normal(20_000, 64)
+    assert _int8.can_hold(X)
+    assert not _int8.can_hold(X * np.float32(1e16))
+    bank = MemoryBank(1).fit(X * np.float32(1e16))
+    assert (bank.kneighbors(bank.embeddings_[:2000])[1].ravel() == np.arange(2000)).all()
+    assert bank._quick is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("k", [1, 9])
+def test_the_search_of_a_device(device: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    monkeypatch.setattr("anomalib_lite._on_device._VALUES", 2000 * 100)  # several chunks
+    X, Q = far(2000, 40), far(310, 40, 1)
+    found = DeviceIndex(X, device).search(Q, k)
+    exact = cdist(Q.astype(np.float64), X.astype(np.float64))
+    got = np.take_along_axis(exact, found, 1)
+    np.testing.assert_allclose(got, np.sort(exact, axis=1)[:, :k], rtol=1e-5)
+    bank = MemoryBank(k, device="meta" if device == "cpu" else device).fit(X)
+    if device == "cuda":
+        np.testing.assert_allclose(bank.kneighbors(Q)[0], np.sort(exact, axis=1)[:, :k], rtol=1e-5)
+
+
+def test_real_embeddings_have_the_neighbours_that_faiss_finds(data_dir: Path) -> None:
+    from anomalib_lite import PatchCore
+
+    files = sorted((data_dir / "magnetic_tile" / "train" / "good").iterdir())[:12]
+    detector = PatchCore(coreset_ratio=1.0, false_alarm_rate=0.3, dtype="float32").fit(files)
+    X = detector.memory_bank_.embeddings_
+    Q = X[::5] + RNG.normal(scale=X.std() / 10, size=X[::5].shape).astype(np.float32)
+    found, expected = Int8Index(X).search(Q, 9), faiss.knn(Q, X, 9)[1]
+    assert (found == expected).mean() > 0.999
+
+
+def test_workers_compute_alone_and_leave_torch_as_it_was() -> None:
+    before = torch.get_num_threads()
+    seen = set()
+    barrier = threading.Barrier(n_cores())
+
+    def look(_: int) -> None:
+        barrier.wait()
+        seen.add(torch.get_num_threads())
+
+    with workers() as executor:
+        list(executor.map(look, range(n_cores())))
+    assert seen == {1}
+    assert torch.get_num_threads() == before
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [before]
