@@ -1,0 +1,335 @@
+"""The coreset and the search against their peers, in one run, in turns, as ratios.
+
+    export ANOMALIB_LITE_DATA=...          # the folder that holds magnetic_tile/
+    python benchmarks/speed/run.py --peer-python ../anomalib-env/bin/python
+
+Writes results/speed.json, RESULTS.md and the plots in docs/speed/. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import embeddings
+import faiss
+import numpy as np
+import torch
+from report import write_report
+from sklearn.neighbors import NearestNeighbors
+from tqdm import tqdm
+
+from anomalib_lite import MemoryBank, _int8, _k_center
+from anomalib_lite.coreset import covering_radius, select_coreset
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = ("coreset", "knn", "index", "growth")
+N_QUERIES = 8192
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dims", nargs="+", type=int, default=[152, 384, 1152, 1536])
+    parser.add_argument("--peer-python", help="an interpreter that has anomalib")
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/anomalib-lite-speed")
+    args = parser.parse_args()
+    data = Path(os.environ.get("ANOMALIB_LITE_DATA", ROOT.parent / "shared" / "data"))
+    results = Path(__file__).parent / "results" / "speed.json"
+    results.parent.mkdir(exist_ok=True)
+    stored = json.loads(results.read_text("utf-8")) if results.exists() else {}
+    measure = {"coreset": coreset, "knn": knn, "index": index, "growth": growth}
+    for case in args.cases:
+        stored[case] = {"machine": machine(), "rows": measure[case](data, args)}
+        results.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+    write_report(stored, Path(__file__).parent / "RESULTS.md", ROOT / "docs" / "speed")
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    return {
+        "processor": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "int8 in hardware": _int8.is_fast_here(),
+        "torch": torch.__version__,
+        "faiss": faiss.__version__,
+        "numpy": np.__version__,
+        "load average before": os.getloadavg()[0],
+    }
+
+
+def cpu_name() -> str:
+    """As the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def alternate(repeats: int, **jobs: Callable[[], Any]) -> dict[str, list[float]]:
+    """Seconds of every job, one after the other, again and again."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    """Of the seconds."""
+    return float(np.median(values))
+
+
+def peak_above(job: Callable[[], Any]) -> float:
+    """MB of resident memory that a job takes at its peak above what was there before."""
+
+    def resident() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    before, peak, done = resident(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    job()
+    done.set()
+    thread.join()
+    return max(peak - before, 0.0)
+
+
+# --- Coreset ------------------------------------------------------------------------------
+
+
+def greedy(X: np.ndarray, n: int, int8: bool) -> tuple[np.ndarray, float]:
+    """Ours, with 8-bit products or without."""
+    return _k_center.greedy(X, n, 0, None, tqdm(disable=True), int8=int8)
+
+
+def product(X: np.ndarray, n: int) -> None:
+    """The bare float32 product of (N, D) and (D, n), in blocks, by numpy's BLAS."""
+    c = np.ascontiguousarray(X[:n].T)
+    for start in range(0, len(X), 4096):
+        X[start : start + 4096] @ c
+
+
+def plain_greedy(X: np.ndarray, n: int) -> tuple[np.ndarray, float]:
+    """Exact greedy, one matrix-vector product a pick, by torch."""
+    x = torch.from_numpy(X)
+    x = x - x.mean(dim=0)
+    norms = (x * x).sum(dim=1)
+    nearest = torch.full((len(x),), torch.inf)
+    picks = np.empty(n, np.int64)
+    pick = 0
+    for i in range(n):
+        picks[i] = pick
+        sq = torch.addmv(norms, x, x[pick], alpha=-2).add_(norms[pick])
+        torch.minimum(nearest, sq, out=nearest)
+        pick = int(nearest.argmax())
+    return picks, float(nearest.max().clamp_(min=0).sqrt())
+
+
+def projected_greedy(X: np.ndarray, n: int, n_starts: int = 10) -> None:
+    """The approximate greedy of amazon-science's patchcore: a random projection to 128
+    dimensions, ten random starts, then one pass over all rows a pick. Written from its description.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(X.shape[1], 128, generator=generator) / X.shape[1] ** 0.5
+    x = torch.from_numpy(X) @ weights
+    starts = torch.randperm(len(x), generator=generator)[:n_starts]
+    nearest = torch.cdist(x, x[starts]).mean(dim=1, keepdim=True)
+    for _ in range(n):
+        pick = int(nearest.argmax())
+        distance = torch.cdist(x, x[pick : pick + 1])
+        nearest = torch.cat([nearest, distance], dim=1).amin(dim=1, keepdim=True)
+
+
+def extrapolated(job: Callable[[int], Any], n: int, few: int = 100, more: int = 500) -> float:
+    """Seconds for ``n`` picks, from two smaller numbers: the time is linear in them."""
+    seconds = []
+    for size in (few, more):
+        start = time.perf_counter()
+        job(size)
+        seconds.append(time.perf_counter() - start)
+    return seconds[0] + (seconds[1] - seconds[0]) / (more - few) * (n - few)
+
+
+def anomalib_seconds(python: str, file: Path, n: int) -> float:
+    """Of anomalib's KCenterGreedy, in its own environment."""
+    script = Path(__file__).parent / "peer_coreset.py"
+    command = [python, str(script), str(file), "100", "500"]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    few, more = json.loads(answer.strip().splitlines()[-1])
+    return few + (more - few) / 400 * (n - 100)
+
+
+def coreset(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """100,000 rows, 1 % and 10 % of them kept."""
+    rows = []
+    for d in args.dims:
+        X = embeddings.load(data, args.folder, d, 100_000)
+        file = args.folder / "rows.npy"
+        np.save(file, X)
+        for n in (1000, 10_000):
+            peers: dict[str, list[float]] = {"projected": [], "plain": [], "anomalib": []}
+            ours: dict[str, list[float]] = {}
+            for _ in range(args.repeats):
+                seconds = alternate(
+                    1,
+                    ours=lambda X=X, n=n: select_coreset(X, n, random_state=0),
+                    int8=lambda X=X, n=n: greedy(X, n, True),
+                    float32=lambda X=X, n=n: greedy(X, n, False),
+                    product=lambda X=X, n=n: product(X, n),
+                )
+                for name, value in seconds.items():
+                    ours.setdefault(name, []).extend(value)
+                peers["projected"].append(extrapolated(lambda m, X=X: projected_greedy(X, m), n))
+                peers["plain"].append(extrapolated(lambda m, X=X: plain_greedy(X, m), n))
+                if args.peer_python and d == 152:
+                    peers["anomalib"].append(anomalib_seconds(args.peer_python, file, n))
+            picks, _ = greedy(X, n, True)
+            same, exact = greedy(X, n, False)
+            row = {
+                "D": d,
+                "kept": n,
+                "seconds": ours | {k: v for k, v in peers.items() if v},
+                "radius": covering_radius(X, X[picks]),
+                "radius of float32": exact,
+                "same picks": float((picks == same).mean()),
+                "peak MB": peak_above(lambda X=X, n=n: greedy(X, n, True)),
+            }
+            if d == 152:
+                row["radius of plain"] = plain_greedy(X, n)[1]
+            say("coreset", row)
+            rows.append(row)
+    return rows
+
+
+# --- Search -------------------------------------------------------------------------------
+
+
+def knn(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """8,192 queries to a flat index."""
+    rows = []
+    for d in args.dims:
+        Q = embeddings.load(data, args.folder, d, N_QUERIES, test=True)
+        for n in (16_000, 100_000):
+            X = embeddings.load(data, args.folder, d, n)
+            ours = MemoryBank(algorithm="auto").fit(X)
+            flat = faiss.IndexFlatL2(d)
+            flat.add(X)
+            for k in (1, 9):
+                distances, indices = ours.search(Q, k)
+                _, expected = flat.search(Q, k)
+                seconds = alternate(
+                    args.repeats,
+                    ours=lambda ours=ours, Q=Q, k=k: ours.search(Q, k),
+                    faiss=lambda flat=flat, Q=Q, k=k: flat.search(Q, k),
+                )
+                if n == 16_000:
+                    brute = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=-1).fit(X)
+                    seconds |= alternate(1, sklearn=lambda b=brute, Q=Q: b.kneighbors(Q))
+                exact = true_distances(X, Q, expected)
+                off = np.abs(distances / true_distances(X, Q, indices) - 1)
+                row = {
+                    "D": d,
+                    "bank": n,
+                    "k": k,
+                    "seconds": seconds,
+                    "by": type(ours._quick).__name__,
+                    "same neighbours": float((indices == expected).mean()),
+                    # Where they differ: ours against FAISS's choice, both in float64.
+                    "largest excess": excess(true_distances(X, Q, indices), exact),
+                    "distances off by": float(
+                        np.max(np.abs(distances / exact - 1)[indices == expected])
+                    ),
+                }
+                say("knn", row)
+                rows.append(row)
+    return rows
+
+
+def true_distances(X: np.ndarray, Q: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """In float64, (Q, k)."""
+    out = np.empty(indices.shape)
+    for i in range(0, len(Q), 512):
+        difference = X[indices[i : i + 512]].astype(np.float64) - Q[i : i + 512, None]
+        out[i : i + 512] = np.linalg.norm(difference, axis=2)
+    return out
+
+
+def excess(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """How much farther our neighbours are than the others', at most and relatively."""
+    return float((ours / theirs - 1).max())
+
+
+def index(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Approximate indexes: 100,000 rows of 152 dimensions, 8,192 queries, nearest neighbour."""
+    X = embeddings.load(data, args.folder, 152, 100_000)
+    Q = embeddings.load(data, args.folder, 152, N_QUERIES, test=True)
+    kinds: list[dict[str, Any]] = [
+        {"index": "flat"},
+        *({"index": "IVF256,Flat", "nprobe": p} for p in (1, 8, 32)),
+        *({"index": "HNSW32", "ef_search": e} for e in (16, 64, 256)),
+        {"index": "SQ8"},
+        {"index": "PQ38"},
+        {"index": "IVF256,PQ38", "nprobe": 16},
+    ]
+    rows = []
+    for parameters in kinds:
+        start = time.perf_counter()
+        bank = MemoryBank(1, **parameters).fit(X)
+        built = time.perf_counter() - start
+        bank.search(Q[:64], 1)
+        seconds = alternate(args.repeats, search=lambda bank=bank: bank.search(Q, 1))
+        row = parameters | {"built": built, "seconds": seconds, "recall": bank.recall(Q, 1)}
+        say("index", row)
+        rows.append(row)
+    return rows
+
+
+def growth(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """How time and memory grow with N (1,000 kept) and with what is kept (of 100,000)."""
+    rows = []
+    sizes = [(n, 1000) for n in (10_000, 30_000, 100_000, 300_000, 1_000_000)]
+    sizes += [(100_000, m) for m in (100, 300, 3000, 10_000, 30_000)]
+    for n, m in sizes:
+        X = embeddings.load(data, args.folder, 152, n)
+        seconds = alternate(
+            args.repeats,
+            ours=lambda X=X, m=m: select_coreset(X, m, random_state=0),
+            product=lambda X=X, m=m: product(X, m),
+        )
+        peak = peak_above(lambda X=X, m=m: select_coreset(X, m, random_state=0))
+        row = {"N": n, "kept": m, "seconds": seconds, "peak MB": peak, "rows MB": X.nbytes / 1e6}
+        say("growth", row)
+        rows.append(row)
+    return rows
+
+
+def say(case: str, row: dict[str, Any]) -> None:
+    """One line as soon as it is known."""
+    seconds = {k: round(median(v), 4) for k, v in row["seconds"].items()}
+    print(case, row | {"seconds": seconds}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
