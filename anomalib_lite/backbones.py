@@ -180,6 +180,7 @@ class Backbone:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    @torch.no_grad()
     def __call__(self, pixels: np.ndarray | Tensor) -> list[Tensor]:
         """Feature maps of a batch.
 
@@ -198,11 +199,6 @@ class Backbone:
         InvalidValueError
             If the network cannot take images of this size, or gives no feature maps.
         """
-        # What is recorded while tracing must not be marked as inference.
-        with torch.inference_mode(not _is_tracing()):
-            return self._forward(pixels)
-
-    def _forward(self, pixels: np.ndarray | Tensor) -> list[Tensor]:
         height, width = pixels.shape[1:3]
         scale = 255.0 if pixels.dtype in (np.uint8, torch.uint8) else 1.0
         x = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels, device=self.device)
