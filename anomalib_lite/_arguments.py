@@ -54,6 +54,7 @@ FIT_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "calibration": (str, "split", "split or leave_one_out"),
     "device": (str, "auto", "auto, cpu, cuda or mps"),
     "dtype": (str, "auto", "auto, float32, bfloat16 or float16"),
+    "engine": (str, "auto", "auto, torch, openvino or onnxruntime"),
     "batch_size": (int, 32, "images at a time"),
     "on_error": (str, "raise", "what to do about an unreadable image: raise or skip"),
     "max_pixels": (int, 100_000_000, "larger images are refused"),

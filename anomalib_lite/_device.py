@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from anomalib_lite._validation import check_choice
 from anomalib_lite.errors import InvalidValueError
 
-__all__ = ["DEVICES", "DTYPES", "resolve_device", "resolve_dtype"]
+__all__ = ["DEVICES", "DTYPES", "has_depthwise", "resolve_device", "resolve_dtype"]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -46,6 +47,15 @@ def resolve_dtype(dtype: str, device: torch.device, where: str) -> torch.dtype:
     if device.type == "cpu" and _cpu_multiplies_bfloat16():
         return torch.bfloat16
     return torch.float32
+
+
+def has_depthwise(network: nn.Module) -> bool:
+    """Whether a convolution sees each channel by itself.
+
+    Such sums are short, and bfloat16's rounding does not average out in them.
+    """
+    convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
+    return any(c.groups == c.in_channels > 1 for c in convolutions)
 
 
 def _cpu_multiplies_bfloat16() -> bool:

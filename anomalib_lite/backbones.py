@@ -17,23 +17,24 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from anomalib_lite._device import resolve_device, resolve_dtype
+from anomalib_lite._device import has_depthwise, resolve_device, resolve_dtype
 from anomalib_lite._folding import fold_batch_norms
 from anomalib_lite._validation import closest
 from anomalib_lite._weights import load_efficientnet_lite0, load_state, load_weights, weights_sha256
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
+from anomalib_lite.fusion import patch_embeddings
 
 __all__ = ["EMBEDDED", "Backbone"]
-
-ENGINES = ("auto", "torch")
 
 # Networks whose weights come as a Python package: our name, timm's name, and who loads them.
 EMBEDDED = {"efficientnet_lite0": ("tf_efficientnet_lite0", load_efficientnet_lite0)}
 
+_is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]  # has no types
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # On a CPU the activations of a few images at a time stay in the cache, which is faster
-# and bounds the memory, whatever the batch size.
-_PIXELS_AT_ONCE = {"cpu": 8 * 256 * 256}
+# and bounds the memory, whatever the batch size. In float32 one image is as fast as any number,
+# and its embeddings have the same bits whatever images share its batch.
+_PIXELS_AT_ONCE = {("cpu", torch.float32): 1, ("cpu", torch.bfloat16): 8 * 256 * 256}
 
 
 class Backbone:
@@ -56,8 +57,11 @@ class Backbone:
     device : {"auto", "cpu", "cuda", "mps"} or torch.device, default="auto"
         ``"auto"`` takes CUDA where there is a GPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
-        ``"auto"`` is bfloat16 where the processor multiplies it in hardware (AMX,
-        AVX-512 BF16), float16 on CUDA, float32 elsewhere.
+        ``"auto"`` is float16 on CUDA; on a CPU that multiplies bfloat16 in hardware (AMX,
+        AVX-512 BF16) it is bfloat16, except for networks with depthwise convolutions, whose
+        maps that type blurs; float32 elsewhere.
+    fusion : {"concat"}, default="concat"
+        How :meth:`embed` brings the layers together; see :func:`~anomalib_lite.fusion`.
     state : mapping of str to tensor, optional
         Weights at hand already, as a model file holds them: used instead of any other source.
     where : str
@@ -74,6 +78,8 @@ class Backbone:
         Of the weights, see ``weights_sha256`` in ``_weights.py``.
     device, dtype : torch.device, torch.dtype
         What "auto" became.
+    engine : "torch"
+        As the networks of :mod:`~anomalib_lite.engines` say what runs them.
     pixels_at_once : int
         Pixels (of all images of a call together) that this device does best with.
 
@@ -94,6 +100,8 @@ class Backbone:
     ['blocks.2', 'blocks.4']
     """
 
+    engine = "torch"
+
     def __init__(
         self,
         backbone: str | nn.Module,
@@ -102,13 +110,13 @@ class Backbone:
         layers: Sequence[str | int] | None = None,
         device: str | torch.device = "auto",
         dtype: str = "auto",
+        fusion: str = "concat",
         state: Mapping[str, Tensor] | None = None,
         where: str = "Backbone",
     ) -> None:
-        self.where = where
+        self.where, self.fusion = where, fusion
         self.device = resolve_device(device, where)
         self.dtype = resolve_dtype(dtype, self.device, where)
-        self.pixels_at_once = _PIXELS_AT_ONCE.get(self.device.type, sys.maxsize)
         if isinstance(backbone, str):
             network, stages = self._from_timm(backbone, weights, state)
         elif isinstance(backbone, nn.Module):
@@ -138,19 +146,47 @@ class Backbone:
         self._origin = (backbone, weights, state)
         self._read_conventions(network)
         self._captured: dict[int, dict[str, Tensor]] = {}  # by thread: several may ask at once
+        self.depthwise = has_depthwise(network)
+        if dtype == "auto" and self.depthwise and self.device.type == "cpu":
+            self.dtype = torch.float32
+        self.pixels_at_once = _PIXELS_AT_ONCE.get((self.device.type, self.dtype), sys.maxsize)
         network = fold_batch_norms(network.eval().requires_grad_(False), keep=self.layers)
         for name in self.layers:
             network.get_submodule(name).register_forward_hook(partial(self._capture, name))
         network.to(self.device, self.dtype)
         self.network = network.to(memory_format=torch.channels_last)
 
-    @torch.inference_mode()
-    def __call__(self, pixels: np.ndarray) -> list[Tensor]:
-        """Feature maps of a batch.
+    def embed(self, pixels: np.ndarray) -> np.ndarray:
+        """Patch embeddings of a batch: the feature maps, brought together by ``fusion``.
 
         Parameters
         ----------
         pixels : ndarray of shape (B, H, W, 3)
+            uint8 in [0, 255], or float32 in [0, 1].
+
+        Returns
+        -------
+        ndarray of shape (B, h, w, D), float32
+
+        Raises
+        ------
+        InvalidValueError
+            As a call.
+        """
+        step = max(1, self.pixels_at_once // pixels[0, :, :, 0].size)
+        parts = [
+            patch_embeddings(self(pixels[i : i + step]), self.fusion).cpu().numpy()
+            for i in range(0, len(pixels), step)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    @torch.no_grad()
+    def __call__(self, pixels: np.ndarray | Tensor) -> list[Tensor]:
+        """Feature maps of a batch.
+
+        Parameters
+        ----------
+        pixels : ndarray or tensor of shape (B, H, W, 3)
             uint8 in [0, 255], or float32 in [0, 1].
 
         Returns
@@ -164,10 +200,10 @@ class Backbone:
             If the network cannot take images of this size, or gives no feature maps.
         """
         height, width = pixels.shape[1:3]
-        scale = 255.0 if pixels.dtype == np.uint8 else 1.0
-        x = torch.tensor(pixels, device=self.device)  # a copy
+        scale = 255.0 if pixels.dtype in (np.uint8, torch.uint8) else 1.0
+        x = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels, device=self.device)
         x = x.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
-        x = x.mul_(1 / (scale * self._std)).sub_(self._mean / self._std)
+        x = x.mul(1 / (scale * self._std)).sub_(self._mean / self._std)
         captured = self._captured[threading.get_ident()] = {}
         try:
             output = self.network(x.to(self.dtype))
@@ -189,7 +225,8 @@ class Backbone:
         as_announced = all(len(s) == 4 and s[1] == c for s, c in zip(shapes, expected, strict=True))
         if as_announced and not self._channels_last:
             return output
-        return [self._to_map(m, c, height / width) for m, c in zip(output, expected, strict=True)]
+        size = (height, width)
+        return [self._to_map(m, c, size) for m, c in zip(output, expected, strict=True)]
 
     def original_state(self) -> dict[str, Tensor]:
         """The weights as they were before they took on ``dtype``, read again from their source.
@@ -223,15 +260,19 @@ class Backbone:
         if len(captured) == len(self.layers):
             raise _LastLayerReached
 
-    def _to_map(self, output: Any, channels: int | None, aspect: float) -> Tensor:
+    def _to_map(self, output: Any, channels: int | None, size: tuple[Any, Any]) -> Tensor:
         """What a layer gives, as (B, C, h, w): tokens on their grid, channels in front."""
         if isinstance(output, Tensor) and output.ndim == 3:  # (B, prefix + h*w, C)
             prefix = int(getattr(self.network, "num_prefix_tokens", 0))
-            n_patches = output.shape[1] - prefix
-            height = round((n_patches * aspect) ** 0.5)
+            n_patches = int(output.shape[1]) - prefix
+            height = round((n_patches * int(size[0]) / int(size[1])) ** 0.5)
             if height > 0 and n_patches % height == 0:
+                grid = (height, n_patches // height)
+                if _is_tracing():  # in terms of the size, which will be another
+                    sides = zip(size, grid, strict=True)
+                    grid = tuple(side // (int(side) // cells) for side, cells in sides)
                 output = output[:, prefix:].transpose(1, 2)
-                output = output.reshape(*output.shape[:2], height, n_patches // height)
+                output = output.reshape(*output.shape[:2], *grid)
         elif isinstance(output, Tensor) and output.ndim == 4:
             last = channels not in (None, output.shape[1]) and output.shape[3] == channels
             if last or self._channels_last:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,16 +55,13 @@ def patch_embeddings(
     maps = [m.float() for m in feature_maps]
     if neighbourhood > 1:
         maps = [avg_pool2d(m, neighbourhood, 1, neighbourhood // 2) for m in maps]
-    return STRATEGIES[strategy](maps).permute(0, 2, 3, 1).contiguous()  # (B, h, w, D)
-
-
-def _concat(maps: list[Tensor]) -> Tensor:
     size = max((m.shape[-2:] for m in maps), key=lambda s: s[0] * s[1])
-    resized = [
+    maps = [
         m if m.shape[-2:] == size else interpolate(m, size, mode="bilinear", align_corners=False)
         for m in maps
     ]
-    return torch.cat(resized, dim=1)
+    return STRATEGIES[strategy](maps).permute(0, 2, 3, 1).contiguous()  # (B, h, w, D)
 
 
-STRATEGIES: dict[str, Callable[[list[Tensor]], Tensor]] = {"concat": _concat}
+# What is done with maps (B, C_l, h, w) that have been brought to one size.
+STRATEGIES: dict[str, Callable[[list[Tensor]], Tensor]] = {"concat": partial(torch.cat, dim=1)}

@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
-from torch import nn
 
 import anomalib_lite
 from anomalib_lite._validation import closest
-from anomalib_lite.backbones import Backbone
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.patchcore import PatchCore
+from anomalib_lite.engines import AnyBackbone, open_backbone
 from anomalib_lite.errors import (
     InvalidValueError,
     MissingPathError,
@@ -66,7 +64,7 @@ def save(
     The file is a safetensors file. Its metadata have one key, ``anomalib_lite``, which holds
     JSON: ``format_version``, ``library_version``, ``detector`` (class name), ``parameters``
     (every constructor argument), ``backbone`` (layers, stride, mean and deviation of the pixels,
-    number type and SHA-256 of the weights; null after ``fit_embeddings``) and ``state``
+    number type, engine and SHA-256 of the weights; null after ``fit_embeddings``) and ``state``
     (threshold and the rest). Its tensors are ``calibration_scores`` (n,) and the detector's
     arrays: for PatchCore ``embeddings`` (M, D) float32, and ``index``, the bytes of a trained
     FAISS index, unless it is ``"flat"``.
@@ -89,8 +87,8 @@ def save(
         raise NotFittedError(f"{name}: not fitted yet. Call fit(images) before save.")
     arrays, state = detector._get_state()
     arrays["calibration_scores"] = detector.calibration_scores_
-    tensors = {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
-    backbone: Backbone | None = getattr(detector, "backbone_", None)
+    tensors: dict[str, Any] = {key: np.ascontiguousarray(a) for key, a in arrays.items()}
+    backbone: AnyBackbone | None = getattr(detector, "backbone_", None)
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "library_version": anomalib_lite.__version__,
@@ -106,18 +104,19 @@ def save(
             "mean": backbone.mean,
             "std": backbone.std,
             "dtype": detector.dtype_,
+            "engine": detector.engine_,
             "sha256": backbone.sha256,
         }
         header["state"]["skipped"] = detector.skipped_
         if include_backbone:
             tensors |= {_BACKBONE + k: v for k, v in backbone.original_state().items()}
-    _write(tensors, {_KEY: json.dumps(header)}, Path(path), name)
+    _write(_serialize(tensors, {_KEY: json.dumps(header)}), Path(path), name)
 
 
 def load(
     path: str | os.PathLike[str],
     *,
-    backbone: nn.Module | None = None,
+    backbone: Any = None,
     weights: str | os.PathLike[str] | None = None,
     device: str | None = None,
 ) -> Any:
@@ -189,55 +188,66 @@ def load(
         ) from error
     included = {k.removeprefix(_BACKBONE): v for k, v in arrays.items() if k.startswith(_BACKBONE)}
     try:
-        detector.backbone_ = _open_backbone(detector, layers, included, path)
+        network = _open_backbone(detector, layers, sha256, included, path)
     except InvalidValueError as error:
         if not included or detector.backbone is None:
             raise
         raise ModelFileError(f"load: {path} is broken: {error}") from error
-    if detector.backbone_.sha256 != sha256:
+    if network.sha256 != sha256:
         raise ModelFileError(
             f"load: {path} was fitted with other backbone weights (SHA-256 {sha256[:12]}...) than "
-            f"those found here ({detector.backbone_.sha256[:12]}...). Give the right file with "
+            f"those found here ({network.sha256[:12]}...). Give the right file with "
             "load(path, weights=...), save with include_backbone=True, or fit again."
         )
     for key in ("mean", "std", "stride"):
-        here, then = getattr(detector.backbone_, key), fitted_with.get(key)
+        here, then = getattr(network, key), fitted_with.get(key)
         if then != here:
             raise ModelFileError(
                 f"load: {path} was fitted with {key} {then} of the backbone, here it is {here}. "
                 "Use the version of timm, or the module, that it was fitted with."
             )
-    detector.dtype_ = str(detector.backbone_.dtype).removeprefix("torch.")
+    detector._take_backbone(network)
     return detector
 
 
 def _open_backbone(
-    detector: BaseDetector, layers: list[str], included: dict[str, Any], path: Path
-) -> Backbone:
+    detector: BaseDetector, layers: list[str], sha256: str, included: dict[str, Any], path: Path
+) -> AnyBackbone:
     if detector.backbone is None:
         raise InvalidValueError(
             f"load: {path} was fitted with a module of your own. Pass it: "
             "load(path, backbone=module)."
         )
-    own_module = isinstance(detector.backbone, nn.Module)
-    return Backbone(
+    return open_backbone(
         detector.backbone,
-        weights=None if own_module else detector.weights,
+        weights=None if _is_of_torch(detector.backbone, "nn.Module") else detector.weights,
         # As fitted, whatever this version of timm would choose.
         layers=layers or None,
+        fusion=detector.fusion,
         device=detector.device,
         dtype=detector.dtype,
+        engine=detector.engine,
         state=included or None,
+        # Weights in the file must prove that they are what the header says.
+        sha256=None if included else sha256,
         where="load",
     )
 
 
+def _is_of_torch(value: object, name: str) -> bool:
+    """Whether a value is one of torch's, without importing torch for those that are not."""
+    kind: Any = sys.modules.get("torch")
+    for part in name.split("."):
+        kind = getattr(kind, part, None)
+    return kind is not None and isinstance(value, kind)
+
+
 def _to_json(name: str, value: object, where: str) -> object:
-    if isinstance(value, nn.Module):
+    if _is_of_torch(value, "nn.Module"):
         return None
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, os.PathLike | torch.device):
+    if isinstance(value, os.PathLike) or _is_of_torch(value, "device"):
         return str(value)
     if isinstance(value, list | tuple):
         return [_to_json(name, v, where) for v in value]
@@ -249,12 +259,23 @@ def _to_json(name: str, value: object, where: str) -> object:
     )
 
 
-def _write(tensors: dict[str, Any], metadata: dict[str, str], path: Path, where: str) -> None:
+def _serialize(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
+    if not any(key.startswith(_BACKBONE) for key in tensors):
+        from safetensors.numpy import save as save_arrays
+
+        return save_arrays(tensors, metadata)
+    import torch  # weights may be of types that numpy does not have
+    from safetensors.torch import save as save_tensors
+
+    return save_tensors({key: torch.as_tensor(t) for key, t in tensors.items()}, metadata)
+
+
+def _write(content: bytes, path: Path, where: str) -> None:
     # Beside its place: renaming is atomic only within one file system.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with part.open("wb") as file:
-            file.write(serialize(tensors, metadata))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -272,11 +293,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise MissingPathError(f"load: model file {path} does not exist.")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             header = json.loads(metadata.get(_KEY, "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        arrays = {k: v if k.startswith(_BACKBONE) else v.numpy() for k, v in tensors.items()}
+            names = list(file.keys())
+            arrays = {k: file.get_tensor(k) for k in names if not k.startswith(_BACKBONE)}
+        if len(arrays) < len(names):
+            with safe_open(path, "pt") as file:
+                arrays |= {k: file.get_tensor(k) for k in names if k.startswith(_BACKBONE)}
     except (SafetensorError, json.JSONDecodeError, OSError, TypeError) as error:
         raise ModelFileError(
             f"load: {path} is cut short or not a model file ({error}). Copy it again from where "

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from cli_fixtures import broken, model, refused, wall
 
 __all__ = ["broken", "data_dir", "model", "refused", "wall"]
+
+# Converted graphs of these tests, also of those in docstrings, are no business of the user's cache.
+_CACHE = tempfile.TemporaryDirectory(prefix="anomalib-lite-", ignore_cleanup_errors=True)
+os.environ["ANOMALIB_LITE_CACHE"] = _CACHE.name
 
 _DEFAULT = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 

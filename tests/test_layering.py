@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "images",
         "backbones",
         "fusion",
+        "engines",
         "coreset",
         "memory_bank",
         "gaussian",
@@ -43,10 +44,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 STAGES = LAYERS[2]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-BESIDE = {
+STAGES_BESIDE = {
     ("memory_bank", "coreset"),
     ("lora", "synthetic"),
     ("lora", "backbones"),
+    # A backbone gives its maps fused, as the graphs of other engines do, which are made of both.
+    ("backbones", "fusion"),
+    ("engines", "backbones"),
+}
+BESIDE = STAGES_BESIDE | {
+    ("_graph", "backbones"),
+    ("_graph", "fusion"),
     ("report", "plotting"),
     ("cli", "demo"),
 }
@@ -169,12 +177,11 @@ def test_errors_stand_alone_and_validation_on_errors() -> None:
 
 
 def test_stages_do_not_know_each_other_nor_any_detector() -> None:
-    allowed = {("memory_bank", "coreset"), ("lora", "synthetic"), ("lora", "backbones")}
     for found in own_imports():
         source, target = place_of(found.module), place_of(found.target)
         if source in STAGES and source != target:
             assert target != "detectors"
-            assert target not in STAGES or (source, target) in allowed, found
+            assert target not in STAGES or (source, target) in STAGES_BESIDE, found
 
 
 def test_the_base_of_all_detectors_writes_files_inside_save_alone() -> None:
@@ -191,9 +198,25 @@ def test_heavy_libraries_stay_where_they_belong(library: str, allowed: set[str])
     importers = {i.module for i in imports() if i.target.split(".")[0] == library}
     assert {m for m in importers if not m.startswith("_")}
     for found in own_imports() * len(modules()):  # a private module is part of whoever imports it
-        if found.target in importers and found.target.startswith("_"):
+        lazily = found.module == "engines" and found.function != ""
+        if found.target in importers and found.target.startswith("_") and not lazily:
             importers.add(found.module)
     assert {m for m in importers if not m.startswith("_")} <= allowed
+
+
+def test_engines_load_torch_only_where_a_function_needs_it() -> None:
+    """Where a converted graph is at hand, torch is not imported: see test_engines.py."""
+    torch_too = {"torch", "timm", "torchvision", f"{NAME}.backbones", f"{NAME}.fusion"}
+    torch_too |= {i.module for i in imports() if i.target == "torch" and not i.function}
+    torch_too = {name if "." in name else f"{NAME}.{name}" for name in torch_too} | {
+        "torch",
+        "timm",
+    }
+    assert f"{NAME}._graph" in torch_too
+    warm = ("engines", "_runtimes", "_cache", "persistence", "detectors.base", "images")
+    at_import = {(i.module, i.target) for i in imports() if i.module in warm and not i.function}
+    assert not {(module, target) for module, target in at_import if target in torch_too}
+    assert any(i.target == f"{NAME}.backbones" and i.module == "engines" for i in imports())
 
 
 @pytest.mark.parametrize("library", ["pickle", "cloudpickle", "dill", "marshal", "shelve"])

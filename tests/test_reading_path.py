@@ -35,12 +35,15 @@ class Journey:
             self.entered[code] = None
 
 
-def test_six_files_and_fifteen_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_six_files_and_fifteen_functions(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = np.random.default_rng(0).integers(90, 140, (6, 48, 80, 3)).astype(np.uint8)
     paths = [tmp_path / f"{i}.png" for i in range(6)]
     for path, image in zip(paths, pixels, strict=True):
         Image.fromarray(image).save(path)
-    detector = PatchCore(image_size=48, false_alarm_rate=0.5).fit(paths)
+    detector = PatchCore(image_size=48, false_alarm_rate=0.5, engine=engine).fit(paths)
     journey, search = Journey(), faiss.knn
 
     def knn(*args: Any, **kwargs: Any) -> Any:

@@ -23,12 +23,11 @@ from anomalib_lite._validation import (
     normal_indices,
 )
 from anomalib_lite.anomaly_map import anomaly_maps
-from anomalib_lite.backbones import ENGINES, Backbone
 from anomalib_lite.calibration import calibration_size, conformal_threshold
 from anomalib_lite.detectors.detections import Detections
 from anomalib_lite.detectors.embeddings import Embeddings, gather, stack, stack_embeddings, take
+from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
 from anomalib_lite.errors import InvalidValueError, NotFittedError
-from anomalib_lite.fusion import STRATEGIES, patch_embeddings
 from anomalib_lite.images import ImageSource, iter_batches
 
 __all__ = ["BaseDetector"]
@@ -82,12 +81,14 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
                 f"{where}: images holds samples labelled anomalous; fit takes normal images only. "
                 "Use dataset.train, or pass y=[sample.label for sample in samples]."
             )
-        backbone = Backbone(
+        backbone = open_backbone(
             self.backbone,
             weights=self.weights,
             layers=self.layers,
+            fusion=self.fusion,
             device=self.device,
             dtype=self.dtype,
+            engine=self.engine,
             where=where,
         )
         check_image_size(self.image_size, where, stride=backbone.stride)
@@ -101,8 +102,7 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
                 f"{where}: none of {len(source)} images could be used; the first: {skipped[0][1]}"
             )
         self._fit_and_calibrate(embeddings, random)
-        self.backbone_ = backbone
-        self.dtype_ = str(backbone.dtype).removeprefix("torch.")
+        self._take_backbone(backbone)
         self.skipped_ = [(source.names[i], r) for i, r in sorted((order[i], r) for i, r in skipped)]
         return self
 
@@ -231,7 +231,7 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         E = check_embeddings(E, type(self).__name__)
         random = check_random_state(self.random_state)
         self._fit_and_calibrate(take(E, self._order(len(E), random)), random)
-        for fitted_on_images in ("backbone_", "dtype_", "skipped_"):
+        for fitted_on_images in ("backbone_", "dtype_", "engine_", "skipped_"):
             self.__dict__.pop(fitted_on_images, None)
         return self
 
@@ -307,7 +307,7 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
 
     def _check_parameters(self) -> None:
         where = type(self).__name__
-        check_choice("fusion", self.fusion, STRATEGIES, where)
+        check_choice("fusion", self.fusion, FUSIONS, where)
         check_choice("engine", self.engine, ENGINES, where)
         check_choice("calibration", self.calibration, CALIBRATIONS, where)
         check_choice("on_error", self.on_error, ("raise", "skip"), where)
@@ -317,6 +317,11 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
         check_number("false_alarm_rate", self.false_alarm_rate, where, "(0, 1)")
         check_image_size(self.image_size, where)
         check_seed(self.random_state, where)
+
+    def _take_backbone(self, backbone: AnyBackbone) -> None:
+        self.backbone_ = backbone
+        self.engine_ = backbone.engine
+        self.dtype_ = str(backbone.dtype).removeprefix("torch.")
 
     def _order(self, n: int, random: np.random.RandomState) -> np.ndarray:
         """The images, those to be held back for calibration last."""
@@ -330,7 +335,7 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
 
     def _embed(
         self,
-        backbone: Backbone,
+        backbone: AnyBackbone,
         source: ImageSource,
         purpose: str,
         skipped: list[tuple[int, str]],
@@ -346,20 +351,14 @@ class BaseDetector(BaseEstimator, metaclass=ABCMeta):
                 on_error=self.on_error,
                 skipped=skipped,
             ):
-                pixels = batch.pixels
-                step = max(1, backbone.pixels_at_once // pixels[0, :, :, 0].size)
-                parts = [
-                    patch_embeddings(backbone(pixels[i : i + step]), self.fusion).cpu().numpy()
-                    for i in range(0, len(pixels), step)
-                ]
-                embeddings = np.concatenate(parts)
+                embeddings = backbone.embed(batch.pixels)
                 if not np.isfinite(embeddings).all():
                     raise InvalidValueError(
                         f"{type(self).__name__}: the backbone gives NaN or infinity in "
                         f"{backbone.dtype}. Use dtype='float32'."
                     )
                 yield batch, embeddings
-                bar.update(len(pixels))
+                bar.update(len(batch.pixels))
 
     def _fit_and_calibrate(self, E: Embeddings, random: np.random.RandomState) -> None:
         n_to_fit = len(E) - self._n_held_back(len(E))

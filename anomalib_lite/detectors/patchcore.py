@@ -63,8 +63,9 @@ class PatchCore(BaseDetector):
     device : {"auto", "cpu", "cuda", "mps"}, default="auto"
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
         Number type of the backbone; what "auto" chose is in ``dtype_``.
-    engine : {"auto", "torch"}, default="auto"
-        What runs the backbone.
+    engine : {"auto", "torch", "openvino", "onnxruntime"}, default="auto"
+        What runs the backbone: "auto" is OpenVINO on a CPU where it is installed and the network
+        converts, else torch; what it chose is in ``engine_``.
     batch_size : int, default=32
         Images decoded and embedded at a time.
     on_error : {"raise", "skip"}, default="raise"
@@ -88,8 +89,8 @@ class PatchCore(BaseDetector):
         ``conformal_threshold(detector.calibration_scores_, rate)`` gives that for another rate.
     n_features_ : int
         D, the length of an embedding.
-    backbone_ : Backbone
-    dtype_ : str
+    backbone_ : Backbone or CompiledBackbone
+    dtype_, engine_ : str
     skipped_ : list of (str, str)
         Name and reason of each training image left out.
 

@@ -1,0 +1,100 @@
+"""Converted graphs on disk: written whole or not at all, and checked before they are believed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["cache_dir", "digest", "read", "write"]
+
+# The graphs used longest ago go first.
+_MOST_BYTES = 4 << 30
+
+
+def cache_dir() -> Path:
+    """Where graphs are kept: ``ANOMALIB_LITE_CACHE``, else the user's cache directory.
+
+    >>> import os
+    >>> os.environ["ANOMALIB_LITE_CACHE"] = "somewhere"
+    >>> cache_dir().parts
+    ('somewhere',)
+    >>> del os.environ["ANOMALIB_LITE_CACHE"]
+    """
+    own = os.environ.get("ANOMALIB_LITE_CACHE")
+    if own:
+        return Path(own)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "anomalib-lite"
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of bytes, or of anything that JSON can hold."""
+    content = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def read(key: dict[str, Any]) -> tuple[dict[str, Any], bytes] | None:
+    """What was written under a key: a description and a graph; None if it is not there whole."""
+    try:
+        folder = cache_dir()
+        entry = json.loads((folder / f"{digest(key)}.json").read_bytes())
+        sealed = {"key": entry["key"], "described": entry["described"], "graph": entry["graph"]}
+        path = folder / f"{entry['graph']}.graph"
+        graph = path.read_bytes()
+        if (
+            entry["key"] != key
+            or entry["seal"] != digest(sealed)
+            or digest(graph) != entry["graph"]
+        ):
+            return None
+        with contextlib.suppress(OSError):
+            path.touch()  # used today
+        return entry["described"], graph
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # gone, broken, or no home
+        return None
+
+
+def write(keys: Sequence[dict[str, Any]], described: dict[str, Any], graph: bytes) -> None:
+    """Keep a graph under several keys; where that cannot be done, nothing happens."""
+    try:
+        folder = cache_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        name = digest(graph)
+        _write_whole(folder / f"{name}.graph", graph)
+        for key in keys:
+            sealed = {"key": key, "described": described, "graph": name}
+            text = json.dumps(sealed | {"seal": digest(sealed)})
+            _write_whole(folder / f"{digest(key)}.json", text.encode())
+        _forget_oldest(folder, spare=name)
+    except (OSError, RuntimeError):
+        return
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    part = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _forget_oldest(folder: Path, spare: str) -> None:
+    graphs = sorted(folder.glob("*.graph"), key=lambda path: path.stat().st_mtime)
+    total = sum(path.stat().st_size for path in graphs)
+    for path in graphs:
+        if total > _MOST_BYTES and path.stem != spare:
+            total -= path.stat().st_size
+            path.unlink(missing_ok=True)
