@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import joblib
 import numpy as np
 
+from anomalib_lite import errors
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.detectors.collecting import Collector
 from anomalib_lite.detectors.embeddings import Embeddings
@@ -38,6 +40,7 @@ class Part:
     collected: Any = None
     scores: np.ndarray | None = None
     skipped: Sequence[tuple[int, str]] = ()
+    error: tuple[str, str] | None = None  # class and message: not all backends can send the object
 
 
 @dataclass
@@ -86,20 +89,24 @@ def distribute(
     parts = joblib.Parallel(n_jobs=detector.n_jobs, return_as="generator")(tasks)
     try:
         for part in parts:
-            if isinstance(part, AnomalibLiteError):
-                raise part
+            if part.error is not None:
+                name, message = part.error
+                raise getattr(errors, name)(message)
             yield part
     except Exception as error:
         lost = isinstance(error, BrokenExecutor) or type(error).__name__ in _BACKEND_ERRORS
         if not lost and not (isinstance(error, TypeError) and "pickle" in str(error)):
             raise
+        first_line = str(error).partition("\n")[0]
         raise WorkerError(
             f"{type(detector).__name__}: a worker ended, or could not be given its work "
-            f"({type(error).__name__}: {error}). Give it more memory (or set memory_budget), pass "
-            "paths in place of objects, or fit with n_jobs=None."
+            f"({type(error).__name__}: {first_line}). Give it more memory (or set memory_budget), "
+            "pass paths in place of objects, or fit with n_jobs=None."
         ) from error
     finally:
-        parts.close()
+        with warnings.catch_warnings():  # joblib's, of work that is not needed any more
+            warnings.simplefilter("ignore")
+            parts.close()
         with _LOCK:
             _backbones.pop(fit, None)
 
@@ -113,7 +120,7 @@ def _work_on(
     state: dict[str, Any] | None,
     names: list[str],
     *arrays: np.ndarray,
-) -> Part | AnomalibLiteError:
+) -> Part:
     """In a worker. An error that is the user's is returned: the first shard's is raised there."""
     try:
         with _LOCK:
@@ -133,4 +140,4 @@ def _work_on(
         part.skipped = skipped
         return part
     except AnomalibLiteError as error:
-        return error
+        return Part(error=(type(error).__name__, str(error)))
