@@ -29,6 +29,7 @@ from anomalib_lite.calibration import conformal_threshold
 from anomalib_lite.datasets import MVTecAD
 from anomalib_lite.detectors import BaseDetector
 from anomalib_lite.detectors.collecting import Collector, Plan, plan_patches
+from anomalib_lite.detectors.fitting import _NETWORK_BYTES
 from anomalib_lite.errors import (
     AnomalibLiteError,
     CalibrationWarning,
@@ -313,7 +314,7 @@ def test_streams_that_hold_no_embeddings(memory_budget: Any) -> None:
 # --- Images within a budget ---------------------------------------------------------------
 
 # In flight are 32 images, and the network's activations.
-IN_FLIGHT = 32 * (4 * 48 * 80 * 3 + 2 * 60 * 192 * 4) + 160 * 32 * 48 * 80
+IN_FLIGHT = 32 * (4 * 48 * 80 * 3 + 2 * 60 * 192 * 4) + _NETWORK_BYTES * 32 * 48 * 80
 SHARDS_OF_8 = budget_for(60, 60, 192, keep=0.2, n_at_once=8) + IN_FLIGHT
 
 
@@ -736,9 +737,15 @@ def test_a_budget_costs_no_accuracy_on_real_images(data_dir: Path) -> None:
     train, test = dataset.train[::2], dataset.test[::2]
     y = [sample.label for sample in test]
     parameters: dict[str, Any] = {"image_size": 128, "coreset_ratio": 0.02, "dtype": "float32"}
-    found = [
-        auroc(y, PatchCore(memory_budget=budget, **parameters).fit(train).score(test))
-        for budget in (None, "130MB")
-    ]
-    assert found[0] > 0.8
-    assert found[1] == pytest.approx(found[0], abs=0.02)
+    with pytest.raises(InvalidValueError) as caught:
+        PatchCore(memory_budget=1, **parameters).fit(train)
+    least = re.search(r"Raise it to ([\d,]+)MB", str(caught.value))
+    assert least is not None
+    budget = int(least[1].replace(",", "")) * 10**6 + 12_000_000
+    free, bounded = (
+        PatchCore(memory_budget=memory, **parameters).fit(train) for memory in (None, budget)
+    )
+    assert bounded.memory_bank_.covering_radius_ != free.memory_bank_.covering_radius_
+    expected = auroc(y, free.score(test))
+    assert expected > 0.8
+    assert auroc(y, bounded.score(test)) == pytest.approx(expected, abs=0.02)
