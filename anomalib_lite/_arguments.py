@@ -56,6 +56,8 @@ FIT_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "dtype": (str, "auto", "auto, float32, bfloat16 or float16"),
     "engine": (str, "auto", "auto, torch, openvino or onnxruntime"),
     "batch_size": (int, 32, "images at a time"),
+    "memory_budget": (str, None, "most memory of fit, such as 2GB (default: all that it takes)"),
+    "n_jobs": (int, None, "processes that share out the images (default: one)"),
     "on_error": (str, "raise", "what to do about an unreadable image: raise or skip"),
     "max_pixels": (int, 100_000_000, "larger images are refused"),
     "random_state": (int, 0, "seed"),

@@ -14,10 +14,13 @@ __all__ = ["n_cores", "workers"]
 
 
 def n_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process should use.
+
+    The variable ``OMP_NUM_THREADS`` limits them, as joblib does in workers that share a machine.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores or 1, int(limit))) if limit.isdigit() else cores or 1
 
 
 @contextmanager

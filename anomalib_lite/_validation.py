@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -99,16 +100,39 @@ def check_embeddings(
             f"{where}: E must have shape (N, h, w, D) with N of at least 1, got none."
         )
     for i, grid in enumerate(grids):
-        if grid.ndim == 3 and n_features is None:
-            n_features = grid.shape[2]
-        if grid.ndim != 3 or 0 in grid.shape or grid.shape[2] != n_features:
-            d = n_features or "D"
-            raise InvalidValueError(
-                f"{where}: E must have shape (N, h, w, {d}), got {grid.shape} for E[{i}]."
-            )
-        if not np.isfinite(grid).all():
-            raise InvalidValueError(f"{where}: E[{i}] must be finite, got NaN or infinity.")
+        n_features = check_grid(grid, i, where, n_features)
     return grids
+
+
+def check_grid(grid: np.ndarray, i: int, where: str, n_features: int | None) -> int:
+    """Return D of one image's embeddings (h, w, D), float32, if they are such and finite."""
+    as_expected = grid.ndim == 3 and n_features in (None, grid.shape[2])
+    if not as_expected or 0 in grid.shape:
+        d = n_features or "D"
+        raise InvalidValueError(
+            f"{where}: E must have shape (N, h, w, {d}), got {grid.shape} for E[{i}]."
+        )
+    if not np.isfinite(grid).all():
+        raise InvalidValueError(f"{where}: E[{i}] must be finite, got NaN or infinity.")
+    return int(grid.shape[2])
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def check_memory(name: str, value: Any, where: str) -> int:
+    """Return bytes, from a whole number or from words such as "512MB" (10^6) or "1GiB" (2^30)."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B", value.strip().upper())
+        if found is not None and float(found[1]) > 0:
+            return int(float(found[1]) * _UNITS[found[2]])
+    elif isinstance(value, int | np.integer) and not isinstance(value, bool) and value > 0:
+        return int(value)
+    raise InvalidValueError(
+        f"{where}: {name} must be a number of bytes or such as '512MB', '2GB' or '1GiB', "
+        f"got {value!r}."
+    )
 
 
 def check_image_size(image_size: Any, where: str, *, stride: int = 1) -> None:

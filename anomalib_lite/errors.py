@@ -23,6 +23,7 @@ __all__ = [
     "ModelFileError",
     "NotFittedError",
     "OutputError",
+    "WorkerError",
 ]
 
 
@@ -74,6 +75,10 @@ class ModelFileError(InvalidValueError):
 
 class MissingDependencyError(AnomalibLiteError, ImportError):
     """An optional package is needed for what was asked, and is not installed."""
+
+
+class WorkerError(AnomalibLiteError, RuntimeError):
+    """A worker process that ``n_jobs`` asked for ended, or could not be given its work."""
 
 
 class NotFittedError(AnomalibLiteError, _SklearnNotFittedError):

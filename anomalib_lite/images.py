@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from anomalib_lite._threads import n_cores
 from anomalib_lite._validation import IMAGE_SUFFIXES, check_int
 from anomalib_lite.errors import (
     AnomalibLiteError,
@@ -311,7 +312,7 @@ def iter_batches(
         check_int("batch_size", batch_size, source.where, low=1)
     waiting: dict[Any, list[tuple[int, np.ndarray, tuple[int, int]]]] = {}
     pending: deque[tuple[int, Future[tuple[np.ndarray, tuple[int, int]]]]] = deque()
-    executor = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decode")
+    executor = ThreadPoolExecutor(min(8, n_cores()), "decode")
     to_submit = iter(range(len(source.items)))
     try:
         while True:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from anomalib_lite._validation import check_choice, check_int, check_number
+from anomalib_lite._validation import check_choice, check_int, check_memory, check_number
 from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores, reweight
 from anomalib_lite.coreset import METHODS, coreset_size, select_coreset
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.embeddings import Embeddings, rows_of
+from anomalib_lite.detectors.collecting import PatchCollector, plan_patches
+from anomalib_lite.detectors.embeddings import Embeddings
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.memory_bank import MemoryBank, check_index
 
@@ -68,6 +70,15 @@ class PatchCore(BaseDetector):
         converts, else torch; what it chose is in ``engine_``.
     batch_size : int, default=32
         Images decoded and embedded at a time.
+    memory_budget : int or str, optional
+        Most memory that :meth:`fit` may take above the idle process, in bytes or as "512MB",
+        "2GB" or "1GiB", whatever the number of images. Where not all patches fit, the images
+        are gone through in shards, of each of which ``coreset_ratio`` is kept; see Notes. Not
+        with ``calibration="leave_one_out"``.
+    n_jobs : int, optional
+        Workers among which :meth:`fit` shares out the images, through joblib: processes of this
+        machine (-1: one a core), or what ``joblib.parallel_config("dask")`` and the like say.
+        The result is the same for any number. ``memory_budget`` holds for each process.
     on_error : {"raise", "skip"}, default="raise"
         What to do about an image that cannot be read: raise, or leave it out and list it in
         ``skipped_`` (or in ``Detections.skipped``).
@@ -89,6 +100,8 @@ class PatchCore(BaseDetector):
         ``conformal_threshold(detector.calibration_scores_, rate)`` gives that for another rate.
     n_features_ : int
         D, the length of an embedding.
+    n_absorbed_ : int
+        Patches of calibration images: the last so many rows of the bank.
     backbone_ : Backbone or CompiledBackbone
     dtype_, engine_ : str
     skipped_ : list of (str, str)
@@ -102,6 +115,16 @@ class PatchCore(BaseDetector):
     more than they give: no random projection before the coreset (it is fast enough without),
     no centre crop, aspect kept, and the plain maximum as image score (Equation 7 is
     ``image_score="reweighted"``).
+
+    With ``memory_budget``, a shard's coreset has at most twice the covering radius that any
+    choice of as many of its patches could have (Gonzalez 1985), and a union of coresets covers
+    all that they cover, at the largest of their radii (composable core-sets: Malkomes et al.,
+    "Fast Distributed k-Center Clustering with Outliers on Massive Data", NeurIPS 2015;
+    Ceccarello et al., "Solving k-center Clustering (with Outliers) in MapReduce and Streaming,
+    almost as Accurately as Sequentially", PVLDB 2019). That is
+    ``memory_bank_.covering_radius_``: an upper bound then, and the radius itself where all
+    patches fit. Theirs, within a constant of the best, would need as many patches from each
+    shard as the whole bank has.
 
     Examples
     --------
@@ -138,6 +161,8 @@ class PatchCore(BaseDetector):
         dtype: str = "auto",
         engine: str = "auto",
         batch_size: int = 32,
+        memory_budget: int | str | None = None,
+        n_jobs: int | None = None,
         on_error: str = "raise",
         max_pixels: int = 100_000_000,
         random_state: Any = 0,
@@ -160,6 +185,8 @@ class PatchCore(BaseDetector):
         self.dtype = dtype
         self.engine = engine
         self.batch_size = batch_size
+        self.memory_budget = memory_budget
+        self.n_jobs = n_jobs
         self.on_error = on_error
         self.max_pixels = max_pixels
         self.random_state = random_state
@@ -183,23 +210,76 @@ class PatchCore(BaseDetector):
                 f"got {self.index!r}. Use calibration='split'."
             )
 
-    def _fit_patches(self, E: Embeddings, random: np.random.RandomState) -> None:
-        rows = rows_of(E)
-        size = coreset_size(float(self.coreset_ratio), len(rows), "coreset_ratio", "PatchCore")
-        if size < self.n_neighbors:
-            raise InvalidValueError(
-                f"PatchCore: n_neighbors={self.n_neighbors} is more than the {size} patches that "
-                f"coreset_ratio={self.coreset_ratio:g} keeps."
+    def _collector(
+        self,
+        shape: tuple[int, ...],
+        n_images: int | None,
+        in_flight: int,
+        random: np.random.RandomState,
+    ) -> PatchCollector:
+        ratio, plan, seed = float(self.coreset_ratio), None, 0
+        if self.memory_budget is not None:
+            height, width, n_features = shape
+            plan = plan_patches(
+                check_memory("memory_budget", self.memory_budget, "PatchCore"),
+                patches=height * width,
+                n_features=n_features,
+                ratio=ratio,
+                n_images=n_images,
+                in_flight=in_flight,
+                present=len(self.memory_bank_.embeddings_) if hasattr(self, "memory_bank_") else 0,
             )
-        kept = select_coreset(
-            rows, size, method=self.coreset, random_state=random, progress=bool(self.verbose)
-        )
-        bank = MemoryBank(_SUPPORT_SIZE, index=self.index).fit(rows[kept.indices])
-        bank.covering_radius_ = kept.covering_radius
-        patches_per_image = [grid.shape[0] * grid.shape[1] for grid in E]
-        self._bank_images = np.repeat(np.arange(len(E)), patches_per_image)[kept.indices]
-        self.memory_bank_ = bank
+            seed = int(copy.deepcopy(random).randint(2**31))  # with or without: the same draws
+        return PatchCollector(shape[-1], self.coreset, ratio, seed, plan)
+
+    def _fit_collected(self, collected: PatchCollector, random: np.random.RandomState) -> None:
+        old = getattr(self, "memory_bank_", None)
+        n_there = 0 if old is None else len(old.embeddings_)
+        if old is None:
+            coreset_size(float(self.coreset_ratio), collected.n_seen, "coreset_ratio", "PatchCore")
+        rows, radius = self._choose(collected, random)
+        if n_there + len(rows) < self.n_neighbors:
+            raise InvalidValueError(
+                f"PatchCore: n_neighbors={self.n_neighbors} is more than the {len(rows)} patches "
+                f"that coreset_ratio={self.coreset_ratio:g} keeps."
+            )
+        if old is None:
+            self.memory_bank_ = MemoryBank(_SUPPORT_SIZE, index=self.index).fit(rows)
+            self.memory_bank_.covering_radius_ = radius
+            self.n_absorbed_ = 0
+        else:
+            self._extend(rows, radius)
         self.n_features_ = rows.shape[1]
+
+    def _choose(
+        self, collected: PatchCollector, random: np.random.RandomState
+    ) -> tuple[np.ndarray, float]:
+        """The rows to add to the bank, and how far any patch collected is from the nearest."""
+        rows = collected.rows
+        if collected.thinned:
+            return rows.copy(), collected.radius  # without the room that was kept for more
+        kept = select_coreset(
+            rows,
+            max(1, round(float(self.coreset_ratio) * len(rows))),
+            method=self.coreset,
+            random_state=random,
+            existing=self._known_rows(),
+            progress=bool(self.verbose),
+        )
+        self._picked = kept.indices
+        return rows[kept.indices], kept.covering_radius
+
+    def _known_rows(self) -> np.ndarray | None:
+        bank = getattr(self, "memory_bank_", None)
+        return bank.embeddings_ if bank is not None and self.coreset == "greedy" else None
+
+    def _extend(self, rows: np.ndarray, radius: float) -> None:
+        old = self.memory_bank_
+        bank = copy.copy(old)  # the old one may still be needed
+        bank.index_ = copy.deepcopy(old.index_)
+        bank.add(rows)
+        bank.covering_radius_ = max(old.covering_radius_, radius)
+        self.memory_bank_ = bank
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = E.reshape(-1, E.shape[-1])
@@ -224,7 +304,8 @@ class PatchCore(BaseDetector):
         return reweight(scores, np.linalg.norm(difference, axis=2))
 
     def _score_left_out(self, E: Embeddings) -> np.ndarray:
-        whole, owners = self.memory_bank_, self._bank_images
+        whole, patches = self.memory_bank_, [grid.shape[0] * grid.shape[1] for grid in E]
+        owners = np.repeat(np.arange(len(E)), patches)[self._picked]
         scores = np.empty(len(E), np.float32)
         try:
             for i in range(len(E)):
@@ -237,35 +318,41 @@ class PatchCore(BaseDetector):
             self.memory_bank_ = whole
         return scores
 
-    def _absorb(self, E: Embeddings, random: np.random.RandomState) -> None:
+    def _scores_only_fall(self) -> bool:
         # With more patches in the bank every exact distance stays or falls, so no score of a
         # future normal image rises above the threshold by it. Equation 7 and approximate
         # indexes do not have this property.
-        if self.index != "flat" or self.image_score == "reweighted":
-            return
-        rows, bank = rows_of(E), self.memory_bank_
-        size = max(1, round(float(self.coreset_ratio) * len(rows)))
-        kept = select_coreset(
-            rows,
-            size,
-            method=self.coreset,
-            random_state=random,
-            existing=bank.embeddings_ if self.coreset == "greedy" else None,
-            progress=bool(self.verbose),
-        )
-        bank.add(rows[kept.indices])
-        bank.covering_radius_ = max(bank.covering_radius_, kept.covering_radius)
+        return self.index == "flat" and self.image_score != "reweighted"
+
+    def _absorb(self, collected: PatchCollector, random: np.random.RandomState) -> None:
+        n_fitted = len(self.memory_bank_.embeddings_)
+        set_aside = self.__dict__.pop("_set_aside", None)
+        if set_aside is not None:
+            self._extend(set_aside, 0.0)
+        if collected.n_seen:
+            self._extend(*self._choose(collected, random))
+        self.n_absorbed_ = len(self.memory_bank_.embeddings_) - n_fitted
+
+    def _begin_update(self) -> None:
+        # Those held back now are scored by what those held back before were scored by, and what
+        # is fitted on since: no score then depends on which image was held back when.
+        bank, n = self.memory_bank_, len(self.memory_bank_.embeddings_) - self.n_absorbed_
+        if self.n_absorbed_:
+            self._set_aside = bank.embeddings_[n:]
+            self.memory_bank_ = copy.copy(bank)
+            self.memory_bank_.embeddings_ = bank.embeddings_[:n]
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         bank = self.memory_bank_
         arrays = {"embeddings": bank.embeddings_}
         if bank.index_ is not None:
             arrays["index"] = bank.serialized_index()
-        return arrays, {"covering_radius": bank.covering_radius_}
+        return arrays, {"covering_radius": bank.covering_radius_, "n_absorbed": self.n_absorbed_}
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         self.memory_bank_ = MemoryBank.restore(
             arrays["embeddings"], arrays.get("index"), n_neighbors=_SUPPORT_SIZE, index=self.index
         )
         self.memory_bank_.covering_radius_ = float(state["covering_radius"])
+        self.n_absorbed_ = int(state.get("n_absorbed", 0))  # files of 0.1.0 may not say
         self.n_features_ = self.memory_bank_.n_features_in_

@@ -1,0 +1,137 @@
+"""Time and memory of a fit by the model of docs/scaling.md, beside what is measured here.
+
+    python benchmarks/speed/scaling.py
+
+Two rates are measured first: products of matrices by the coreset, and images through the backbone.
+Each case then runs in a process of its own, on embeddings that are made as they are asked for.
+Prints a table in Markdown; takes a minute or two.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anomalib_lite import PatchCore
+from anomalib_lite.coreset import select_coreset
+from anomalib_lite.detectors.collecting import plan_patches
+
+SIDE = 32  # patches of an image: 32 x 32, as of 256 x 256 pixels
+PATCHES = SIDE * SIDE
+RATE = 0.1  # so few images are held back: a fifth
+
+CASES = [
+    {"images": images, "D": D, "ratio": 0.01, "budget": budget}
+    for D, budgets in ((152, (None, "110MB")), (384, (None, "150MB")))
+    for budget in budgets
+    for images in (100, 300)
+]
+
+
+class Made:
+    """Embeddings (n, 32, 32, D): ``E[i]`` is computed when asked for, always the same."""
+
+    ndim = 4
+
+    def __init__(self, n: int, n_features: int) -> None:
+        rng = np.random.default_rng(0)
+        # Few directions hold most of the variance, as in features of networks.
+        scales = (1 + np.arange(n_features)) ** -0.5
+        self._table = (rng.normal(size=(8 * PATCHES, n_features)) * scales).astype(np.float32)
+        self._n = n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        rng = np.random.default_rng(i)
+        a, b = rng.integers(len(self._table), size=(2, PATCHES))
+        mixed = self._table[a] + np.float32(0.3) * self._table[b]
+        return mixed.reshape(SIDE, SIDE, -1)
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def run_case(images: int, D: int, ratio: float, budget: str | None) -> dict[str, float]:
+    E: Any = Made(images, D)
+    PatchCore(false_alarm_rate=RATE).fit_embeddings(np.stack([E[i] for i in range(20)])[:, ::4])
+    detector = PatchCore(coreset_ratio=ratio, false_alarm_rate=RATE, memory_budget=budget)
+    if budget is None:
+        E = np.stack([E[i] for i in range(images)])
+    made = E.nbytes if budget is None else 0
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before, start = resident("VmRSS"), time.perf_counter()
+    detector.fit_embeddings(E)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "bytes": resident("VmHWM") - before + made}
+
+
+def gigaflops(D: int) -> float:
+    """How fast the coreset multiplies, by one of 500 of 50,000 rows."""
+    made = Made(50, D)
+    rows = np.stack([made[i] for i in range(50)]).reshape(-1, D)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        select_coreset(rows, 500, random_state=0)
+        times.append(time.perf_counter() - start)
+    return 2 * len(rows) * 500 * D / min(times) / 1e9
+
+
+def model(
+    images: int, D: int, ratio: float, budget: str | None, rate: float
+) -> tuple[float, float]:
+    """Seconds and bytes, as docs/scaling.md has them."""
+    n_rows, row, work = images * PATCHES, 4 * D, 2 * D + 32
+    n_held = n_rows // 5
+    bank = ratio * n_rows
+    search = 2 * n_held * 0.8 * bank * D
+    if budget is None:
+        choose = 2 * (n_rows - n_held) * 0.8 * bank * D + 2 * n_held * bank * D
+        n_bytes = 2.0 * n_rows * row + 0.8 * n_rows * work  # as they came, and in their order
+    else:
+        plan = plan_patches(
+            int(budget.removesuffix("MB")) * 10**6,
+            patches=PATCHES,
+            n_features=D,
+            ratio=ratio,
+            n_images=images,
+        )
+        shard = plan.images_per_shard * PATCHES
+        choose = 2 * n_rows * ratio * shard * D + 2 * n_held * 0.8 * bank * D
+        n_bytes = float(budget.removesuffix("MB")) * 1e6  # at most
+    return (choose + search) / rate / 1e9, n_bytes
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(run_case(**json.loads(sys.argv[1]))))
+        return
+    rates = {D: gigaflops(D) for D in (152, 384)}
+    print(", ".join(f"D = {D}: {rate:.0f} GFLOP/s" for D, rate in rates.items()), "\n")
+    print("| images | D | budget | seconds: model | measured | MB: model | measured |")
+    print("|---|---|---|---|---|---|---|")
+    for case in CASES:
+        command = [sys.executable, __file__, json.dumps(case)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout)
+        seconds, n_bytes = model(**case, rate=rates[case["D"]])
+        at_most = "" if case["budget"] is None else "at most "
+        print(
+            f"| {case['images']} | {case['D']} | {case['budget'] or 'none'} | {seconds:.2f} | "
+            f"{found['seconds']:.2f} | {at_most}{n_bytes / 1e6:.0f} | {found['bytes'] / 1e6:.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
