@@ -33,6 +33,7 @@ __all__ = ["Batch", "ImageSource", "iter_batches"]
 MIN_SIDE = 8
 
 # PIL's limit on pixels is a global; it is lifted only while a header is read under this lock.
+_DECODERS = min(8, n_cores())
 _OPEN_LOCK = threading.Lock()
 _BILINEAR = Image.Resampling.BILINEAR
 _CHANNELS = (1, 3, 4)
@@ -312,7 +313,7 @@ def iter_batches(
         check_int("batch_size", batch_size, source.where, low=1)
     waiting: dict[Any, list[tuple[int, np.ndarray, tuple[int, int]]]] = {}
     pending: deque[tuple[int, Future[tuple[np.ndarray, tuple[int, int]]]]] = deque()
-    executor = ThreadPoolExecutor(min(8, n_cores()), "decode")
+    executor = ThreadPoolExecutor(_DECODERS, "decode")
     to_submit = iter(range(len(source.items)))
     try:
         while True:
