@@ -9,31 +9,34 @@ from typing import Any
 import faiss
 import numpy as np
 
-from anomalib_lite._validation import closest
+from anomalib_lite._validation import check_int, closest
 from anomalib_lite.errors import InvalidValueError
 
-__all__ = ["build", "check_index", "deserialize", "serialize", "set_effort"]
+__all__ = ["build", "check_index", "deserialize", "serialize", "set_efforts"]
 
 _WELL_KNOWN = ("flat", "HNSW32", "IVF64,Flat", "IVF256,Flat", "SQ8", "PQ8", "IVF64,PQ8")
 
 
-def check_index(index: object, where: str) -> None:
-    """Raise InvalidValueError unless ``index`` is ``"flat"`` or FAISS can build it."""
-    if index == "flat":
-        return
+def check_index(index: object, where: str, **efforts: int | None) -> None:
+    """Raise InvalidValueError unless ``index`` is ``"flat"`` or FAISS can build it, and has the
+    efforts that are given; see :func:`set_efforts`.
+    """
+    built = None
     try:
         if not isinstance(index, str):
             raise RuntimeError("not a string")
-        # Whether FAISS can build it may depend on the dimension, which is not known yet: take one
-        # that all numbers in the string divide.
-        dividing = re.sub("(IVF|HNSW)[0-9]+", "", index)
-        dimension = math.lcm(*(int(n) for n in re.findall("[1-9][0-9]*", dividing)))
-        faiss.index_factory(min(dimension, 65536), index)
+        if index != "flat":
+            # Whether FAISS can build it may depend on the dimension, which is not known yet: take
+            # one that all numbers in the string divide.
+            dividing = re.sub("(IVF|HNSW)[0-9]+", "", index)
+            dimension = math.lcm(*(int(n) for n in re.findall("[1-9][0-9]*", dividing)))
+            built = faiss.index_factory(min(dimension, 65536), index)
     except RuntimeError as error:
         raise InvalidValueError(
             f"{where}: index must be 'flat' or a FAISS index-factory string such as "
             f"{list(_WELL_KNOWN[1:])}, got {index!r}.{closest(index, _WELL_KNOWN)}"
         ) from error
+    set_efforts(built, index, where, **efforts)
 
 
 def build(X: np.ndarray, index: str) -> Any:
@@ -52,17 +55,23 @@ def build(X: np.ndarray, index: str) -> Any:
     return built
 
 
-def set_effort(index: Any, name: str, value: int, string: str) -> None:
-    """Set how much of the index a search looks at: ``nprobe`` or ``efSearch``."""
-    try:
-        if index is None:
-            raise RuntimeError("a flat index looks at all there is")
-        faiss.ParameterSpace().set_index_parameter(index, name, value)
-    except RuntimeError as error:
-        kind = {"nprobe": "'IVF...'", "efSearch": "'HNSW...'"}[name]
-        raise InvalidValueError(
-            f"MemoryBank: index={string!r} has no {name} to set to {value}. It goes with {kind}."
-        ) from error
+def set_efforts(index: Any, string: str, where: str, **efforts: int | None) -> None:
+    """Set how much of the index a search looks at: ``nprobe``, ``efSearch``; None leaves it."""
+    for name, value in efforts.items():
+        if value is None:
+            continue
+        ours = {"efSearch": "ef_search"}.get(name, name)
+        check_int(ours, value, where, low=1)
+        try:
+            if index is None:
+                raise RuntimeError("a flat index always looks at all")
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
+        except RuntimeError as error:
+            kind = {"nprobe": "IVF256,Flat", "efSearch": "HNSW32"}[name]
+            raise InvalidValueError(
+                f"{where}: index={string!r} has no {ours} to set to {value}. Leave it None, or "
+                f"take an index such as {kind!r}."
+            ) from error
 
 
 def serialize(index: Any) -> np.ndarray:

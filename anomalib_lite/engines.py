@@ -23,7 +23,7 @@ from anomalib_lite.errors import InvalidValueError, MissingDependencyError
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed where a graph is cached
     from anomalib_lite.backbones import Backbone
 
-__all__ = ["ENGINES", "FUSIONS", "AnyBackbone", "CompiledBackbone", "open_backbone"]
+__all__ = ["ENGINES", "FUSIONS", "AnyBackbone", "CompiledBackbone", "device_of", "open_backbone"]
 
 AnyBackbone: TypeAlias = "Backbone | CompiledBackbone"
 
@@ -307,16 +307,22 @@ def _check_engine(engine: str, device: Any, where: str) -> None:
             f"pip install 'anomalib-lite[{_EXTRAS[engine]}]', or use engine='torch'.",
             MissingDependencyError,
         )
-    kind = str(device).split(":")[0]
-    if kind == "auto" and _may_have_gpu():
-        from anomalib_lite._device import resolve_device
-
-        kind = resolve_device("auto", where).type
-    if kind not in ("auto", "cpu"):
+    if device_of(device, where) != "cpu":
         raise _CannotError(
             f"{where}: engine={engine!r} runs on the CPU, got device={str(device)!r}. Use "
             "device='cpu' or engine='torch'."
         )
+
+
+def device_of(device: Any, where: str) -> str:
+    """What a parameter ``device`` means here, such as "cpu"; torch is asked only if it must be."""
+    if str(device) == "auto":
+        if not _may_have_gpu():
+            return "cpu"
+        from anomalib_lite._device import resolve_device
+
+        return str(resolve_device("auto", where))
+    return str(device)
 
 
 def _may_have_gpu() -> bool:

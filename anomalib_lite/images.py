@@ -32,8 +32,8 @@ __all__ = ["Batch", "ImageSource", "iter_batches"]
 # Below this many pixels on a side there is no texture to describe.
 MIN_SIDE = 8
 
-# PIL's limit on pixels is a global; it is lifted only while a header is read under this lock.
 _DECODERS = min(8, n_cores())
+# PIL's limit on pixels is a global; it is lifted only while a header is read under this lock.
 _OPEN_LOCK = threading.Lock()
 _BILINEAR = Image.Resampling.BILINEAR
 _CHANNELS = (1, 3, 4)

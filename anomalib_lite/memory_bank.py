@@ -135,7 +135,7 @@ class MemoryBank(BaseEstimator):
         """
         check_int("n_neighbors", self.n_neighbors, "MemoryBank", low=1)
         check_choice("algorithm", self.algorithm, ALGORITHMS, "MemoryBank")
-        check_index(self.index, "MemoryBank")
+        check_index(self.index, "MemoryBank", **self._efforts())
         if self.algorithm == "int8" and not _int8.is_fast_here():
             raise InvalidValueError(
                 "MemoryBank: algorithm='int8' needs a processor with AVX-512 VNNI or AMX. Use "
@@ -353,7 +353,7 @@ class MemoryBank(BaseEstimator):
             raise InvalidValueError(f"MemoryBank: no serialized index fits index={bank.index!r}.")
         if serialized_index is not None:
             bank.index_ = _faiss_index.deserialize(serialized_index, bank.embeddings_.shape)
-        bank._set_efforts(bank.index_)
+        _faiss_index.set_efforts(bank.index_, bank.index, "MemoryBank", **bank._efforts())
         return bank
 
     def _rank(self, X: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -371,18 +371,14 @@ class MemoryBank(BaseEstimator):
 
     def _remember(self, X: np.ndarray) -> None:
         index = None if self.index == "flat" else _faiss_index.build(X, self.index)
-        self._set_efforts(index)
+        _faiss_index.set_efforts(index, self.index, "MemoryBank", **self._efforts())
         self.embeddings_ = X
         self.index_ = index
         self._quick = None
         self.__dict__.pop("covering_radius_", None)  # it was that of another bank
 
-    def _set_efforts(self, index: Any) -> None:
-        for name, effort in (("nprobe", self.nprobe), ("efSearch", self.ef_search)):
-            if effort is None:
-                continue
-            check_int(name, effort, "MemoryBank", low=1)
-            _faiss_index.set_effort(index, name, effort, self.index)
+    def _efforts(self) -> dict[str, int | None]:
+        return {"nprobe": self.nprobe, "efSearch": self.ef_search}
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:
         try:

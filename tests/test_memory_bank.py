@@ -345,3 +345,58 @@ def test_a_bank_filled_anew_forgets_its_covering_radius() -> None:
     bank = MemoryBank().fit(X).subsample(0.5, random_state=0)
     assert bank.covering_radius_ > 0
     assert not hasattr(bank.fit(X), "covering_radius_")
+
+
+# --- Effort and recall --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("index", "name", "efforts"),
+    [
+        ("IVF32,Flat", "nprobe", (1, 4, 32)),
+        ("PCA16,IVF32,Flat", "nprobe", (1, 8)),
+        ("IVF32,PQ8", "nprobe", (1, 8)),
+        ("HNSW8", "ef_search", (1, 8, 400)),
+    ],
+)
+def test_more_effort_finds_more(index: str, name: str, efforts: tuple[int, ...]) -> None:
+    X, Q = clustered(2000, 32), clustered(400, 32, seed=1)
+    recalls = []
+    for effort in efforts:
+        bank = MemoryBank(5, index=index, **{name: effort}).fit(X)
+        recalls.append(bank.recall(Q))
+        again = MemoryBank.restore(X, bank.serialized_index(), **bank.get_params())
+        np.testing.assert_array_equal(again.kneighbors(Q)[1], bank.kneighbors(Q)[1])
+    assert recalls == sorted(recalls)
+    assert recalls[-1] > recalls[0]
+    if efforts[-1] in (32, 400):  # all there is
+        assert recalls[-1] > 0.999
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_recall_is_the_share_of_true_neighbours(k: int) -> None:
+    X, Q = clustered(1500, 12), clustered(300, 12, seed=1)
+    bank = MemoryBank(9, index="IVF32,Flat").fit(X)
+    found, true = bank.kneighbors(Q, k)[1], brute(X, Q, k)[1]
+    share = np.mean(
+        [len({*a} & {*b}) / k for a, b in zip(found.tolist(), true.tolist(), strict=True)]
+    )
+    assert bank.recall(Q, k) == pytest.approx(share, abs=1e-9)
+    assert share < 0.99
+    assert MemoryBank().fit(X).recall(Q, k) == 1
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"nprobe": 4}, r"index='flat' has no nprobe to set to 4.*'IVF256,Flat'"),
+        ({"index": "HNSW8", "nprobe": 4}, "index='HNSW8' has no nprobe"),
+        ({"index": "IVF4,Flat", "ef_search": 4}, "index='IVF4,Flat' has no ef_search"),
+        ({"index": "IVF4,Flat", "nprobe": 0}, "nprobe must be"),
+        ({"index": "HNSW8", "ef_search": 1.5}, "ef_search must be"),
+        ({"index": "HNSW8", "ef_search": True}, "ef_search must be"),
+    ],
+)
+def test_efforts_that_an_index_does_not_have(parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        MemoryBank(**parameters).fit(data(100, 8))

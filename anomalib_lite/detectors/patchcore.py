@@ -15,6 +15,7 @@ from anomalib_lite.coreset import METHODS, coreset_size, select_coreset
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.collecting import PatchCollector, plan_patches
 from anomalib_lite.detectors.embeddings import Embeddings
+from anomalib_lite.engines import device_of
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.memory_bank import MemoryBank, check_index
 
@@ -51,6 +52,9 @@ class PatchCore(BaseDetector):
         needs ``n_neighbors=1``.
     index : str, default="flat"
         ``"flat"`` for exact search, or a FAISS index-factory string.
+    nprobe, ef_search : int, optional
+        How much of an index ``"IVF..."`` or ``"HNSW..."`` a search looks at; see
+        :class:`~anomalib_lite.MemoryBank`.
     smoothing : float, default=4.0
         Standard deviation of the Gaussian that smooths heatmaps, in pixels of ``image_size``.
     false_alarm_rate : float, default=0.01
@@ -154,6 +158,8 @@ class PatchCore(BaseDetector):
         n_neighbors: int = 1,
         image_score: str = "max",
         index: str = "flat",
+        nprobe: int | None = None,
+        ef_search: int | None = None,
         smoothing: float = 4.0,
         false_alarm_rate: float = 0.01,
         calibration: str = "split",
@@ -178,6 +184,8 @@ class PatchCore(BaseDetector):
         self.n_neighbors = n_neighbors
         self.image_score = image_score
         self.index = index
+        self.nprobe = nprobe
+        self.ef_search = ef_search
         self.smoothing = smoothing
         self.false_alarm_rate = false_alarm_rate
         self.calibration = calibration
@@ -197,7 +205,7 @@ class PatchCore(BaseDetector):
         check_number("coreset_ratio", self.coreset_ratio, "PatchCore", "(0, 1]")
         check_choice("coreset", self.coreset, METHODS, "PatchCore")
         check_choice("image_score", self.image_score, IMAGE_SCORES, "PatchCore")
-        check_index(self.index, "PatchCore")
+        check_index(self.index, "PatchCore", nprobe=self.nprobe, efSearch=self.ef_search)
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
         if self.image_score == "reweighted" and self.n_neighbors != 1:
             raise InvalidValueError(
@@ -244,7 +252,7 @@ class PatchCore(BaseDetector):
                 f"that coreset_ratio={self.coreset_ratio:g} keeps."
             )
         if old is None:
-            self.memory_bank_ = MemoryBank(_SUPPORT_SIZE, index=self.index).fit(rows)
+            self.memory_bank_ = MemoryBank(**self._bank_parameters()).fit(rows)
             self.memory_bank_.covering_radius_ = radius
             self.n_absorbed_ = 0
         else:
@@ -264,10 +272,21 @@ class PatchCore(BaseDetector):
             method=self.coreset,
             random_state=random,
             existing=self._known_rows(),
+            device=self._bank_parameters()["device"],
             progress=bool(self.verbose),
         )
         self._picked = kept.indices
         return rows[kept.indices], kept.covering_radius
+
+    def _bank_parameters(self) -> dict[str, Any]:
+        device = device_of(self.device, "PatchCore")
+        return {
+            "n_neighbors": _SUPPORT_SIZE,
+            "index": self.index,
+            "nprobe": self.nprobe,
+            "ef_search": self.ef_search,
+            "device": device if device.startswith("cuda") else "cpu",
+        }
 
     def _known_rows(self) -> np.ndarray | None:
         bank = getattr(self, "memory_bank_", None)
@@ -351,7 +370,7 @@ class PatchCore(BaseDetector):
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         self.memory_bank_ = MemoryBank.restore(
-            arrays["embeddings"], arrays.get("index"), n_neighbors=_SUPPORT_SIZE, index=self.index
+            arrays["embeddings"], arrays.get("index"), **self._bank_parameters()
         )
         self.memory_bank_.covering_radius_ = float(state["covering_radius"])
         self.n_absorbed_ = int(state.get("n_absorbed", 0))  # files of 0.1.0 may not say
