@@ -77,8 +77,7 @@ def graph_of(backbone: Backbone, engine: str) -> tuple[bytes, dict[str, Any]]:
     except Exception as error:  # tracers and converters raise all kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise GraphError(f"converting it to {engine} failed: {reason}") from error
-    uneven = (size[0] + 3, size[1] + 5)
-    multiple = 1 if only or _takes(backbone, uneven) else backbone.stride
+    multiple = 1 if only else _multiple(backbone, size)
     return graph, {"multiple": multiple, "only": list(only) if only else None}
 
 
@@ -89,10 +88,8 @@ def check_graph(
     if sizes["only"]:
         to_try = [tuple(sizes["only"])]
     else:
-        (height, width), stride = _size_to_trace(backbone)[0], backbone.stride
-        to_try = [(height, width), (width + stride, height)]
-        if sizes["multiple"] == 1:
-            to_try.append((height + 3, width + 5))
+        (height, width), step = _size_to_trace(backbone)[0], sizes["multiple"]
+        to_try = [(height, width), (width, height), (height + 3 * step, width + 5 * step)]
     for size in to_try:
         pixels = _random_pixels(size)
         expected, got = backbone.embed(pixels), embed(pixels)
@@ -112,6 +109,14 @@ def _size_to_trace(backbone: Backbone) -> tuple[tuple[int, int], tuple[int, int]
     if len(own) == 2 and _takes(backbone, own):
         return own, own
     raise GraphError(f"it does not take images of {small[0]}x{small[1]}")
+
+
+def _multiple(backbone: Backbone, size: tuple[int, int]) -> int:
+    """Of what H and W must be multiples; modules of one's own do not say."""
+    for step in (1, backbone.stride, 2, 4, 8, 16, 32):
+        if _takes(backbone, (size[0] + 3 * step, size[1] + 5 * step)):
+            return step
+    raise GraphError(f"it takes images of {size[0]}x{size[1]}, but not somewhat larger ones")
 
 
 def _takes(backbone: Backbone, size: tuple[int, ...]) -> bool:

@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from scipy.linalg import hadamard
 
 __all__ = ["Frame", "Items", "Queries", "can_hold", "is_fast_here", "limit", "pays", "products"]
 
@@ -29,7 +30,7 @@ _MOST_BIASES = 64
 _ROUNDING = 2e-5
 # Largest value / root mean square above which a row is turned before it is rounded. About 3 for
 # rows of a hundred normally distributed values, 4 for a thousand.
-_OUTLIERS = 5.0
+_OUTLIERS = 3.8
 
 
 def pays(much: bool) -> bool:
@@ -145,7 +146,11 @@ class Frame:
         if np.median(largest / np.maximum(rms, np.finfo(np.float32).tiny)) > _OUTLIERS:
             b = next((b for b in (128, 64) if X.shape[1] % b == 0), 32)
             random = np.random.default_rng(0)
-            self.rotation = (_rotation(-(-X.shape[1] // b), random), _rotation(b, random))
+            # A Hadamard matrix spreads a single large value quite evenly; signs at random, so that
+            # several do not add up.
+            right = hadamard(b) * (random.choice([-1, 1], (b, 1)) / b**0.5)
+            left = np.linalg.qr(random.normal(size=[-(-X.shape[1] // b)] * 2))[0]
+            self.rotation = (left.astype(np.float32), right.astype(np.float32))
             largest = np.abs(self.place(sample + self.mean)).max(axis=1)
         # Queries are rounded in steps of this or more. Small enough for most rows to keep theirs.
         self.smallest_step = max(0.75 * float(np.median(largest)) / 127, _SHORTEST_STEP)
@@ -171,7 +176,7 @@ class Frame:
         Items that need more than there is room for are rounded in longer steps.
         """
         needed = half_range / (127 * self._unit(max(step, _SHORTEST_STEP)))
-        self.n_biases = int(min(needed, _MOST_BIASES - 1)) + 1
+        self.n_biases = int(min(needed, _MOST_BIASES, len(self.mean) / 16)) + 1
 
     def queries(self, x: np.ndarray) -> Queries:
         """Round rows that :meth:`place` gave."""
@@ -224,7 +229,3 @@ def _residuals(x: np.ndarray, codes: np.ndarray, step: np.ndarray | np.float32) 
     rounded *= step
     rounded -= x
     return _norms(rounded)
-
-
-def _rotation(n: int, random: np.random.Generator) -> np.ndarray:
-    return np.linalg.qr(random.normal(size=(n, n)))[0].astype(np.float32)

@@ -51,7 +51,7 @@ class Int8Index:
             # In random order, since good neighbours found early rule out more of the others.
             tiles = [order[blocks[i]] for i in np.random.default_rng(0).permutation(len(blocks))]
             half_ranges = [np.ptp(half_sq_norms[tile]) / 2 for tile in tiles]
-            self.frame.make_room(4 * float(np.median(half_ranges)), float(np.median(steps)))
+            self.frame.make_room(float(np.quantile(half_ranges, 0.9)), float(np.median(steps)))
             self.tiles: list[tuple[np.ndarray, Items]] = list(
                 executor.map(lambda t: (t, self.frame.items(self.frame.place(X[t]))), tiles)
             )

@@ -298,6 +298,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             header = json.loads(metadata.get(_KEY, "null"))
             names = list(file.keys())
             arrays = {k: file.get_tensor(k) for k in names if not k.startswith(_BACKBONE)}
+        if any(a.dtype.isbuiltin != 1 for a in arrays.values()):  # such as another's bfloat16
+            raise TypeError("a number type that numpy does not have")
         if len(arrays) < len(names):
             with safe_open(path, "pt") as file:
                 arrays |= {k: file.get_tensor(k) for k in names if k.startswith(_BACKBONE)}
