@@ -12,18 +12,26 @@ if TYPE_CHECKING:
     import torch
     from anomalib.models import Patchcore
     from torch import nn
+    from torchvision.transforms.v2 import Compose
 
 TIMM_NAME = "tf_efficientnet_lite0"
 LAYERS = ("blocks.2", "blocks.4")  # strides 8 and 16; 40 + 112 channels
 MEAN = STD = (0.5, 0.5, 0.5)  # what these weights were trained with
 
 
-def load_batch(model: Patchcore, paths: list[str]) -> torch.Tensor:
+def load_batch(transform: Compose, paths: list[str]) -> torch.Tensor:
     """Read images (B, 3, H, W) with anomalib's reader and pre-processor."""
     import torch
     from anomalib.data.utils import read_image
 
-    return torch.stack([model.pre_processor.transform(read_image(p, True)) for p in paths])
+    return torch.stack([transform(read_image(p, True)) for p in paths])
+
+
+def make_transform(job: dict[str, Any]) -> Compose:
+    """What anomalib's pre-processor is given: the same size, mean and deviation as ours."""
+    from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+    return Compose([Resize(tuple(job["image_size"]), antialias=True), Normalize(MEAN, STD)])
 
 
 def start_torch(job: dict[str, Any]) -> None:
@@ -40,15 +48,13 @@ def build_model(job: dict[str, Any]) -> Patchcore:
     """PatchCore with anomalib's defaults but for backbone, image size and coreset ratio."""
     from anomalib.models import Patchcore
     from anomalib.pre_processing import PreProcessor
-    from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-    resize = Resize(tuple(job["image_size"]), antialias=True)
     model = Patchcore(
         backbone=TIMM_NAME,
         layers=LAYERS,
         pre_trained=False,  # the weights come from a file, below
         coreset_sampling_ratio=job["coreset_ratio"],
-        pre_processor=PreProcessor(transform=Compose([resize, Normalize(MEAN, STD)])),
+        pre_processor=PreProcessor(transform=make_transform(job)),
         post_processor=False,
         evaluator=False,
         visualizer=False,
@@ -75,7 +81,7 @@ def check_backbone(job: dict[str, Any], model: Patchcore) -> float:
     """Compare anomalib's feature maps with timm's whole network on one image; they must agree."""
     import torch
 
-    batch = load_batch(model, job["test"][:1])
+    batch = load_batch(model.pre_processor.transform, job["test"][:1])
     with torch.inference_mode():
         ours = model.model.feature_extractor(batch)
         network: Any = load_by_position(job["weights"])
