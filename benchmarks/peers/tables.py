@@ -15,6 +15,22 @@ TITLES = {
     "default": "The system's allocator as it is",
     "huge": "Both with huge pages in the allocator",
     "kept": "Both with an allocator that keeps its memory",
+    "cold": "Our cache of converted networks empty",
+    "warm": "Our cache of converted networks as the process before left it",
+}
+# Fit, test, memory in all, memory above the imports.
+TARGETS: dict[str, tuple[float | None, ...]] = {
+    "100": (30, 10, 0.5, 0.2),
+    "all": (15, 4, 0.6, None),
+}
+
+# How ours (a) is compared with the peer's (b), printed, and held against a target; the digits,
+# where they are not the row's own.
+WAYS: dict[str, tuple[Callable[[float, float], float], str, str, str]] = {
+    "times less": (lambda a, b: b / a, "{}x", "at least {:g}x", ".1f"),
+    "times more": (lambda a, b: a / b, "{}x", "at least {:g}x", ".1f"),
+    "share": (lambda a, b: a / b, "{}", "at most {:g}", ".2f"),
+    "difference": (lambda a, b: a - b, "{}", "no lower", ""),
 }
 
 
@@ -24,16 +40,19 @@ class Row(NamedTuple):
     label: str
     value: Callable[[Run], float]
     form: str = ".3g"
-    compare: str = ""  # "times less", "share" or "difference"; empty: not compared
+    compare: str = ""  # a key of WAYS; empty: not compared
     target: float | None = None
 
 
-def patchcore_rows(n_test: int) -> list[Row]:
+def patchcore_rows(case: str, n_test: int) -> list[Row]:
     """The lines of a PatchCore table."""
+    fit, test, memory, above = TARGETS[case]
     return [
-        Row("fit, s", lambda r: r["fit_s"], ".2f", "times less", 15),
-        Row("test, ms per image", lambda r: 1e3 * r["test_s"] / n_test, ".1f", "times less", 4),
-        Row("peak memory, MB", lambda r: r["peak_rss_mb"], ".0f", "share", 0.6),
+        Row("fit, s", lambda r: r["fit_s"], ".2f", "times less", fit),
+        Row("test, ms per image", lambda r: 1e3 * r["test_s"] / n_test, ".1f", "times less", test),
+        Row("peak memory, MB", lambda r: r["peak_rss_mb"], ".0f", "share", memory),
+        Row("peak memory less that after the imports, MB",
+            lambda r: r["peak_rss_mb"] - r["rss_after_import_mb"], ".0f", "share", above),
         Row("image AUROC", lambda r: r["image_auroc"], ".4f", "difference", 0),
         Row("pixel AUROC", lambda r: r["pixel_auroc"], ".4f", "difference", 0),
         Row("AUPRO, limit 0.3", lambda r: r["aupro"], ".4f", "difference", 0),
@@ -52,6 +71,34 @@ CORESET_ROWS = [
     Row("mean distance to the nearest pick", lambda r: r["mean_distance"], ".3f", "difference"),
     Row("memory added, MB", lambda r: r["peak_rss_mb"] - r["rss_before_mb"], ".0f"),
 ]
+START_ROWS = [
+    Row("process start to first score, s", lambda r: r["score_at_s"], ".2f", "times less", 3),
+    Row("of it interpreter and imports, s", lambda r: r["imports_at_s"], ".2f", "times less"),
+    Row("of it loading the model, s", lambda r: r["loaded_at_s"] - r["imports_at_s"], ".2f",
+        "times less"),
+    Row("of it the first image, s", lambda r: r["score_at_s"] - r["loaded_at_s"], ".2f",
+        "times less"),
+    Row("processor seconds to first score", lambda r: r["score_at_cpu_s"], ".2f", "times less"),
+    Row("second image, ms", lambda r: 1e3 * r["second_s"], ".1f", "times less"),
+    Row("peak memory, MB", lambda r: r["peak_rss_mb"], ".0f", "share"),
+    Row("memory after imports, MB", lambda r: r["rss_after_import_mb"], ".0f", "share"),
+]  # fmt: skip
+
+
+def latency_rows(n_test: int) -> list[Row]:
+    """The lines of a latency table. The peer makes no score without a map: one figure for both."""
+    return [
+        Row("score and map, median, ms", lambda r: r["detect_p50_ms"], ".1f", "times less", 6),
+        Row("score and map, 95 %, ms", lambda r: r["detect_p95_ms"], ".1f", "times less"),
+        Row("score, median, ms", lambda r: r.get("score_p50_ms", r["detect_p50_ms"]), ".1f",
+            "times less"),
+        Row("score, 95 %, ms", lambda r: r.get("score_p95_ms", r["detect_p95_ms"]), ".1f",
+            "times less"),
+        Row("score and map, processor ms", lambda r: r["detect_cpu_ms"], ".1f", "times less"),
+        Row("in batches, images per second", lambda r: n_test / r["batches_s"], ".1f",
+            "times more", 10),
+        Row("peak memory, MB", lambda r: r["peak_rss_mb"], ".0f", "share"),
+    ]  # fmt: skip
 
 
 def render(results: Iterable[dict[str, Any]]) -> str:
@@ -63,9 +110,9 @@ def render(results: Iterable[dict[str, Any]]) -> str:
         "in brackets lowest to highest over the rounds, each round's two runs compared with each "
         "other.\n"
     ]
+    sections = {"coreset": render_coreset, "latency": render_latency, "start": render_start}
     for result in results:
-        parts.append(render_coreset(result) if result["case"] == "coreset" else
-                     render_patchcore(result))  # fmt: skip
+        parts.append(sections.get(result["case"], render_patchcore)(result))
     return "\n".join(parts)
 
 
@@ -77,8 +124,9 @@ def render_patchcore(result: dict[str, Any]) -> str:
         f"coreset {100 * s['coreset_ratio']:g} %\n",
         describe(result),
     ]
+    rows = patchcore_rows(result["case"], result["n_test"])
     for pair, runs in by_pair(result["runs"]):
-        text += [f"### Against {TITLES[pair]}\n", table(runs, patchcore_rows(result["n_test"]))]
+        text += [f"### Against {TITLES[pair]}\n", table(runs, rows)]
     agreement = result.get("our_bank_rows_to_nearest_peer_embedding")
     if agreement:
         text.append(
@@ -104,6 +152,26 @@ def render_coreset(result: dict[str, Any]) -> str:
         f"Ours picks in the embeddings' own space; anomalib's picks after a random projection to "
         f"{', '.join(map(str, projected))} dimensions. Both radii are measured in the own space.\n"
     )
+    return "\n".join(text)
+
+
+def render_latency(result: dict[str, Any]) -> str:
+    """The section on single images and batches."""
+    text = [
+        f"## Scoring with a fitted model: {result['n_single']} single images, and "
+        f"{result['n_test']} in batches of {result['settings']['batch_size']}\n",
+        describe(result),
+    ]
+    for pair, runs in by_pair(result["runs"]):
+        text += [f"### Against {TITLES[pair]}\n", table(runs, latency_rows(result["n_test"]))]
+    return "\n".join(text)
+
+
+def render_start(result: dict[str, Any]) -> str:
+    """The section on a fresh process."""
+    text = ["## From the start of a process to the first score\n", describe(result)]
+    for pair, runs in by_pair(result["runs"]):
+        text += [f"### {TITLES[pair]}\n", table(runs, START_ROWS)]
     return "\n".join(text)
 
 
@@ -150,14 +218,8 @@ def table(runs: list[Run], rows: list[Row]) -> str:
 
 def compare(row: Row, ours: list[float], peer: list[float]) -> tuple[str, str, str]:
     """How the two medians compare, the target, and whether it is met."""
-    way: Callable[[float, float], float]
-    if row.compare == "times less":
-        way, form, wanted = (lambda a, b: b / a), "{}x", "at least {:g}x"
-    elif row.compare == "share":
-        way, form, wanted = (lambda a, b: a / b), "{}", "at most {:g}"
-    else:
-        way, form, wanted = (lambda a, b: a - b), "{}", "no lower"
-    digits = {"times less": ".1f", "share": ".2f", "difference": f"+{row.form}"}[row.compare]
+    way, form, wanted, digits = WAYS[row.compare]
+    digits = digits or f"+{row.form}"
     value = way(median(ours), median(peer))
     each = [way(a, b) for a, b in zip(ours, peer, strict=True)]
     shown = form.format(format(value, digits))

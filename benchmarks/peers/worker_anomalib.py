@@ -1,13 +1,13 @@
 """One run of anomalib in a process of its own, under its own environment.
 
 ``worker_anomalib.py job.json``. Tasks: ``patchcore`` (fit and test, through anomalib's Engine or
-as its bare model in a plain loop), ``coreset`` (KCenterGreedy alone) and ``embed`` (store the
-patch embeddings that both coresets pick from).
+as its bare model in a plain loop), ``coreset`` (KCenterGreedy alone), ``embed`` (store the
+patch embeddings that both coresets pick from), ``store`` (keep a fitted bare model for the next
+two), ``latency`` (single images and batches) and ``start`` (from nothing to the first score).
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 import time
@@ -16,13 +16,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from anomalib_model import (
+    LAYERS,
+    TIMM_NAME,
+    build_model,
+    check_backbone,
+    load_batch,
+    make_transform,
+    start_torch,
+)
 from measuring import (
     PROCESS_START,
     Predictions,
     Stopwatch,
     environment,
     peak_rss_mb,
+    reached,
     read_job,
+    time_singly,
     write_result,
 )
 
@@ -34,9 +45,6 @@ if TYPE_CHECKING:
 DISTRIBUTIONS = (
     "anomalib", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "pillow",
 )  # fmt: skip
-TIMM_NAME = "tf_efficientnet_lite0"
-LAYERS = ("blocks.2", "blocks.4")  # strides 8 and 16; 40 + 112 channels
-MEAN = STD = (0.5, 0.5, 0.5)  # what these weights were trained with
 
 
 def main() -> None:
@@ -44,7 +52,14 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.filterwarnings("ignore")
     job = read_job()
-    tasks = {"patchcore": run_patchcore, "coreset": run_coreset, "embed": run_embed}
+    tasks = {
+        "patchcore": run_patchcore,
+        "coreset": run_coreset,
+        "embed": run_embed,
+        "store": run_store,
+        "latency": run_latency,
+        "start": run_start,
+    }
     result = tasks[job["task"]](job)
     result |= environment(*DISTRIBUTIONS)
     write_result(job, result)
@@ -75,7 +90,6 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
         predictions = Predictions(job["predictions"])
         run.test(predictions)
         result |= watch.read("test")
-        result["script_s"] = time.perf_counter() - PROCESS_START
         result["script_s"] = time.perf_counter() - PROCESS_START
     result["peak_rss_mb"] = peak_rss_mb()  # before anything is stacked, saved or scored
 
@@ -198,79 +212,8 @@ class BareRun:
 
     def batch(self, paths: list[str], start: int) -> torch.Tensor:
         """Read and pre-process one batch with anomalib's own functions."""
-        return load_batch(self.model, paths[start : start + self.job["batch_size"]])
-
-
-def load_batch(model: Patchcore, paths: list[str]) -> torch.Tensor:
-    """Read images (B, 3, H, W) with anomalib's reader and pre-processor."""
-    import torch
-    from anomalib.data.utils import read_image
-
-    return torch.stack([model.pre_processor.transform(read_image(p, True)) for p in paths])
-
-
-def start_torch(job: dict[str, Any]) -> None:
-    """Set threads and seed, and quieten the libraries."""
-    import torch
-
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(job["seed"])
-    for name in ("anomalib", "lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def build_model(job: dict[str, Any]) -> Patchcore:
-    """PatchCore with anomalib's defaults but for backbone, image size and coreset ratio."""
-    from anomalib.models import Patchcore
-    from anomalib.pre_processing import PreProcessor
-    from torchvision.transforms.v2 import Compose, Normalize, Resize
-
-    resize = Resize(tuple(job["image_size"]), antialias=True)
-    model = Patchcore(
-        backbone=TIMM_NAME,
-        layers=LAYERS,
-        pre_trained=False,  # the weights come from a file, below
-        coreset_sampling_ratio=job["coreset_ratio"],
-        pre_processor=PreProcessor(transform=Compose([resize, Normalize(MEAN, STD)])),
-        post_processor=False,
-        evaluator=False,
-        visualizer=False,
-    )
-    weights = load_by_position(job["weights"]).state_dict()
-    extractor = model.model.feature_extractor.feature_extractor
-    extractor.load_state_dict({name: weights[name] for name in extractor.state_dict()})
-    return model
-
-
-def load_by_position(path: str) -> nn.Module:
-    """timm's whole network with the parameters of the file, which stand in the same order."""
-    import timm
-    import torch
-
-    network = timm.create_model(TIMM_NAME, pretrained=False)
-    names = list(network.state_dict())
-    values = list(torch.load(path, map_location="cpu", weights_only=True).values())
-    network.load_state_dict(dict(zip(names, values, strict=True)))
-    return network.eval()
-
-
-def check_backbone(job: dict[str, Any], model: Patchcore) -> float:
-    """Compare anomalib's feature maps with timm's whole network on one image; they must agree."""
-    import torch
-
-    batch = load_batch(model, job["test"][:1])
-    with torch.inference_mode():
-        ours = model.model.feature_extractor(batch)
-        network: Any = load_by_position(job["weights"])
-        _, reference = network.forward_intermediates(batch, indices=[2, 3])
-    if [tuple(ours[name].shape) for name in LAYERS] != [tuple(r.shape) for r in reference]:
-        raise RuntimeError("the peer's layers are not those of timm's stages 2 and 3")
-    worst = max(
-        float((ours[name] - r).abs().max()) for name, r in zip(LAYERS, reference, strict=True)
-    )
-    if worst > 1e-4:
-        raise RuntimeError(f"the peer's backbone differs from timm's by {worst}")
-    return worst
+        transform = self.model.pre_processor.transform
+        return load_batch(transform, paths[start : start + self.job["batch_size"]])
 
 
 def settings(job: dict[str, Any], model: Patchcore) -> dict[str, Any]:
@@ -324,6 +267,74 @@ def run_embed(job: dict[str, Any]) -> dict[str, Any]:
     X = torch.vstack(model.model.embedding_store).numpy()
     np.save(job["embeddings"], X)
     return {"shape": X.shape}
+
+
+def run_store(job: dict[str, Any]) -> dict[str, Any]:
+    """Fit the bare model and keep it whole, which loads sooner than weights into a new model."""
+    import torch
+
+    start_torch(job)
+    model = build_model(job)
+    check_backbone(job, model)
+    BareRun(job, model, Path()).fit()
+    bare = model.model.eval()
+    torch.save(bare, job["stored"])
+    score, _ = Bare(job, bare).detect(job["test"][0])
+    return {"score": score, "settings": settings(job, model)}
+
+
+class Bare:
+    """The stored bare model with anomalib's reader and transform: the least that scores."""
+
+    def __init__(self, job: dict[str, Any], model: nn.Module) -> None:
+        self.model, self.transform = model, make_transform(job)
+
+    @classmethod
+    def load(cls, job: dict[str, Any]) -> Bare:
+        """Take up what ``run_store`` left."""
+        import torch
+
+        return cls(job, torch.load(job["stored"], weights_only=False))
+
+    def detect(self, path: str) -> tuple[float, np.ndarray]:
+        """Score and map of one image; the model makes no score without a map."""
+        scores, maps = self.detect_batch([path])
+        return scores[0], maps[0]
+
+    def detect_batch(self, paths: list[str]) -> tuple[list[float], np.ndarray]:
+        """Scores and maps (B, H, W)."""
+        import torch
+
+        with torch.inference_mode():
+            found = self.model(load_batch(self.transform, paths))
+            return found.pred_score.tolist(), found.anomaly_map.squeeze(1).numpy()
+
+
+def run_latency(job: dict[str, Any]) -> dict[str, Any]:
+    """Score images one by one, then the test images in batches, from paths each time."""
+    start_torch(job)
+    model, size = Bare.load(job), job["batch_size"]
+    result: dict[str, Any] = time_singly("detect", model.detect, job["single"], job["n_warm_up"])
+    model.detect_batch(job["test"][:size])
+    watch = Stopwatch()
+    for start in range(0, len(job["test"]), size):
+        model.detect_batch(job["test"][start : start + size])
+    return result | watch.read("batches") | {"peak_rss_mb": peak_rss_mb()}
+
+
+def run_start(job: dict[str, Any]) -> dict[str, Any]:
+    """Import, load and score one image, then another."""
+    from anomalib.models.image.patchcore import torch_model  # noqa: F401
+
+    result: dict[str, Any] = reached(job, "imports")
+    result["rss_after_import_mb"] = peak_rss_mb()
+    model = Bare.load(job)
+    result |= reached(job, "loaded")
+    result["score"], _ = model.detect(job["test"][0])
+    result |= reached(job, "score")
+    watch = Stopwatch()
+    model.detect(job["test"][1])
+    return result | watch.read("second") | {"peak_rss_mb": peak_rss_mb()}
 
 
 if __name__ == "__main__":

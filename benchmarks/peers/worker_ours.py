@@ -1,11 +1,14 @@
 """One run of anomalib-lite in a process of its own: ``worker_ours.py job.json``.
 
-Tasks: ``patchcore`` (fit and test) and ``coreset`` (greedy k-centre alone).
+Tasks: ``patchcore`` (fit and test), ``coreset`` (greedy k-centre alone), ``store`` (keep a fitted
+detector for the next two), ``latency`` (single images and batches) and ``start`` (from nothing to
+the first score).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,9 @@ from measuring import (
     Stopwatch,
     environment,
     peak_rss_mb,
+    reached,
     read_job,
+    time_singly,
     write_result,
 )
 
@@ -27,8 +32,14 @@ DISTRIBUTIONS = (
 def main() -> None:
     """Do the task and write the result."""
     job = read_job()
-    task = {"patchcore": run_patchcore, "coreset": run_coreset}[job["task"]]
-    result = task(job)
+    tasks = {
+        "patchcore": run_patchcore,
+        "coreset": run_coreset,
+        "store": run_store,
+        "latency": run_latency,
+        "start": run_start,
+    }
+    result = tasks[job["task"]](job)
     result |= environment(*DISTRIBUTIONS)
     result["versions"]["anomalib-lite"] = __import__("anomalib_lite").__version__
     write_result(job, result)
@@ -46,13 +57,7 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
 
     watch = Stopwatch()
-    detector = PatchCore(
-        backbone="efficientnet_lite0",
-        image_size=tuple(job["image_size"]),
-        coreset_ratio=job["coreset_ratio"],
-        batch_size=job["batch_size"],
-        random_state=job["seed"],
-    )
+    detector = PatchCore(**parameters(job))
     result |= watch.read("build")
 
     watch = Stopwatch()
@@ -61,10 +66,8 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
     result["peak_rss_after_fit_mb"] = peak_rss_mb()
 
     watch = Stopwatch()
-    predictions, test = Predictions(job["predictions"]), job["test"]
-    for start in range(0, len(test), 2 * job["batch_size"]):
-        positions = range(start, min(start + 2 * job["batch_size"], len(test)))
-        detections = detector.detect([test[i] for i in positions])
+    predictions = Predictions(job["predictions"])
+    for positions, detections in detect_all(detector, job):
         predictions.add(positions, detections.scores, detections.maps)
     result |= watch.read("test")
     result["script_s"] = time.perf_counter() - PROCESS_START
@@ -77,14 +80,33 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def parameters(job: dict[str, Any]) -> dict[str, Any]:
+    """How the detector is made; all else is as it comes."""
+    return {
+        "backbone": "efficientnet_lite0",
+        "image_size": tuple(job["image_size"]),
+        "coreset_ratio": job["coreset_ratio"],
+        "batch_size": job["batch_size"],
+        "random_state": job["seed"],
+    }
+
+
+def detect_all(detector: Any, job: dict[str, Any]) -> Iterator[tuple[range, Any]]:
+    """Scores and maps of the test images, two batches to a call, so that few are in memory."""
+    test = job["test"]
+    for start in range(0, len(test), 2 * job["batch_size"]):
+        positions = range(start, min(start + 2 * job["batch_size"], len(test)))
+        yield positions, detector.detect([test[i] for i in positions])
+
+
 def settings(detector: Any) -> dict[str, Any]:
     """Every parameter of the detector, and what ``auto`` became."""
-    parameters = dict(detector.get_params(deep=False))
+    chosen = dict(detector.get_params(deep=False))
     for name in ("dtype_", "engine_", "device_"):
         if hasattr(detector, name):
-            parameters[name] = getattr(detector, name)
+            chosen[name] = getattr(detector, name)
     plain = int | float | str | None
-    return {k: v if isinstance(v, plain) else str(v) for k, v in parameters.items()}
+    return {k: v if isinstance(v, plain) else str(v) for k, v in chosen.items()}
 
 
 def run_coreset(job: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +128,50 @@ def run_coreset(job: dict[str, Any]) -> dict[str, Any]:
     result |= {"rss_before_mb": rss_before, "peak_rss_mb": peak_rss_mb()}
     result["picks"] = np.asarray(picks).tolist()
     return result
+
+
+def run_store(job: dict[str, Any]) -> dict[str, Any]:
+    """Fit and save."""
+    import torch
+
+    from anomalib_lite import PatchCore
+
+    torch.set_num_threads(job["threads"])
+    detector = PatchCore(**parameters(job)).fit(job["train"])
+    detector.save(job["stored"])
+    return {"score": float(detector.score(job["test"][0])[0]), "settings": settings(detector)}
+
+
+def run_latency(job: dict[str, Any]) -> dict[str, Any]:
+    """Score images one by one, then the test images in batches, from paths each time."""
+    import torch
+
+    from anomalib_lite import load
+
+    torch.set_num_threads(job["threads"])
+    detector, n_warm_up = load(job["stored"]), job["n_warm_up"]
+    result: dict[str, Any] = time_singly("detect", detector.detect, job["single"], n_warm_up)
+    result |= time_singly("score", detector.score, job["single"], n_warm_up)
+    detector.detect(job["test"][: job["batch_size"]])
+    watch = Stopwatch()
+    for _ in detect_all(detector, job):
+        pass
+    return result | watch.read("batches") | {"peak_rss_mb": peak_rss_mb()}
+
+
+def run_start(job: dict[str, Any]) -> dict[str, Any]:
+    """Import, load and score one image, then another."""
+    from anomalib_lite import load
+
+    result: dict[str, Any] = reached(job, "imports")
+    result["rss_after_import_mb"] = peak_rss_mb()
+    detector = load(job["stored"])
+    result |= reached(job, "loaded")
+    result["score"] = float(detector.score(job["test"][0])[0])
+    result |= reached(job, "score")
+    watch = Stopwatch()
+    detector.score(job["test"][1])
+    return result | watch.read("second") | {"peak_rss_mb": peak_rss_mb()}
 
 
 if __name__ == "__main__":
