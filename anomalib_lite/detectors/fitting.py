@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from anomalib_lite._threads import n_cores
 from anomalib_lite._validation import check_embeddings, check_grid
 from anomalib_lite.calibration import calibration_size, conformal_threshold
 from anomalib_lite.detectors.embeddings import Embeddings, gather, stack_embeddings, take
@@ -30,6 +29,9 @@ _SHARD_IMAGES = 64
 # What a network and its activations take on a CPU, for each pixel that it is given at once:
 # measured with EfficientNet-Lite0 in float32.
 _NETWORK_BYTES = 480
+# Pixels that go through a network at a time, if they are of more than one image.
+_PIXELS_AT_ONCE = 8 * 256 * 256
+_USUAL_BATCH = 32
 
 
 def learn_images(
@@ -297,10 +299,10 @@ class _Images(_Sharded):
             skipped: list[tuple[int, str]] = []
             for batch, E in self._detector._embed(backbone, self._source.take([i]), None, skipped):
                 self._first, self.shape = E, E.shape[1:]
-                pixels, n = batch.pixels[0], self._detector.batch_size
+                # The shards must not depend on the batch, unless it is unusually large.
+                pixels, n = batch.pixels[0], max(self._detector.batch_size, _USUAL_BATCH)
                 size = pixels[..., 0].size
-                # torch takes so many pixels at a time, the other engines an image a core.
-                at_once = min(n * size, getattr(backbone, "pixels_at_once", n_cores() * size))
+                at_once = max(size, min(n * size, _PIXELS_AT_ONCE))
                 self.in_flight = n * (4 * pixels.nbytes + 2 * E.nbytes) + _NETWORK_BYTES * at_once
             self.skipped += [(i, reason) for _, reason in skipped]
             if self._first is not None:
