@@ -12,10 +12,13 @@ __all__ = ["Int8Index"]
 # A tile of the product has so many items and queries; it stays in the cache.
 _TILE_ITEMS = 1024
 _TILE_QUERIES = 1024
+_ENCODED_AT_ONCE = 128
 # Rows that are next to each other in norm, and sorted by range among themselves.
 _SIMILAR_ROWS = 8 * _TILE_ITEMS
 # Items of which only the best score is looked at first.
-_GROUP = 16
+_GROUP = 32
+# Pairs noted by one thread at a time; data in which all is equal would leave all pairs open.
+_MOST_PAIRS = 1 << 21
 # Pairs of query and item whose exact distance is computed at once.
 _BLOCK_VALUES = 1 << 20
 
@@ -79,70 +82,86 @@ class _Search:
 
     def __init__(self, index: Int8Index, Q: np.ndarray, k: int) -> None:
         self.index, self.Q, self.k = index, Q, k
-        self.queries: Queries = index.frame.queries(index.frame.place(Q))
+        parts = [Q[i : i + _ENCODED_AT_ONCE] for i in range(0, len(Q), _ENCODED_AT_ONCE)]
+        self.queries = Queries.join(index.frame.queries(index.frame.place(q)) for q in parts)
         self.sq_norms = self.queries.norms**2
-        # The k nearest so far, and their exact distances.
+        # Certain lower bounds of the k best scores so far, the k-th best first.
+        self.best = np.full((k, len(Q)), -np.inf, np.float32)
+        # Pairs of query and item that the bounds leave open: query, row, score, error.
+        self.pairs: list[tuple[np.ndarray, ...]] = []
+        # The k nearest of those that were measured, and their exact distances.
         self.rows = np.full((len(Q), k), -1, np.int64)
         self.sq_distances = np.full((len(Q), k), np.inf, np.float32)
 
     def run(self) -> np.ndarray:
-        out = np.empty(_TILE_ITEMS * len(self.Q), np.int32)
         for rows, items in self.index.tiles:
-            self._look(products(items.codes, self.queries.codes, out), rows, items)  # (m, n)
+            self._look(products(items.codes, self.queries.codes), rows, items)  # (m, n)
+            if sum(len(query) for query, *_ in self.pairs) > _MOST_PAIRS:
+                self._settle()
+        self._settle()
         return self.rows
 
     def _look(self, scores: np.ndarray, rows: np.ndarray, items: Items) -> None:
-        """Find the items of a tile that may be among the k nearest, and measure them."""
+        """Note the items of a tile that may be among the k nearest."""
         n_groups = len(rows) // _GROUP
         n_grouped = n_groups * _GROUP
-        grouped = scores[:n_grouped].reshape(n_groups, _GROUP, -1)
-        groups = np.concatenate([grouped.max(axis=1), scores[n_grouped:]])  # (g, n)
+        groups = scores[:n_grouped].reshape(n_groups, _GROUP, -1).max(axis=1)
+        if n_grouped < len(rows):
+            groups = np.concatenate([groups, scores[n_grouped:]])  # (g, n)
         highest = groups.max(axis=0)
         error = items.error(self.queries)
-        scale = self.queries.steps * np.float32(items.step)
-        least = self._least_score(groups, highest, scale, np.float32(items.shift) - error)
-        lowest = limit(least, self.queries, items)
+        scale, shift = self.queries.steps * np.float32(items.step), np.float32(items.shift)
+        self._raise_bounds(groups, highest, scale, shift - error)
+        lowest = limit(self.best[0], self.queries, items)
         hot = np.flatnonzero(highest >= lowest)  # queries to which anything here may be near
         group, query = np.nonzero(groups[:, hot] >= lowest[hot])
         query = hot[query]
-        single = group >= n_groups
         item = group[:, None] * _GROUP + np.arange(_GROUP)
-        item[single] = (group[single] - n_groups + n_grouped)[:, None]
+        if n_grouped < len(rows):
+            single = group >= n_groups
+            item[single] = (group[single] - n_groups + n_grouped)[:, None]
         found = scores[item, query[:, None]]
         open_ = found >= lowest[query][:, None]
-        open_[single, 1:] = False
-        pair, _ = np.nonzero(open_)
-        query, row, found = query[pair], rows[item[open_]], found[open_]
-        # The most promising first: their exact distances rule out most of the others.
-        order = np.lexsort((-found, query))
-        query, row, found = query[order], row[order], found[order]
-        place = np.arange(len(query)) - np.searchsorted(query, query)
-        first = place < self.k
-        self._measure(query[first], row[first])
-        upper = found * scale[query] + (np.float32(items.shift) + error)[query]
-        rest = ~first & (upper >= self._known_least()[query])
-        self._measure(query[rest], row[rest])
+        if n_grouped < len(rows):
+            open_[single, 1:] = False
+        query = np.repeat(query, np.count_nonzero(open_, axis=1))
+        score = found[open_] * scale[query] + shift
+        self.pairs.append((query, rows[item[open_]], score, error[query]))
 
-    def _least_score(
+    def _raise_bounds(
         self, groups: np.ndarray, highest: np.ndarray, scale: np.ndarray, offset: np.ndarray
-    ) -> np.ndarray:
-        """What an item must reach to be among the k nearest: (n,), a lower bound."""
-        least = self._known_least()
+    ) -> None:
+        # The best of each group are different items, so bounds of theirs bound the k best.
         lower = highest * scale + offset
-        better = np.flatnonzero(lower > least)
+        better = np.flatnonzero(lower > self.best[0])
         if self.k == 1:
-            least[better] = lower[better]
-        elif len(groups) >= self.k:
-            # The best of each group are different items, so k of them bound the k-th best.
-            lower = groups[:, better] * scale[better] + offset[better]
-            kth = np.partition(lower, -self.k, axis=0)[-self.k]
-            least[better] = np.maximum(least[better], kth)
-        return least
+            self.best[0, better] = lower[better]
+            return
+        lower = groups[:, better] * scale[better] + offset[better]
+        both = np.concatenate([self.best[:, better], lower])
+        self.best[:, better] = np.partition(both, -self.k, axis=0)[-self.k :]
 
-    def _known_least(self) -> np.ndarray:
+    def _settle(self) -> None:
+        """Measure the pairs noted, as far as they are still open."""
+        query, row, score, error = (np.concatenate(p) for p in zip(*self.pairs, strict=True))
+        self.pairs.clear()
+        open_ = score + error >= self.best[0, query]
+        query, row, score, error = query[open_], row[open_], score[open_], error[open_]
+        # The most promising first: their exact distances rule out most of the others.
+        highest, lowest = score.max(initial=-np.inf), score.min(initial=np.inf)
+        order = np.argsort(query - (score - lowest) / max(highest - lowest, 1e-30) * 0.9)
+        query, row, score, error = query[order], row[order], score[order], error[order]
+        first = np.arange(len(query)) - np.searchsorted(query, query) < self.k
+        self._measure(query[first], row[first])
+        rest = ~first & (score + error >= self._least()[query])
+        self._measure(query[rest], row[rest])
+        self.best[0] = self._least()
+
+    def _least(self) -> np.ndarray:
+        """What an item must reach to be among the k nearest: (n,), a lower bound."""
         farthest = self.sq_distances[:, -1]
         rounding = 1e-5 * (self.sq_norms + np.where(np.isinf(farthest), 0, farthest))
-        return (self.sq_norms - farthest) / 2 - rounding
+        return np.asarray(np.maximum(self.best[0], (self.sq_norms - farthest) / 2 - rounding))
 
     def _measure(self, query: np.ndarray, row: np.ndarray) -> None:
         """Let pairs, sorted by query, compete with the k nearest so far."""
@@ -155,11 +174,6 @@ class _Search:
             difference = self.index.X[row[pairs]]
             difference -= self.Q[query[pairs]]
             np.einsum("pd,pd->p", difference, difference, out=sq_distances[pairs])
-        if self.k == 1 and (np.diff(query) > 0).all():  # one pair a query
-            closer = sq_distances < self.sq_distances[query, 0]
-            self.sq_distances[query[closer], 0] = sq_distances[closer]
-            self.rows[query[closer], 0] = row[closer]
-            return
         met, first, count = np.unique(query, return_index=True, return_counts=True)
         place = np.arange(len(query)) - np.repeat(first, count) + self.k
         line = np.repeat(np.arange(len(met)), count)

@@ -20,9 +20,12 @@ __all__ = ["greedy", "radius"]
 _BLOCK_ROWS = 1024
 # Farthest rows among which centres are picked before all the others are brought up to date.
 _POOL_ROWS = 1024
+# With 8-bit products: how many times the pool's rows have tight bounds, and which part of the
+# smallest of those bounds (squared) a row must reach to be kept up to date.
+_TIGHT_POOLS, _WAITING = 4, 0.9
 # Products of a row with a centre below which the preparation of 8-bit products does not pay, and
 # below which it does not pay to import torch for them.
-_MANY, _VERY_MANY = 10**9, 10**11
+_MANY, _VERY_MANY = 3 * 10**10, 10**12
 
 
 def greedy(
@@ -176,10 +179,11 @@ class _Rows:
 class _Int8Rows(_Rows):
     """The same with 8-bit products: ``sq_distances`` are upper bounds, made exact where needed.
 
-    Only the farthest rows matter. So every row meets every centre in 8-bit integers, which gives
-    a certain upper bound and the centre that is probably nearest; for the few thousand rows with
-    the largest bounds the distance to that centre makes the bound tight; and the rows of the
-    pool are compared with all centres in float32.
+    Only the farthest rows matter. So rows meet centres in 8-bit integers, which gives a certain
+    upper bound and the centre that is probably nearest; for the few thousand rows with the
+    largest bounds the distance to that centre makes the bound tight; and the rows of the pool are
+    compared with all centres in float32, as far as the integers leave that open. A row whose bound
+    is well below those of the pool can wait: its bound stays true whatever is picked.
     """
 
     def __init__(self, X: np.ndarray, executor: ThreadPoolExecutor) -> None:
@@ -191,40 +195,65 @@ class _Int8Rows(_Rows):
         self.queries = _int8.Queries.join(
             executor.map(lambda b: self.frame.queries(self.frame.place(X[b])), blocks)
         )
-        self.tiles: list[tuple[int, _int8.Items]] = []  # where each begins in centers
         self.centers = np.empty((0, X.shape[1]), np.float32)
+        self.tiles: list[_int8.Items] = []  # the centers, _BLOCK_ROWS a tile
+        self.floor = np.float32(np.inf)  # rows with smaller bounds wait
+        self.n_met = np.zeros(len(X), np.int64)  # centers that a row has met
         self.nearest = np.zeros(len(X), np.int64)  # probably; an index into centers
         self.tight = np.zeros(len(X), bool)  # the bound is the distance to ``nearest``
 
     def meet(self, centers: np.ndarray) -> None:
-        for start in range(0, len(centers), _BLOCK_ROWS):
-            c = centers[start : start + _BLOCK_ROWS]
-            items = self.frame.items(self.frame.place(c))
-            self.tiles.append((len(self.centers), items))
-            self.each_block(len(self.X), self._meet_tile, len(self.centers), items)
-            self.centers = np.concatenate([self.centers, c - self.mean])
-
-    def _meet_tile(self, block: slice, base: int, items: _int8.Items) -> None:
-        rows = self.queries.take(block)
-        scores = _int8.products(rows.codes, items.codes)  # (B, m)
-        best = scores.argmax(axis=1)
-        score = scores[np.arange(len(best)), best] * (rows.steps * np.float32(items.step))
-        score += np.float32(items.shift) - items.error(rows)
-        upper = self.sq_norms[block] - 2 * score
-        closer = upper < self.sq_distances[block]
-        np.copyto(self.sq_distances[block], upper, where=closer)
-        np.copyto(self.nearest[block], base + best, where=closer)
-        self.tight[block] &= ~closer
+        self.centers = np.concatenate([self.centers, centers - self.mean])
+        del self.tiles[(len(self.centers) - len(centers)) // _BLOCK_ROWS :]  # one that was not full
+        for start in range(len(self.tiles) * _BLOCK_ROWS, len(self.centers), _BLOCK_ROWS):
+            c = self.centers[start : start + _BLOCK_ROWS] + self.mean
+            self.tiles.append(self.frame.items(self.frame.place(c)))
+        self._catch_up()
 
     def farthest(self, n: int) -> tuple[np.ndarray, np.ndarray, float]:
         n = min(n, len(self.X))
+        n_tight = min(_TIGHT_POOLS * n, len(self.X))
         while True:
-            self._tighten(min(8 * n, len(self.X)))
+            least = np.partition(self.sq_distances, -n_tight)[-n_tight]
+            if least < self.floor:
+                self.floor = np.float32(_WAITING * least) if least > 0 else np.float32(-1)
+                self._catch_up()
+            self._tighten(n_tight)
             pool, _, outside = super().farthest(n)
             exact = self._exact(pool)
             self.sq_distances[pool] = exact
             if exact.max() >= outside:
                 return pool, exact, outside
+
+    def _catch_up(self) -> None:
+        """Let the rows that do not wait meet all centres."""
+        rows = np.flatnonzero((self.sq_distances >= self.floor) & (self.n_met < len(self.centers)))
+        rows = rows[np.argsort(self.n_met[rows], kind="stable")]
+        alike = np.split(rows, np.flatnonzero(np.diff(self.n_met[rows])) + 1)  # as far behind
+        blocks = [g[i : i + _BLOCK_ROWS] for g in alike for i in range(0, len(g), _BLOCK_ROWS)]
+        for _ in self.executor.map(self._meet_tiles, blocks):
+            pass
+
+    def _meet_tiles(self, rows: np.ndarray) -> None:
+        queries, bound, nearest = (
+            self.queries.take(rows),
+            self.sq_distances[rows],
+            self.nearest[rows],
+        )
+        first, met = divmod(int(self.n_met[rows[0]]), _BLOCK_ROWS)
+        for i, items in enumerate(self.tiles[first:], start=first):
+            scores = _int8.products(queries.codes, items.codes[met:])  # (B, m)
+            best = scores.argmax(axis=1)
+            score = scores[np.arange(len(best)), best] * (queries.steps * np.float32(items.step))
+            score += np.float32(items.shift) - items.error(queries)
+            upper = self.sq_norms[rows] - 2 * score
+            closer = upper < bound
+            np.copyto(bound, upper, where=closer)
+            np.copyto(nearest, i * _BLOCK_ROWS + met + best, where=closer)
+            met = 0
+        self.tight[rows] &= bound == self.sq_distances[rows]
+        self.sq_distances[rows], self.nearest[rows] = bound, nearest
+        self.n_met[rows] = len(self.centers)
 
     def _tighten(self, n: int) -> None:
         top = np.argpartition(self.sq_distances, -n)[-n:]
@@ -243,17 +272,16 @@ class _Int8Rows(_Rows):
         exact: np.ndarray = self.sq_distances[rows]  # no less, and mostly equal
 
         def work(block: slice) -> None:
-            mine = self.queries.take(rows[block])
-            for base, items in self.tiles:
-                scores = _int8.products(mine.codes, items.codes)
-                limit = _int8.limit((sq_norms[block] - exact[block]) / 2, mine, items)
-                row, center = np.nonzero(scores >= limit[:, None])
+            mine, bound = rows[block], exact[block]
+            queries, sq_norms = self.queries.take(mine), self.sq_norms[mine]
+            for i, items in enumerate(self.tiles):
+                scores = _int8.products(queries.codes, items.codes)
+                lowest = _int8.limit((sq_norms - bound) / 2, queries, items)
+                row, center = np.nonzero(scores >= lowest[:, None])
                 if len(row):
-                    measured = self._measure(rows[block][row], base + center)
-                    np.minimum.at(exact[block], row, measured)
+                    np.minimum.at(bound, row, self._measure(mine[row], i * _BLOCK_ROWS + center))
 
-        sq_norms = self.sq_norms[rows]
-        self.each_block(len(rows), work, n_rows=512)
+        self.each_block(len(rows), work, n_rows=256)
         return exact
 
     def _measure(self, rows: np.ndarray, centers: np.ndarray) -> np.ndarray:
