@@ -105,7 +105,7 @@ class _Search:
         """Note the items of a tile that may be among the k nearest."""
         n_groups = len(rows) // _GROUP
         n_grouped = n_groups * _GROUP
-        groups = scores[:n_grouped].reshape(n_groups, _GROUP, -1).max(axis=1)
+        groups = scores[:n_grouped].reshape(n_groups, _GROUP, scores.shape[1]).max(axis=1)
         if n_grouped < len(rows):
             groups = np.concatenate([groups, scores[n_grouped:]])  # (g, n)
         highest = groups.max(axis=0)
