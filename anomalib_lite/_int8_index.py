@@ -59,22 +59,25 @@ class Int8Index:
                 executor.map(lambda t: (t, self.frame.items(self.frame.place(X[t]))), tiles)
             )
 
-    def search(self, Q: np.ndarray, k: int) -> np.ndarray:
-        """The ``k`` nearest rows of the bank for each row of ``Q`` (n, D): (n, k) int64.
+    def search(self, Q: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``k`` nearest rows of the bank for each row of ``Q`` (n, D), and how far they are.
 
-        They come in the order of their distances, computed in float32 from the differences. For
-        a query so large that its codes say nothing they are -1.
+        Distances (n, k) are rooted, ascending, computed in float32 from the differences; indices
+        (n, k) are int64. For a query so large that its codes say nothing they are -1.
         """
-        neighbors = np.empty((len(Q), k), np.int64)
+        distances, indices = np.empty((len(Q), k), np.float32), np.empty((len(Q), k), np.int64)
         starts = range(0, len(Q), _TILE_QUERIES)
         blocks = [slice(start, min(start + _TILE_QUERIES, len(Q))) for start in starts]
 
         def work(block: slice) -> None:
-            neighbors[block] = _Search(self, Q[block], k).run()
+            search = _Search(self, Q[block], k)
+            search.run()
+            np.sqrt(search.sq_distances, out=distances[block])
+            indices[block] = search.rows
 
         with workers() as executor:
             list(executor.map(work, blocks))
-        return neighbors
+        return distances, indices
 
 
 class _Search:
@@ -93,13 +96,12 @@ class _Search:
         self.rows = np.full((len(Q), k), -1, np.int64)
         self.sq_distances = np.full((len(Q), k), np.inf, np.float32)
 
-    def run(self) -> np.ndarray:
+    def run(self) -> None:
         for rows, items in self.index.tiles:
             self._look(products(items.codes, self.queries.codes), rows, items)  # (m, n)
             if sum(len(query) for query, *_ in self.pairs) > _MOST_PAIRS:
                 self._settle()
         self._settle()
-        return self.rows
 
     def _look(self, scores: np.ndarray, rows: np.ndarray, items: Items) -> None:
         """Note the items of a tile that may be among the k nearest."""

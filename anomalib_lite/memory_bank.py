@@ -253,24 +253,32 @@ class MemoryBank(BaseEstimator):
         elif self.device == "cpu" and len(X) * self.embeddings_.size < _MANY:
             indices = np.asarray(faiss.knn(X, self.embeddings_, k)[1])
         else:
-            indices = self._search_much(X, k)
+            return self._search_much(X, k)
         short = (indices < 0).any(axis=1)  # inverted lists may hold fewer than k
         if short.any():
-            indices[short] = faiss.knn(X[short], self.embeddings_, k)[1]
+            indices[short] = self._by_faiss(X[short], k)
         return self._rank(X, indices)
 
-    def _search_much(self, X: np.ndarray, k: int) -> np.ndarray:
-        """Indices by whatever is quickest for many queries of a large flat index."""
-        if self._quick is None:
-            if self.device != "cpu":
-                from anomalib_lite._on_device import DeviceIndex  # it needs torch
+    def _search_much(self, X: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """:meth:`search` by whatever is quickest for many queries of a large flat index."""
+        if self._quick is None and self.device != "cpu":
+            from anomalib_lite._on_device import DeviceIndex  # it needs torch
 
-                self._quick = DeviceIndex(self.embeddings_, self.device)
-            elif self._wants_int8(len(X)) and _int8.can_hold(self.embeddings_):
-                self._quick = Int8Index(self.embeddings_)
-            else:
-                return np.asarray(faiss.knn(X, self.embeddings_, k)[1])
-        return np.asarray(self._quick.search(X, k))
+            self._quick = DeviceIndex(self.embeddings_, self.device)
+        if self._quick is None and self._wants_int8(len(X)) and _int8.can_hold(self.embeddings_):
+            self._quick = Int8Index(self.embeddings_)
+        if not isinstance(self._quick, Int8Index):
+            searched: Any = self._quick.search(X, k) if self._quick else self._by_faiss(X, k)
+            return self._rank(X, searched)
+        distances, indices = self._quick.search(X, k)
+        missing = indices[:, 0] < 0  # queries that are too large for it
+        if missing.any():
+            Q = X[missing]
+            distances[missing], indices[missing] = self._rank(Q, self._by_faiss(Q, k))
+        return distances, indices
+
+    def _by_faiss(self, X: np.ndarray, k: int) -> np.ndarray:
+        return np.asarray(faiss.knn(X, self.embeddings_, k)[1])
 
     def _wants_int8(self, n_queries: int) -> bool:
         if self.algorithm == "auto":
@@ -290,8 +298,7 @@ class MemoryBank(BaseEstimator):
         Returns
         -------
         float
-            Share of the Q * k true neighbours that are found, 0 to 1. A row as near as the
-            last true neighbour counts as found.
+            Share of the Q * k true neighbours found, 0 to 1; of rows as far, any counts.
 
         Raises
         ------
@@ -307,7 +314,7 @@ class MemoryBank(BaseEstimator):
         """
         distances = self.kneighbors(X, n_neighbors)[0]
         X, k = self._validated(X, reset=False), distances.shape[1]
-        true = self._rank(X, np.asarray(faiss.knn(X, self.embeddings_, k)[1]))[0]
+        true = self._rank(X, self._by_faiss(X, k))[0]
         return float((distances <= true[:, -1:] * (1 + 1e-6)).mean())
 
     def serialized_index(self) -> np.ndarray:
