@@ -72,8 +72,7 @@ class MemoryBank(BaseEstimator):
 
     With ``"int8"``, the distance of a query to a row is known from the 8-bit product up to an
     error that has a certain bound (see ``_int8.py``). A row is left out only if it is farther
-    than ``k`` others whatever the errors, so the search is exact; how many rows are left shows
-    in time alone.
+    than ``k`` others whatever the errors, so the search is exact.
 
     References
     ----------
