@@ -67,7 +67,7 @@ def show(value: Any) -> str:
 def coreset(rows: list[dict[str, Any]]) -> str:
     """Ours against the product and the peers."""
     head = ["D", "kept", "ours, s", "of the product", "without 8 bits", "of the product"]
-    head += ["plain", "projected", "anomalib", "radius", "without 8 bits", "same picks", "peak MB"]
+    head += ["plain", "projected", "anomalib", "radius", "without 8 bits", "same picks"]
     lines = [
         [
             r["D"],
@@ -82,7 +82,6 @@ def coreset(rows: list[dict[str, Any]]) -> str:
             r["radius"],
             r["radius of float32"],
             r["same picks"],
-            r["peak MB"],
         ]
         for r in rows
     ]
@@ -143,15 +142,13 @@ def index(rows: list[dict[str, Any]]) -> str:
 
 def growth(rows: list[dict[str, Any]]) -> str:
     """Times, and the slopes of their logarithms."""
-    head = ["N", "kept", "ours, s", "of the product", "peak MB", "rows MB"]
+    head = ["N", "kept", "ours, s", "of the product"]
     lines = [
         [
             r["N"],
             r["kept"],
             float(np.median(r["seconds"]["ours"])),
             ratio(r, "ours", "product"),
-            r["peak MB"],
-            r["rows MB"],
         ]
         for r in rows
     ]

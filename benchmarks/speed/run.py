@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,28 +91,6 @@ def alternate(repeats: int, **jobs: Callable[[], Any]) -> dict[str, list[float]]
 def median(values: list[float]) -> float:
     """Of the seconds."""
     return float(np.median(values))
-
-
-def peak_above(job: Callable[[], Any]) -> float:
-    """MB of resident memory that a job takes at its peak above what was there before."""
-
-    def resident() -> float:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    before, peak, done = resident(), 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, resident())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    job()
-    done.set()
-    thread.join()
-    return max(peak - before, 0.0)
 
 
 # --- Coreset ------------------------------------------------------------------------------
@@ -219,7 +196,6 @@ def coreset(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
                 "radius": covering_radius(X, X[picks]),
                 "radius of float32": exact,
                 "same picks": float((picks == same).mean()),
-                "peak MB": peak_above(lambda X=X, n=n: greedy(X, n, True)),
             }
             if d == 152:
                 row["radius of plain"] = plain_greedy(X, n)[1]
@@ -322,8 +298,7 @@ def growth(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
             ours=lambda X=X, m=m: select_coreset(X, m, random_state=0),
             product=lambda X=X, m=m: product(X, m),
         )
-        peak = peak_above(lambda X=X, m=m: select_coreset(X, m, random_state=0))
-        row = {"N": n, "kept": m, "seconds": seconds, "peak MB": peak, "rows MB": X.nbytes / 1e6}
+        row = {"N": n, "kept": m, "seconds": seconds}
         say("growth", row)
         rows.append(row)
     return rows
