@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from typing import Any
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
-__all__ = ["n_cores", "workers"]
+__all__ = ["n_cores", "one_blas_thread", "workers"]
 
 
 def n_cores() -> int:
@@ -45,3 +47,18 @@ def workers() -> Iterator[ThreadPoolExecutor]:
             yield executor
         finally:
             torch.set_num_threads(before)
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Let small products be made by the calling thread alone.
+
+    A second thread of OpenBLAS would go on spinning for some 20 ms afterwards, on the core that
+    the next image's network needs.
+    """
+    limit: AbstractContextManager[Any] = _controller().limit(limits=1, user_api="blas")
+    return limit
+
+
+@cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through all libraries, which takes milliseconds

@@ -9,6 +9,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d
 from scipy.special import softmax
 
+from anomalib_lite._threads import one_blas_thread
+
 __all__ = ["IMAGE_SCORES", "anomaly_maps", "image_scores", "reweight"]
 
 IMAGE_SCORES = ("max", "top1%", "reweighted")
@@ -113,12 +115,13 @@ def anomaly_maps(
     ((100, 150), True)
     """
     height, width = patch_scores.shape[1:]
-    return [
-        _resize_and_smooth(height, input_size[0], size[0], smoothing)
-        @ scores
-        @ _resize_and_smooth(width, input_size[1], size[1], smoothing).T
-        for scores, size in zip(patch_scores, sizes, strict=True)
-    ]
+    with one_blas_thread():
+        return [
+            _resize_and_smooth(height, input_size[0], size[0], smoothing)
+            @ scores
+            @ _resize_and_smooth(width, input_size[1], size[1], smoothing).T
+            for scores, size in zip(patch_scores, sizes, strict=True)
+        ]
 
 
 @lru_cache(maxsize=256)
