@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint nightly bench-peers clean
+.PHONY: demo test lint nightly bench-peers bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anomalib-lite demo -o demo-output
@@ -16,6 +16,10 @@ lint: $(VENV)/.dev
 
 # The tests, and the whole comparison with anomalib: about an hour on two cores.
 nightly: test bench-peers
+
+# The coreset and the search against FAISS and others; benchmarks/speed/README.md has the options.
+bench-speed: $(VENV)/.bench
+	$(BIN)/python benchmarks/speed/run.py
 
 bench-peers: $(VENV)/.test
 	$(BIN)/python benchmarks/peers/run.py
