@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,16 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no folder of real photographs at {path}: set ANOMALIB_LITE_DATA")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_idle_workers() -> Iterator[None]:
+    """End joblib's processes after each test that started some.
+
+    After minutes of idling they end by themselves, and joblib warns of it in a thread of its own,
+    where a warning that is an error would leave the next test waiting for ever.
+    """
+    yield
+    loky = sys.modules.get("joblib.externals.loky.reusable_executor")
+    if loky is not None and loky._executor is not None:
+        loky.get_reusable_executor().shutdown(wait=True)
