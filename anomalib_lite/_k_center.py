@@ -62,10 +62,10 @@ def greedy(
             n_picked = _pick_from_pool(rows, picks, n_picked)
 
 
-def radius(X: np.ndarray, centers: np.ndarray, device: str = "cpu") -> float:
+def radius(X: np.ndarray, centers: np.ndarray) -> float:
     """Largest distance from a row of ``X`` (N, D) to its nearest row of ``centers`` (M, D)."""
     with workers() as executor:
-        rows = _rows(X, executor, len(X) * len(centers), device, None)
+        rows = _rows(X, executor, len(X) * len(centers), "cpu", None)
         rows.meet(centers)
         return _radius(rows)
 

@@ -17,7 +17,6 @@ class DeviceRows:
 
     def __init__(self, X: np.ndarray, device: str) -> None:
         self.x, self.mean = _centred(X, device)
-        self.sq_norms = (self.x**2).sum(dim=1)
         self._sq = torch.full((len(X),), torch.inf, device=device)
 
     def meet(self, centers: np.ndarray) -> None:
