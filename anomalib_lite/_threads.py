@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
-from threadpoolctl import ThreadpoolController, threadpool_limits
+from threadpoolctl import ThreadpoolController
 
-__all__ = ["n_cores", "one_blas_thread", "workers"]
+__all__ = ["n_cores", "one_blas_thread", "sleeping_when_idle", "workers"]
 
 
 def n_cores() -> int:
@@ -34,19 +35,13 @@ def workers() -> Iterator[ThreadPoolExecutor]:
     """
     torch = sys.modules.get("torch")
     if torch is None:
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n_cores()) as executor:
+        with one_blas_thread(), ThreadPoolExecutor(n_cores()) as executor:
             yield executor
         return
-    before = torch.get_num_threads()
     # torch keeps its number of threads for each thread, and a default for those to come.
-    with (
-        threadpool_limits(1, user_api="blas"),
-        ThreadPoolExecutor(n_cores(), initializer=torch.set_num_threads, initargs=(1,)) as executor,
-    ):
-        try:
-            yield executor
-        finally:
-            torch.set_num_threads(before)
+    threads = ThreadPoolExecutor(n_cores(), initializer=torch.set_num_threads, initargs=(1,))
+    with one_blas_thread(), _torch_default, threads as executor:
+        yield executor
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:
@@ -55,10 +50,65 @@ def one_blas_thread() -> AbstractContextManager[Any]:
     A second thread of OpenBLAS would go on spinning for some 20 ms afterwards, on the core that
     the next image's network needs.
     """
-    limit: AbstractContextManager[Any] = _controller().limit(limits=1, user_api="blas")
-    return limit
+    return _one_blas_thread
+
+
+@contextmanager
+def sleeping_when_idle() -> Iterator[None]:
+    """Let the OpenMP of a library that is imported within put its threads to sleep after work.
+
+    Else they go on spinning for milliseconds, on the cores that the next image's network needs.
+    OpenMP reads the variable once, when it is loaded; one that is set already stays as it is.
+    """
+    name = "OMP_WAIT_POLICY"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "passive"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+class _Shared:
+    """A setting of the whole process: made by the first thread to come in, undone by the last to
+    leave. If each undid its own, the last would leave behind what another had set.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make, self._lock, self._n_inside = make, threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._n_inside == 0:
+                self._setting = self._make()
+                self._setting.__enter__()
+            self._n_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0:
+                self._setting.__exit__(None, None, None)
 
 
 @cache
-def _controller() -> ThreadpoolController:
+def _controller(has_torch: bool) -> ThreadpoolController:
     return ThreadpoolController()  # looks through all libraries, which takes milliseconds
+
+
+@contextmanager
+def _keep_torch_default() -> Iterator[None]:
+    torch = sys.modules["torch"]
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_one_blas_thread = _Shared(
+    lambda: _controller("torch" in sys.modules).limit(limits=1, user_api="blas")
+)
+_torch_default = _Shared(_keep_torch_default)
