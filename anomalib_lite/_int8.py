@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from scipy.linalg import hadamard
 
-__all__ = ["Frame", "Items", "Queries", "can_hold", "is_fast_here", "limit", "pays", "products"]
+__all__ = ["Frame", "Items", "Queries", "is_fast_here", "limit", "pays", "products"]
 
-# Squares of values and products of steps stay far from where float32 ends.
-_SHORTEST_STEP, _LARGEST_VALUE = 1e-15, 1e15
+# Products of steps stay far from where float32 ends.
+_SHORTEST_STEP = 1e-15
 _MOST_BIASES = 64
 # Float32 rounding of the norms, of the rotation and of the bound itself, relative to |q| |x|.
 _ROUNDING = 2e-5
@@ -39,11 +39,6 @@ def pays(much: bool) -> bool:
     work, since that takes seconds.
     """
     return (much or "torch" in sys.modules) and is_fast_here()
-
-
-def can_hold(X: np.ndarray) -> bool:
-    """Whether the squares of such values are float32 numbers."""
-    return bool(max(X.max(), -X.min()) < _LARGEST_VALUE)
 
 
 _scratch = threading.local()
@@ -166,7 +161,10 @@ class Frame:
 
     def place(self, X: np.ndarray) -> np.ndarray:
         """Rows (n, D), moved and turned: (n, D or a little more), float32."""
-        x: np.ndarray = X - self.mean
+        return self.turn(X - self.mean)
+
+    def turn(self, x: np.ndarray) -> np.ndarray:
+        """:meth:`place` for rows that are centred already."""
         if self.rotation is None:
             return x
         left, right = self.rotation

@@ -145,6 +145,8 @@ class _Search:
 
     def _settle(self) -> None:
         """Measure the pairs noted, as far as they are still open."""
+        if not self.pairs:
+            return
         query, row, score, error = (np.concatenate(p) for p in zip(*self.pairs, strict=True))
         self.pairs.clear()
         open_ = score + error >= self.best[0, query]

@@ -23,8 +23,8 @@ _POOL_ROWS = 1024
 # With 8-bit products: how many times the pool's rows have tight bounds, and which part of the
 # smallest of those bounds (squared) a row must reach to be kept up to date.
 _TIGHT_POOLS, _WAITING = 4, 0.9
-# Products of a row with a centre below which the preparation of 8-bit products does not pay, and
-# below which it does not pay to import torch for them.
+# Products of two numbers (rows x centres x dimensions) below which the preparation of 8-bit ones
+# does not pay, and below which it does not pay to import torch for them.
 _MANY, _VERY_MANY = 3 * 10**10, 10**12
 
 
@@ -43,8 +43,9 @@ def greedy(
     whether to use 8-bit products; by default where they pay.
     """
     picks = np.empty(n_samples, np.int64)
+    kind = _kind_of_rows(X, n_samples, int8)
     with workers() as executor:
-        rows = _rows(X, executor, len(X) * n_samples, device, int8)
+        rows = _on(device, X) if device != "cpu" else kind(X, executor)
         done = n_picked = 0
         if existing is None:
             picks[0] = first
@@ -64,23 +65,27 @@ def greedy(
 
 def radius(X: np.ndarray, centers: np.ndarray) -> float:
     """Largest distance from a row of ``X`` (N, D) to its nearest row of ``centers`` (M, D)."""
+    kind = _kind_of_rows(X, len(centers))
     with workers() as executor:
-        rows = _rows(X, executor, len(X) * len(centers), "cpu", None)
+        rows = kind(X, executor)
         rows.meet(centers)
         return _radius(rows)
 
 
-def _rows(
-    X: np.ndarray, executor: ThreadPoolExecutor, n_pairs: int, device: str, int8: bool | None
-) -> _Rows | DeviceRows:
-    if device != "cpu":
-        from anomalib_lite._on_device import DeviceRows  # the only one who always needs torch
-
-        return DeviceRows(X, device)
+def _kind_of_rows(X: np.ndarray, n_centers: int, int8: bool | None = None) -> type[_Rows]:
+    """With 8-bit products or without. To be asked before :func:`workers`, which limits the threads
+    of torch only if it is there already.
+    """
     if int8 is None:
-        work = n_pairs * X.shape[1]
-        int8 = work > _MANY and _int8.pays(work > _VERY_MANY) and _int8.can_hold(X)
-    return (_Int8Rows if int8 else _Rows)(X, executor)
+        work = X.size * n_centers
+        int8 = work > _MANY and _int8.pays(work > _VERY_MANY)
+    return _Int8Rows if int8 else _Rows
+
+
+def _on(device: str, X: np.ndarray) -> DeviceRows:
+    from anomalib_lite._on_device import DeviceRows  # the only one who always needs torch
+
+    return DeviceRows(X, device)
 
 
 def _radius(rows: _Rows | DeviceRows) -> float:
@@ -206,8 +211,9 @@ class _Int8Rows(_Rows):
         self.centers = np.concatenate([self.centers, centers - self.mean])
         del self.tiles[(len(self.centers) - len(centers)) // _BLOCK_ROWS :]  # one that was not full
         for start in range(len(self.tiles) * _BLOCK_ROWS, len(self.centers), _BLOCK_ROWS):
-            c = self.centers[start : start + _BLOCK_ROWS] + self.mean
-            self.tiles.append(self.frame.items(self.frame.place(c)))
+            self.tiles.append(
+                self.frame.items(self.frame.turn(self.centers[start : start + _BLOCK_ROWS]))
+            )
         self._catch_up()
 
     def farthest(self, n: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -277,7 +283,8 @@ class _Int8Rows(_Rows):
             for i, items in enumerate(self.tiles):
                 scores = _int8.products(queries.codes, items.codes)
                 lowest = _int8.limit((sq_norms - bound) / 2, queries, items)
-                row, center = np.nonzero(scores >= lowest[:, None])
+                # Of a row that does not fit, the integers say nothing.
+                row, center = np.nonzero((scores >= lowest[:, None]) | ~queries.fits[:, None])
                 if len(row):
                     np.minimum.at(bound, row, self._measure(mine[row], i * _BLOCK_ROWS + center))
 

@@ -77,11 +77,19 @@ def check_matrix(name: str, value: Any, where: str, *, n_features: int | None = 
         raise InvalidValueError(
             f"{where}: {name} must have {n_features} columns, as when fitted, got {array.shape[1]}."
         )
-    if not np.isfinite(array).all():
-        raise InvalidValueError(
-            f"{where}: {name} must be finite, got NaN or infinity. Remove such rows first."
-        )
+    check_values(name, array, where)
     return array
+
+
+def check_values(name: str, array: np.ndarray, where: str) -> None:
+    """Raise unless all values are finite, and sums of their squares are float32 numbers too."""
+    largest = float(np.maximum(array.max(initial=0), -array.min(initial=0)))  # NaN if there is one
+    if not largest <= _LARGEST_VALUE:
+        got = f"{largest:.3g}" if np.isfinite(largest) else "NaN or infinity"
+        raise InvalidValueError(
+            f"{where}: {name} must be finite and at most {_LARGEST_VALUE:g} in size, got {got}. "
+            "Remove or rescale such rows first."
+        )
 
 
 def check_embeddings(
@@ -112,10 +120,12 @@ def check_grid(grid: np.ndarray, i: int, where: str, n_features: int | None) -> 
         raise InvalidValueError(
             f"{where}: E must have shape (N, h, w, {d}), got {grid.shape} for E[{i}]."
         )
-    if not np.isfinite(grid).all():
-        raise InvalidValueError(f"{where}: E[{i}] must be finite, got NaN or infinity.")
+    check_values(f"E[{i}]", grid, where)
     return int(grid.shape[2])
 
+
+# Sums of squares of such values stay far from where float32 ends.
+_LARGEST_VALUE = 1e15
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

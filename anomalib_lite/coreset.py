@@ -17,16 +17,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 from sklearn.utils import check_random_state
 from tqdm import tqdm
 
 from anomalib_lite import _k_center
+from anomalib_lite._faiss_index import faiss
 from anomalib_lite._validation import check_choice, check_int, check_matrix, check_number
 from anomalib_lite.errors import InvalidValueError
 
-__all__ = ["Coreset", "coreset_size", "covering_radius", "greedy_k_center", "select_coreset"]
+__all__ = [
+    "Coreset",
+    "check_device",
+    "coreset_size",
+    "covering_radius",
+    "greedy_k_center",
+    "select_coreset",
+]
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ def select_coreset(
                 f"{where}: existing centres need method='greedy', got {method!r}."
             )
         existing = check_matrix("existing", existing, where, n_features=X.shape[1])
+    check_device(device, where)
     random = check_random_state(random_state)
     return METHODS[method](X, n_samples, random, existing, device, progress)
 
@@ -197,6 +205,18 @@ def covering_radius(X: np.ndarray, centers: np.ndarray) -> float:
     X = check_matrix("X", X, "covering_radius")
     centers = check_matrix("centers", centers, "covering_radius", n_features=X.shape[1])
     return _k_center.radius(X, centers)
+
+
+def check_device(device: str, where: str) -> None:
+    """Raise InvalidValueError unless it is "cpu", or a GPU that is here."""
+    if device == "cpu":
+        return
+    from anomalib_lite._device import resolve_device  # it needs torch
+
+    if device == "auto" or resolve_device(device, where).type == "mps":
+        raise InvalidValueError(
+            f"{where}: device must be 'cpu', 'cuda' or such as 'cuda:1', got {device!r}."
+        )
 
 
 def coreset_size(amount: float | int, n: int, name: str, where: str) -> int:

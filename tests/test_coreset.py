@@ -21,11 +21,11 @@ from anomalib_lite.images import ImageSource, iter_batches
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything here holds whatever multiplies; by itself only large data would meet int8."""
     kinds = {
-        "float32": lambda X, executor, *_: _k_center._Rows(X, executor),
-        "int8": lambda X, executor, *_: _k_center._Int8Rows(X, executor),
-        "torch": lambda X, executor, *_: DeviceRows(X, "cpu"),
+        "float32": _k_center._Rows,
+        "int8": _k_center._Int8Rows,
+        "torch": lambda X, executor: DeviceRows(X, "cpu"),
     }
-    monkeypatch.setattr(_k_center, "_rows", kinds[request.param])
+    monkeypatch.setattr(_k_center, "_kind_of_rows", lambda *_: kinds[request.param])
 
 
 def naive_greedy(
@@ -306,6 +306,18 @@ def test_other_number_types_are_converted_and_nothing_is_changed() -> None:
     kept = floats.copy()
     select_coreset(floats, 10, existing=floats[:4], random_state=0)
     np.testing.assert_array_equal(floats, kept)
+
+
+@pytest.mark.parametrize("n_samples", [30, 300])
+def test_rows_far_larger_than_all_others(n_samples: int) -> None:
+    X = np.random.default_rng(0).normal(scale=0.01, size=(8000, 16)).astype(np.float32)
+    X[-40:-20] *= 1000  # far out, each with a twin
+    X[-20:] = X[-40:-20] + np.float32(1e-4)
+    kept = coreset.select_coreset(X, n_samples, random_state=0)
+    assert np.count_nonzero(kept.indices >= 7960) == 20  # one of each pair
+    true = cdist(X.astype(np.float64), X[kept.indices].astype(np.float64)).min(axis=1).max()
+    assert kept.covering_radius == pytest.approx(true, abs=2e-3)
+    assert coreset.covering_radius(X, X[kept.indices]) == pytest.approx(true, abs=2e-3)
 
 
 def test_many_twins_take_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
