@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ __all__ = ["cache_dir", "digest", "read", "write"]
 
 # The graphs used longest ago go first.
 _MOST_BYTES = 4 << 30
+# A file that was begun so long ago will not be finished: its process is gone.
+_UNFINISHED_S = 24 * 60 * 60
 
 
 def cache_dir() -> Path:
@@ -78,7 +81,7 @@ def write(keys: Sequence[dict[str, Any]], described: dict[str, Any], graph: byte
             text = json.dumps(sealed | {"seal": digest(sealed)})
             _write_whole(folder / f"{digest(key)}.json", text.encode())
         _forget_oldest(folder, spare=name)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):
         return
 
 
@@ -92,9 +95,18 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def _forget_oldest(folder: Path, spare: str) -> None:
+    """Remove the graphs used longest ago, what led to them, and what was never finished."""
     graphs = sorted(folder.glob("*.graph"), key=lambda path: path.stat().st_mtime)
     total = sum(path.stat().st_size for path in graphs)
+    gone = set()
     for path in graphs:
         if total > _MOST_BYTES and path.stem != spare:
             total -= path.stat().st_size
+            path.unlink(missing_ok=True)
+            gone.add(path.stem)
+    for path in folder.glob("*.json") if gone else ():
+        if json.loads(path.read_bytes()).get("graph") in gone:
+            path.unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > _UNFINISHED_S:
             path.unlink(missing_ok=True)

@@ -75,16 +75,18 @@ def graph_of(backbone: Backbone, engine: str) -> tuple[bytes, dict[str, Any]]:
             module = _PixelsToEmbeddings(backbone).eval()
             graph = _WRITERS[engine](module, example)
     except Exception as error:  # tracers and converters raise all kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = _first_line(error)
         raise GraphError(f"converting it to {engine} failed: {reason}") from error
     multiple = 1 if only else _multiple(backbone, size)
     return graph, {"multiple": multiple, "only": list(only) if only else None}
 
 
-def check_graph(
-    embed: Callable[[np.ndarray], np.ndarray], backbone: Backbone, sizes: dict[str, Any]
-) -> None:
+def check_graph(open_graph: Callable[[], Any], backbone: Backbone, sizes: dict[str, Any]) -> None:
     """Raise GraphError unless a float32 graph gives what the backbone gives, at several sizes."""
+    try:
+        embed = open_graph().embed
+    except Exception as error:  # each engine has kinds of its own
+        raise GraphError(f"its graph cannot be opened: {_first_line(error)}") from error
     if sizes["only"]:
         to_try = [tuple(sizes["only"])]
     else:
@@ -92,10 +94,20 @@ def check_graph(
         to_try = [(height, width), (width, height), (height + 3 * step, width + 5 * step)]
     for size in to_try:
         pixels = _random_pixels(size)
-        expected, got = backbone.embed(pixels), embed(pixels)
+        expected = backbone.embed(pixels)
+        try:
+            got = embed(pixels)
+        except RuntimeError as error:
+            raise GraphError(
+                f"its graph cannot take images of {size[0]}x{size[1]}: {_first_line(error)}"
+            ) from error
         norm = float(np.linalg.norm(expected))
         if got.shape != expected.shape or not np.linalg.norm(got - expected) <= _TOLERANCE * norm:
             raise GraphError(f"its graph gives other embeddings for images of {size[0]}x{size[1]}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _size_to_trace(backbone: Backbone) -> tuple[tuple[int, int], tuple[int, int] | None]:

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,7 @@ class OpenVinoGraph:
     graph : bytes
         From ``graph_of``.
     dtype : {"float32", "bfloat16", "float16"}
-        In which numbers; ``precision`` says whether the processor obeyed.
+        In which numbers; ``obeys`` says whether the processor can.
     """
 
     def __init__(self, graph: bytes, dtype: str) -> None:
@@ -73,23 +72,29 @@ class OpenVinoGraph:
         self._queues: dict[tuple[Any, bool], Any] = {}
         self._lock = threading.Lock()
         self._standard = self._queues[None, False] = self._compile(None, False)
-        self.precision = (
-            self._standard[0].get_compiled_model().get_property("INFERENCE_PRECISION_HINT")
-        )
-        self.obeys = self.precision.get_type_name() == _PRECISIONS[dtype]
+        compiled = self._standard[0].get_compiled_model()
+        precision = compiled.get_property("INFERENCE_PRECISION_HINT")
+        self.obeys = precision.get_type_name() == _PRECISIONS[dtype]
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
-        """(B, H, W, 3) float32 in [0, 255] -> (B, h, w, D) float32."""
+        """(B, H, W, 3), uint8 or float32 in [0, 1] -> (B, h, w, D) float32."""
         with self._lock:
-            queue = self._queue_for(pixels)
-            return self._run(queue, pixels)
+            try:
+                return self._run(self._queue_for(pixels), pixels)
+            except RuntimeError:
+                # A queue in which one run failed fails in all that follow.
+                self._queues.clear()
+                self._standard = self._queues[None, False] = self._compile(None, False)
+                raise
 
     def _run(self, queue: Any, pixels: np.ndarray) -> np.ndarray:
-        found: list[Any] = [None] * len(pixels)
+        found: dict[str, np.ndarray] = {}
         for i, image in enumerate(pixels):
-            queue.start_async({0: image[None]}, (found, i))
+            in_bytes = image.dtype == np.uint8
+            given = image.astype(np.float32) if in_bytes else image * np.float32(255)
+            queue.start_async({0: given[None]}, (found, i, len(pixels)))
         queue.wait_all()
-        return np.concatenate(found)
+        return found["embeddings"]
 
     def _queue_for(self, pixels: np.ndarray) -> Any:
         """The fastest variant that gives the same bits as the standard."""
@@ -128,9 +133,11 @@ class OpenVinoGraph:
         return queue
 
 
-def _keep_output(request: Any, place: tuple[list[Any], int]) -> None:
-    found, i = place
-    found[i] = request.get_output_tensor().data.copy()
+def _keep_output(request: Any, place: tuple[dict[str, np.ndarray], int, int]) -> None:
+    (found, i, n), output = place, request.get_output_tensor().data  # (1, h, w, D)
+    # Several threads come here; the first to set the array sets it for all.
+    all_outputs = found.setdefault("embeddings", np.empty((n, *output.shape[1:]), np.float32))
+    all_outputs[i] = output[0]
 
 
 class OnnxRuntimeGraph:
@@ -140,6 +147,8 @@ class OnnxRuntimeGraph:
     ----------
     graph : bytes
         From ``graph_of``.
+    dtype : str
+        ``obeys`` is whether it is "float32".
     """
 
     def __init__(self, graph: bytes, dtype: str) -> None:
@@ -154,9 +163,10 @@ class OnnxRuntimeGraph:
         self.obeys = dtype == "float32"
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
-        """(B, H, W, 3) float32 in [0, 255] -> (B, h, w, D) float32."""
-        return np.concatenate(list(self._each(pixels)))
-
-    def _each(self, pixels: np.ndarray) -> Iterator[np.ndarray]:
-        for image in pixels:
-            yield self._session.run(None, {"pixels": image[None]})[0]
+        """(B, H, W, 3), uint8 or float32 in [0, 1] -> (B, h, w, D) float32."""
+        try:
+            scale = np.float32(1 if pixels.dtype == np.uint8 else 255)
+            inputs = ({"pixels": image[None] * scale} for image in pixels)
+            return np.concatenate([self._session.run(None, given)[0] for given in inputs])
+        except Exception as error:  # of kinds that it does not export
+            raise RuntimeError(str(error)) from error

@@ -34,7 +34,9 @@ _EXTRAS = {"openvino": "fast", "onnxruntime": "onnx"}
 _RUNTIMES: dict[str, Any] = {"openvino": OpenVinoGraph, "onnxruntime": OnnxRuntimeGraph}
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a graph is made by: if one of these files changes, the graphs are made anew.
-_MADE_BY = ("_folding", "_graph", "_weights", "backbones", "engines", "fusion")
+_MADE_BY = (
+    "_device", "_folding", "_graph", "_runtimes", "_weights", "backbones", "engines", "fusion",
+)  # fmt: skip
 
 
 def open_backbone(
@@ -157,12 +159,7 @@ class CompiledBackbone:
         self.sha256: str = described["sha256"]
         self._sizes = described["sizes"]
         self.dtype = _resolve_dtype(dtype, engine, described["depthwise"])
-        self._runtime = _RUNTIMES[engine](self._graph, self.dtype)
-        if not self._runtime.obeys:
-            raise _CannotError(
-                f"{where}: engine={engine!r} cannot compute in {dtype} on this processor. Use "
-                "dtype='float32' or engine='torch'."
-            )
+        self._runtime = self._open_graph()
         self._torch = None  # with a graph it is of no use, and large
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
@@ -191,12 +188,10 @@ class CompiledBackbone:
         elif height % multiple or width % multiple:
             reason = f"both sides must be multiples of {multiple}"
         else:
-            in_bytes = pixels.dtype == np.uint8
-            pixels = pixels.astype(np.float32) if in_bytes else pixels * np.float32(255)
             try:
                 found: np.ndarray = self._runtime.embed(pixels)
                 return found
-            except RuntimeError as error:  # both engines' own errors are such
+            except RuntimeError as error:
                 reason = str(error).splitlines()[0]
         raise InvalidValueError(
             f"{self.where}: the backbone cannot take images of {height}x{width}: {reason}. "
@@ -224,8 +219,20 @@ class CompiledBackbone:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _torch=None)
-        _check_engine(self.engine, "cpu", self.where)
-        self._runtime = _RUNTIMES[self.engine](self._graph, self.dtype)
+        try:
+            _check_engine(self.engine, "cpu", self.where)
+            self._runtime = self._open_graph()
+        except _CannotError as reason:
+            raise reason.error from reason.__cause__
+
+    def _open_graph(self) -> Any:
+        runtime = _RUNTIMES[self.engine](self._graph, self.dtype)
+        if not runtime.obeys:
+            raise _CannotError(
+                f"{self.where}: engine={self.engine!r} cannot compute in {self.dtype} on this "
+                "processor. Use dtype='float32' or engine='torch'."
+            )
+        return runtime
 
     def _open_torch(self) -> Backbone:
         from anomalib_lite.backbones import Backbone
@@ -235,8 +242,9 @@ class CompiledBackbone:
 
     def _find(self, sha256: str | None) -> tuple[dict[str, Any], bytes] | None:
         """Description and graph from the cache, if the weights can be told without torch."""
-        weights = self._weights_id(sha256)
-        layers = self._arguments["layers"]
+        weights, layers = self._weights_id(sha256), self._arguments["layers"]
+        if layers is not None and not isinstance(layers, list | tuple):
+            return None  # Backbone says what is wrong
         return None if weights is None else _cache.read(self._key(weights, layers))
 
     def _convert(self) -> tuple[dict[str, Any], bytes]:
@@ -256,7 +264,7 @@ class CompiledBackbone:
 
         try:
             graph, sizes = graph_of(network, self.engine)
-            check_graph(_on_bytes(_RUNTIMES[self.engine](graph, "float32")), network, sizes)
+            check_graph(lambda: _RUNTIMES[self.engine](graph, "float32"), network, sizes)
         except GraphError as error:
             raise _CannotError(
                 f"{self.where}: engine={self.engine!r} cannot run this backbone: {error}. Use "
@@ -284,7 +292,7 @@ class CompiledBackbone:
         return {
             "backbone": self._source,
             "weights": weights,
-            "layers": None if layers is None else [str(layer) for layer in layers],
+            "layers": None if layers is None else [repr(layer) for layer in layers],
             "fusion": self._arguments["fusion"],
             "engine": self.engine,
             "made_by": _made_by(self.engine),
@@ -316,13 +324,11 @@ def _check_engine(engine: str, device: Any, where: str) -> None:
 
 def device_of(device: Any, where: str) -> str:
     """What a parameter ``device`` means here, such as "cpu"; torch is asked only if it must be."""
-    if str(device) == "auto":
-        if not _may_have_gpu():
-            return "cpu"
-        from anomalib_lite._device import resolve_device
+    if str(device) == "cpu" or (str(device) == "auto" and not _may_have_gpu()):
+        return "cpu"
+    from anomalib_lite._device import resolve_device
 
-        return str(resolve_device("auto", where))
-    return str(device)
+    return str(resolve_device(device, where))
 
 
 def _may_have_gpu() -> bool:
@@ -341,10 +347,6 @@ def _resolve_dtype(dtype: str, engine: str, depthwise: bool) -> str:
         if "BF16" in able:
             return "bfloat16"
     return "float32"
-
-
-def _on_bytes(runtime: Any) -> Any:
-    return lambda pixels: runtime.embed(pixels.astype(np.float32))
 
 
 def _file_id(path: Path) -> str | None:
