@@ -6,13 +6,16 @@ import math
 import re
 from typing import Any
 
-import faiss
 import numpy as np
 
+from anomalib_lite._threads import sleeping_when_idle
 from anomalib_lite._validation import check_int, closest
 from anomalib_lite.errors import InvalidValueError
 
-__all__ = ["build", "check_index", "deserialize", "serialize", "set_efforts"]
+with sleeping_when_idle():
+    import faiss
+
+__all__ = ["build", "check_index", "deserialize", "faiss", "serialize", "set_efforts"]
 
 _WELL_KNOWN = ("flat", "HNSW32", "IVF64,Flat", "IVF256,Flat", "SQ8", "PQ8", "IVF64,PQ8")
 

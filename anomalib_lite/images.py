@@ -7,10 +7,11 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -305,24 +306,24 @@ def iter_batches(
 
     Notes
     -----
-    A few threads decode (PIL releases the interpreter's lock while it works), at most two
-    batches ahead; images wait for company of their own size, again two batches in all. So at
-    most about four batches of resized images are in memory, whatever the number of images.
+    A few threads decode, at most two batches ahead; as many wait for company of their size.
     """
     if batch_size < 1:  # fit checks it, but it may have been changed since
         check_int("batch_size", batch_size, source.where, low=1)
     waiting: dict[Any, list[tuple[int, np.ndarray, tuple[int, int]]]] = {}
-    pending: deque[tuple[int, Future[tuple[np.ndarray, tuple[int, int]]]]] = deque()
+    pending: deque[tuple[int, Callable[[], tuple[np.ndarray, tuple[int, int]]]]] = deque()
     executor = ThreadPoolExecutor(_DECODERS, "decode")
-    to_submit = iter(range(len(source.items)))
+    to_submit, alone = iter(range(len(source.items))), len(source.items) == 1
     try:
         while True:
             for index in itertools.islice(to_submit, 2 * batch_size - len(pending)):
-                pending.append((index, executor.submit(source.load, index, image_size, stride)))
+                # For a single image, another thread would cost more than it saves.
+                load = partial(source.load, index, image_size, stride)
+                pending.append((index, load if alone else executor.submit(load).result))
             if pending:
-                index, future = pending.popleft()
+                index, result = pending.popleft()
                 try:
-                    pixels, size = future.result()
+                    pixels, size = result()
                 except AnomalibLiteError as error:
                     if on_error == "raise":
                         raise

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-import faiss
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
 from anomalib_lite import _faiss_index, _int8
-from anomalib_lite._faiss_index import check_index
+from anomalib_lite._faiss_index import check_index, faiss, serialize
 from anomalib_lite._int8_index import Int8Index
-from anomalib_lite._validation import check_choice, check_int, check_matrix
-from anomalib_lite.coreset import coreset_size, select_coreset
+from anomalib_lite._validation import check_choice, check_int, check_matrix, check_values
+from anomalib_lite.coreset import check_device, coreset_size, select_coreset
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
 
-__all__ = ["MemoryBank", "check_index"]
+__all__ = ["MemoryBank", "check_index", "serialize"]
 
 ALGORITHMS = ("auto", "faiss", "int8")
 
@@ -60,8 +59,7 @@ class MemoryBank(BaseEstimator):
         After :meth:`subsample`: largest distance from an embedding that was there to the
         nearest one that was kept.
     index_ : faiss.Index or None
-        The trained FAISS index; ``None`` for ``"flat"``, which searches ``embeddings_`` itself
-        and needs no copy of it.
+        The trained FAISS index; ``None`` for ``"flat"``, which searches ``embeddings_`` itself.
 
     Notes
     -----
@@ -140,7 +138,13 @@ class MemoryBank(BaseEstimator):
                 "MemoryBank: algorithm='int8' needs a processor with AVX-512 VNNI or AMX. Use "
                 "algorithm='auto'."
             )
-        self._remember(self._validated(X, reset=True))
+        check_device(self.device, "MemoryBank")
+        before = self.__dict__.copy()
+        try:
+            self._remember(self._validated(X, reset=True))
+        except Exception:  # what was there stays
+            self.__dict__ = before
+            raise
         return self
 
     def add(self, X: Any) -> Self:
@@ -205,7 +209,8 @@ class MemoryBank(BaseEstimator):
         """
         self._check_fitted()
         n = coreset_size(amount, len(self.embeddings_), "amount", "MemoryBank.subsample")
-        coreset = select_coreset(self.embeddings_, n, method=method, random_state=random_state)
+        options: dict[str, Any] = {"random_state": random_state, "device": self.device}
+        coreset = select_coreset(self.embeddings_, n, method=method, **options)
         self._remember(self.embeddings_[coreset.indices])
         self.covering_radius_ = coreset.covering_radius
         return self
@@ -255,7 +260,7 @@ class MemoryBank(BaseEstimator):
             return self._search_much(X, k)
         short = (indices < 0).any(axis=1)  # inverted lists may hold fewer than k
         if short.any():
-            indices[short] = self._by_faiss(X[short], k)
+            indices[short] = _by_faiss(X[short], self.embeddings_, k)
         return self._rank(X, indices)
 
     def _search_much(self, X: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -264,25 +269,23 @@ class MemoryBank(BaseEstimator):
             from anomalib_lite._on_device import DeviceIndex  # it needs torch
 
             self._quick = DeviceIndex(self.embeddings_, self.device)
-        if self._quick is None and self._wants_int8(len(X)) and _int8.can_hold(self.embeddings_):
+        if self._quick is None and self._wants_int8(len(X)):
             self._quick = Int8Index(self.embeddings_)
+        if self._quick is None:
+            return self._rank(X, _by_faiss(X, self.embeddings_, k))
         if not isinstance(self._quick, Int8Index):
-            searched: Any = self._quick.search(X, k) if self._quick else self._by_faiss(X, k)
-            return self._rank(X, searched)
+            return self._rank(X, self._quick.search(X, k))
         distances, indices = self._quick.search(X, k)
         missing = indices[:, 0] < 0  # queries that are too large for it
         if missing.any():
             Q = X[missing]
-            distances[missing], indices[missing] = self._rank(Q, self._by_faiss(Q, k))
+            distances[missing], indices[missing] = self._rank(Q, _by_faiss(Q, self.embeddings_, k))
         return distances, indices
-
-    def _by_faiss(self, X: np.ndarray, k: int) -> np.ndarray:
-        return np.asarray(faiss.knn(X, self.embeddings_, k)[1])
 
     def _wants_int8(self, n_queries: int) -> bool:
         if self.algorithm == "auto":
             return _int8.pays(n_queries * self.embeddings_.size > _VERY_MANY)
-        return self.algorithm == "int8"
+        return self.algorithm == "int8" and _int8.is_fast_here()  # it may come from elsewhere
 
     def recall(self, X: Any, n_neighbors: int | None = None) -> float:
         """How many of the true nearest neighbours an approximate index finds.
@@ -313,20 +316,8 @@ class MemoryBank(BaseEstimator):
         """
         distances = self.kneighbors(X, n_neighbors)[0]
         X, k = self._validated(X, reset=False), distances.shape[1]
-        true = self._rank(X, self._by_faiss(X, k))[0]
+        true = self._rank(X, _by_faiss(X, self.embeddings_, k))[0]
         return float((distances <= true[:, -1:] * (1 + 1e-6)).mean())
-
-    def serialized_index(self) -> np.ndarray:
-        """The trained FAISS index as bytes, (n,) uint8, for :meth:`restore`.
-
-        Raises
-        ------
-        InvalidValueError
-            For ``"flat"``, which has no index beside the embeddings.
-        """
-        if self.index_ is None:
-            raise InvalidValueError("MemoryBank: index='flat' has nothing to serialize.")
-        return _faiss_index.serialize(self.index_)
 
     @classmethod
     def restore(
@@ -338,7 +329,7 @@ class MemoryBank(BaseEstimator):
         ----------
         embeddings : array of shape (M, D), float32
         serialized_index : array of shape (n,), uint8, or None
-            What :meth:`serialized_index` gave; None for ``"flat"``.
+            ``index_`` as FAISS's bytes.
         **parameters
             Of the constructor.
 
@@ -383,6 +374,10 @@ class MemoryBank(BaseEstimator):
         self._quick = None
         self.__dict__.pop("covering_radius_", None)  # it was that of another bank
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Not all that is quick here is so where the bank goes.
+        return {**super().__getstate__(), "_quick": None}
+
     def _efforts(self) -> dict[str, int | None]:
         return {"nprobe": self.nprobe, "efSearch": self.ef_search}
 
@@ -393,8 +388,13 @@ class MemoryBank(BaseEstimator):
             raise InvalidTypeError(f"MemoryBank: {error}") from error
         except ValueError as error:
             raise InvalidValueError(f"MemoryBank: {error}") from error
+        check_values("X", X, "MemoryBank")
         return np.asarray(X)
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "embeddings_"):
             raise NotFittedError("MemoryBank: the bank is empty. Call fit(X) or add(X) first.")
+
+
+def _by_faiss(Q: np.ndarray, X: np.ndarray, k: int) -> np.ndarray:
+    return np.asarray(faiss.knn(Q, X, k)[1])

@@ -13,7 +13,7 @@ from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.estimator_checks import check_estimator
 
-from anomalib_lite import MemoryBank
+from anomalib_lite import MemoryBank, _faiss_index
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
 from anomalib_lite.memory_bank import check_index
 
@@ -238,7 +238,7 @@ def test_copies_answer_alike_and_stand_alone(index: str, copied: Any) -> None:
 def test_a_bank_is_restored_from_its_arrays(index: str) -> None:
     X, Q = data(300, 8), data(20, 8, seed=1)
     bank = MemoryBank(index=index).fit(X)
-    serialized = bank.serialized_index()
+    serialized = _faiss_index.serialize(bank.index_)
     assert serialized.dtype == np.uint8
     again = MemoryBank.restore(X, serialized, index=index, n_neighbors=3)
     for a, b in zip(again.kneighbors(Q), bank.kneighbors(Q, 3), strict=True):
@@ -254,8 +254,26 @@ def test_a_bank_is_restored_from_its_arrays(index: str) -> None:
     ):
         with pytest.raises(InvalidValueError, match=message):
             MemoryBank.restore(embeddings, held, index=kind)
-    with pytest.raises(InvalidValueError, match="nothing to serialize"):
-        MemoryBank().fit(X).serialized_index()
+
+
+def test_a_fit_that_fails_leaves_the_bank_as_it_was() -> None:
+    X = data(100, 8)
+    bank = MemoryBank(1).fit(X)
+    with pytest.raises(InvalidValueError, match="cannot hold 10 embeddings"):
+        bank.set_params(index="IVF64,Flat").fit(data(10, 4))
+    assert (bank.kneighbors(X, 1)[1].ravel() == np.arange(100)).all()
+
+
+@pytest.mark.parametrize("device", ["bogus", "auto", "cuda:99", "mps"])
+def test_devices_that_are_not_here(device: str) -> None:
+    with pytest.raises(InvalidValueError, match="device"):
+        MemoryBank(device=device).fit(data(9, 3))
+
+
+def test_values_whose_squares_are_no_numbers() -> None:
+    for X in (data(9, 3) * np.float32(1e20), data(9, 3) * np.float32(-1e16)):
+        with pytest.raises(InvalidValueError, match=r"at most 1e\+15 in size, got \d"):
+            MemoryBank().fit(X)
 
 
 def test_arrays_handed_in_are_not_changed_and_not_shared_by_surprise() -> None:
@@ -365,7 +383,7 @@ def test_more_effort_finds_more(index: str, name: str, efforts: tuple[int, ...])
     for effort in efforts:
         bank = MemoryBank(5, index=index, **{name: effort}).fit(X)
         recalls.append(bank.recall(Q))
-        again = MemoryBank.restore(X, bank.serialized_index(), **bank.get_params())
+        again = MemoryBank.restore(X, _faiss_index.serialize(bank.index_), **bank.get_params())
         np.testing.assert_array_equal(again.kneighbors(Q)[1], bank.kneighbors(Q)[1])
     assert recalls == sorted(recalls)
     assert recalls[-1] > recalls[0]

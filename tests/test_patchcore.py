@@ -741,7 +741,7 @@ E = embeddings(4)
         (np.where(E > 1.5, np.nan, E), InvalidValueError, r"E\[\d\] must be finite"),
         (np.where(E > 1.5, np.inf, E), InvalidValueError, r"E\[\d\] must be finite"),
         ([E[0], E[1][..., :3]], InvalidValueError, r"got \(3, 5, 3\) for E\[1\]"),
-        ("text", InvalidTypeError, "must be numeric"),
+        ("text", InvalidTypeError, "numeric"),
         (None, InvalidValueError, "E"),
         ([["a"]], InvalidTypeError, "must be numeric"),
     ],

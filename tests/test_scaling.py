@@ -422,6 +422,14 @@ def test_a_number_of_workers_that_is_none(wrong: Any) -> None:
         make(n_jobs=wrong).fit(images(8))
 
 
+def test_a_backend_that_cannot_give_results_one_by_one() -> None:
+    with (
+        joblib.parallel_config("multiprocessing"),
+        pytest.raises(InvalidValueError, match=r"^PatchCore: this backend .* Use 'loky'"),
+    ):
+        make(n_jobs=2).fit(images(8))
+
+
 @pytest.mark.parametrize("budget", [None, SHARDS_OF_8 + 2_000_000])
 @pytest.mark.parametrize("backend", ["threading", "loky"])
 def test_images_are_skipped_by_workers_too(

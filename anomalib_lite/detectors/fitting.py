@@ -61,8 +61,8 @@ def learn_embeddings(
     """Fit a detector on embeddings, or go on with it."""
     where, bounded = type(detector).__name__, detector.memory_budget is not None
     n_features = detector.n_features_ if update else None
-    one_by_one = isinstance(E, Iterable) and not hasattr(E, "__len__")
     by_number = isinstance(E, list | tuple) or getattr(E, "ndim", 0) > 0
+    one_by_one = isinstance(E, Iterable) and not by_number and not hasattr(E, "ndim")
     material: _Material
     if one_by_one and bounded:
         material = _Stream(detector, E, random, n_features, update)

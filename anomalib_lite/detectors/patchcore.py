@@ -17,7 +17,7 @@ from anomalib_lite.detectors.collecting import PatchCollector, plan_patches
 from anomalib_lite.detectors.embeddings import Embeddings
 from anomalib_lite.engines import device_of
 from anomalib_lite.errors import InvalidValueError
-from anomalib_lite.memory_bank import MemoryBank, check_index
+from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
 
 __all__ = ["PatchCore"]
 
@@ -235,7 +235,7 @@ class PatchCore(BaseDetector):
                 ratio=ratio,
                 n_images=n_images,
                 in_flight=in_flight,
-                present=len(self.memory_bank_.embeddings_) if hasattr(self, "memory_bank_") else 0,
+                present=self._n_present(),
             )
             seed = int(copy.deepcopy(random).randint(2**31))  # with or without: the same draws
         return PatchCollector(shape[-1], self.coreset, ratio, seed, plan)
@@ -275,7 +275,8 @@ class PatchCore(BaseDetector):
             device=self._bank_parameters()["device"],
             progress=bool(self.verbose),
         )
-        self._picked = kept.indices
+        if self.calibration == "leave_one_out":
+            self._picked = kept.indices
         return rows[kept.indices], kept.covering_radius
 
     def _bank_parameters(self) -> dict[str, Any]:
@@ -287,6 +288,12 @@ class PatchCore(BaseDetector):
             "ef_search": self.ef_search,
             "device": device if device.startswith("cuda") else "cpu",
         }
+
+    def _n_present(self) -> int:
+        """Rows in memory that stay there: of the bank, and of those set aside for an update."""
+        if not hasattr(self, "memory_bank_"):
+            return 0
+        return len(self.memory_bank_.embeddings_) + len(getattr(self, "_set_aside", ()))
 
     def _known_rows(self) -> np.ndarray | None:
         bank = getattr(self, "memory_bank_", None)
@@ -324,7 +331,7 @@ class PatchCore(BaseDetector):
 
     def _score_left_out(self, E: Embeddings) -> np.ndarray:
         whole, patches = self.memory_bank_, [grid.shape[0] * grid.shape[1] for grid in E]
-        owners = np.repeat(np.arange(len(E)), patches)[self._picked]
+        owners = np.repeat(np.arange(len(E)), patches)[self.__dict__.pop("_picked")]
         scores = np.empty(len(E), np.float32)
         try:
             for i in range(len(E)):
@@ -365,7 +372,7 @@ class PatchCore(BaseDetector):
         bank = self.memory_bank_
         arrays = {"embeddings": bank.embeddings_}
         if bank.index_ is not None:
-            arrays["index"] = bank.serialized_index()
+            arrays["index"] = serialize(bank.index_)
         return arrays, {"covering_radius": bank.covering_radius_, "n_absorbed": self.n_absorbed_}
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:

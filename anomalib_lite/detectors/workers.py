@@ -17,7 +17,7 @@ from anomalib_lite import errors
 from anomalib_lite.detectors.collecting import Collector
 from anomalib_lite.detectors.embeddings import Embeddings
 from anomalib_lite.engines import AnyBackbone
-from anomalib_lite.errors import AnomalibLiteError, WorkerError
+from anomalib_lite.errors import AnomalibLiteError, InvalidValueError, WorkerError
 from anomalib_lite.images import ImageSource
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def distribute(
     Without ``work``, a part holds the embeddings themselves.
     """
     bare = type(detector)(**detector.get_params(deep=False)).set_params(verbose=0, n_jobs=None)
+    # Not what "auto" would become there: embeddings of one kind alone belong into one bank.
+    bare.set_params(engine=backbone.engine, dtype=str(backbone.dtype).removeprefix("torch."))
     fit = uuid.uuid4().hex
     with _LOCK:
         _backbones[fit] = backbone  # for backends that stay in this process
@@ -82,18 +84,24 @@ def distribute(
         work = replace(work, learned=None)
     tasks = (
         joblib.delayed(_work_on)(
-            bare, fit, shard, position, work, state, list(arrays), *arrays.values()
+            bare, fit, backbone.sha256, shard, position, work, state, list(arrays), *arrays.values()
         )
         for position, shard in shards
     )
-    parts = joblib.Parallel(n_jobs=detector.n_jobs, return_as="generator")(tasks)
+    parts: Any = None
     try:
+        parts = joblib.Parallel(n_jobs=detector.n_jobs, return_as="generator")(tasks)
         for part in parts:
             if part.error is not None:
                 name, message = part.error
                 raise getattr(errors, name)(message)
             yield part
     except Exception as error:
+        if parts is None and "return_as" in str(error):
+            raise InvalidValueError(
+                f"{type(detector).__name__}: this backend of joblib cannot give results one by "
+                "one. Use 'loky', 'threading' or 'dask', or n_jobs=None."
+            ) from error
         lost = isinstance(error, BrokenExecutor) or type(error).__name__ in _BACKEND_ERRORS
         if not lost and not (isinstance(error, TypeError) and "pickle" in str(error)):
             raise
@@ -106,7 +114,8 @@ def distribute(
     finally:
         with warnings.catch_warnings():  # joblib's, of work that is not needed any more
             warnings.simplefilter("ignore")
-            parts.close()
+            if parts is not None:
+                parts.close()
         with _LOCK:
             _backbones.pop(fit, None)
 
@@ -114,6 +123,7 @@ def distribute(
 def _work_on(
     detector: BaseDetector,
     fit: str,
+    sha256: str,
     shard: ImageSource,
     position: int,
     work: Work | None,
@@ -127,6 +137,12 @@ def _work_on(
             backbone = _backbones.get(fit)
             if backbone is None:
                 backbone = detector._open_backbone()
+                if backbone.sha256 != sha256:
+                    raise InvalidValueError(
+                        f"{type(detector).__name__}: a worker has other weights of the backbone "
+                        f"(SHA-256 {backbone.sha256[:12]}, not {sha256[:12]}). Put the same file "
+                        "on all machines."
+                    )
                 _backbones.clear()  # that of an earlier fit
                 _backbones[fit] = backbone
         E, skipped = detector._embed_all(backbone, shard)
