@@ -17,7 +17,8 @@ lint: $(VENV)/.dev
 # The tests, and the whole comparison with anomalib: about an hour on two cores.
 nightly: test bench-peers
 
-# The coreset and the search against FAISS and others; benchmarks/speed/README.md has the options.
+# The coreset and the search against FAISS, anomalib (in the environment of bench-peers, made if it
+# is not there) and others; benchmarks/speed/README.md has the options.
 bench-speed: $(VENV)/.bench
 	$(BIN)/python benchmarks/speed/run.py
 

@@ -2,7 +2,7 @@
 
 Tasks: ``patchcore`` (fit and test), ``coreset`` (greedy k-centre alone), ``store`` (keep a fitted
 detector for the next two), ``latency`` (single images and batches) and ``start`` (from nothing to
-the first score).
+the first score). torch is not imported here: the library does so where it needs it.
 """
 
 from __future__ import annotations
@@ -48,13 +48,10 @@ def main() -> None:
 def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
     """Fit on the training images, detect on the test images."""
     watch = Stopwatch()
-    import torch
-
     from anomalib_lite import PatchCore
 
     result: dict[str, Any] = watch.read("import")
     result["rss_after_import_mb"] = peak_rss_mb()
-    torch.set_num_threads(job["threads"])
 
     watch = Stopwatch()
     detector = PatchCore(**parameters(job))
@@ -102,7 +99,7 @@ def detect_all(detector: Any, job: dict[str, Any]) -> Iterator[tuple[range, Any]
 def settings(detector: Any) -> dict[str, Any]:
     """Every parameter of the detector, and what ``auto`` became."""
     chosen = dict(detector.get_params(deep=False))
-    for name in ("dtype_", "engine_", "device_"):
+    for name in ("dtype_", "engine_"):
         if hasattr(detector, name):
             chosen[name] = getattr(detector, name)
     plain = int | float | str | None
@@ -112,12 +109,9 @@ def settings(detector: Any) -> dict[str, Any]:
 def run_coreset(job: dict[str, Any]) -> dict[str, Any]:
     """Pick ``n_samples`` rows of the stored embeddings, after a small warm-up call."""
     watch = Stopwatch()
-    import torch
-
     from anomalib_lite.coreset import greedy_k_center
 
     result: dict[str, Any] = watch.read("import")
-    torch.set_num_threads(job["threads"])
     X = np.load(job["embeddings"])[: job["n_rows"]]
     greedy_k_center(X[:1000].copy(), 10, random_state=0)
     rss_before = peak_rss_mb()
@@ -132,11 +126,8 @@ def run_coreset(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_store(job: dict[str, Any]) -> dict[str, Any]:
     """Fit and save."""
-    import torch
-
     from anomalib_lite import PatchCore
 
-    torch.set_num_threads(job["threads"])
     detector = PatchCore(**parameters(job)).fit(job["train"])
     detector.save(job["stored"])
     return {"score": float(detector.score(job["test"][0])[0]), "settings": settings(detector)}
@@ -144,11 +135,8 @@ def run_store(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_latency(job: dict[str, Any]) -> dict[str, Any]:
     """Score images one by one, then the test images in batches, from paths each time."""
-    import torch
-
     from anomalib_lite import load
 
-    torch.set_num_threads(job["threads"])
     detector, n_warm_up = load(job["stored"]), job["n_warm_up"]
     result: dict[str, Any] = time_singly("detect", detector.detect, job["single"], n_warm_up)
     result |= time_singly("score", detector.score, job["single"], n_warm_up)

@@ -1,9 +1,10 @@
 """The coreset and the search against their peers, in one run, in turns, as ratios.
 
     export ANOMALIB_LITE_DATA=...          # the folder that holds magnetic_tile/
-    python benchmarks/speed/run.py --peer-python ../anomalib-env/bin/python
+    python benchmarks/speed/run.py
 
 Writes results/speed.json, RESULTS.md and the plots in docs/speed/. See README.md beside this file.
+anomalib is that of benchmarks/peers/.venv-anomalib, which is made on the first run.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +43,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dims", nargs="+", type=int, default=[152, 384, 1152, 1536])
-    parser.add_argument("--peer-python", help="an interpreter that has anomalib")
+    parser.add_argument("--peer-python", type=Path, help="another interpreter that has anomalib")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/anomalib-lite-speed")
     args = parser.parse_args()
+    if "coreset" in args.cases and 152 in args.dims:
+        args.peer_python = peers().find_peer(args.peer_python)
     data = Path(os.environ.get("ANOMALIB_LITE_DATA", ROOT.parent / "shared" / "data"))
     results = Path(__file__).parent / "results" / "speed.json"
     results.parent.mkdir(exist_ok=True)
@@ -52,6 +57,15 @@ def main() -> None:
         stored[case] = {"machine": machine(), "rows": measure[case](data, args)}
         results.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
     write_report(stored, Path(__file__).parent / "RESULTS.md", ROOT / "docs" / "speed")
+
+
+@cache
+def peers() -> Any:
+    """Of benchmarks/peers, the module that finds anomalib's environment, or makes it."""
+    sys.path.append(str(ROOT / "benchmarks" / "peers"))
+    import surroundings
+
+    return surroundings
 
 
 def machine() -> dict[str, Any]:
@@ -77,14 +91,19 @@ def cpu_name() -> str:
     return platform.processor()
 
 
+def timed(job: Callable[..., Any], *args: Any, **options: Any) -> tuple[float, Any]:
+    """Seconds of a call, and what it gave."""
+    start = time.perf_counter()
+    result = job(*args, **options)
+    return time.perf_counter() - start, result
+
+
 def alternate(repeats: int, **jobs: Callable[[], Any]) -> dict[str, list[float]]:
     """Seconds of every job, one after the other, again and again."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(job)[0])
     return seconds
 
 
@@ -96,9 +115,9 @@ def median(values: list[float]) -> float:
 # --- Coreset ------------------------------------------------------------------------------
 
 
-def greedy(X: np.ndarray, n: int, int8: bool) -> tuple[np.ndarray, float]:
-    """Ours, with 8-bit products or without."""
-    return _k_center.greedy(X, n, 0, None, tqdm(disable=True), int8=int8)
+def float32_greedy(X: np.ndarray, n: int, first: int) -> tuple[np.ndarray, float]:
+    """Ours, without 8-bit products."""
+    return _k_center.greedy(X, n, first, None, tqdm(disable=True), int8=False)
 
 
 def product(X: np.ndarray, n: int) -> None:
@@ -108,20 +127,20 @@ def product(X: np.ndarray, n: int) -> None:
         X[start : start + 4096] @ c
 
 
-def plain_greedy(X: np.ndarray, n: int) -> tuple[np.ndarray, float]:
+def plain_greedy(X: np.ndarray, n: int, first: int) -> np.ndarray:
     """Exact greedy, one matrix-vector product a pick, by torch."""
     x = torch.from_numpy(X)
     x = x - x.mean(dim=0)
     norms = (x * x).sum(dim=1)
     nearest = torch.full((len(x),), torch.inf)
     picks = np.empty(n, np.int64)
-    pick = 0
+    pick = first
     for i in range(n):
         picks[i] = pick
         sq = torch.addmv(norms, x, x[pick], alpha=-2).add_(norms[pick])
         torch.minimum(nearest, sq, out=nearest)
         pick = int(nearest.argmax())
-    return picks, float(nearest.max().clamp_(min=0).sqrt())
+    return picks
 
 
 def projected_greedy(X: np.ndarray, n: int, n_starts: int = 10) -> None:
@@ -144,23 +163,28 @@ def projected_greedy(X: np.ndarray, n: int, n_starts: int = 10) -> None:
         torch.minimum(nearest, distances(int(nearest.argmax())), out=nearest)
 
 
-def extrapolated(job: Callable[[int], Any], n: int, few: int = 100, more: int = 500) -> float:
-    """Seconds for ``n`` picks, from two smaller numbers: the time is linear in them."""
-    seconds = []
-    for size in (few, more):
-        start = time.perf_counter()
-        job(size)
-        seconds.append(time.perf_counter() - start)
-    return seconds[0] + (seconds[1] - seconds[0]) / (more - few) * (n - few)
+_FEW, _MORE = 100, 500  # picks of the slower ones
 
 
-def anomalib_seconds(python: str, file: Path, n: int) -> float:
+def extrapolated(job: Callable[..., Any], X: np.ndarray, n: int, *args: Any) -> tuple[float, Any]:
+    """Seconds for ``n`` picks, from two smaller numbers, and what the larger of them gave."""
+    few, _ = timed(job, X, _FEW, *args)
+    more, result = timed(job, X, _MORE, *args)
+    return line_through(few, more, n), result
+
+
+def line_through(few: float, more: float, n: int) -> float:
+    """Seconds for ``n`` picks: the time is linear in them."""
+    return few + (more - few) / (_MORE - _FEW) * (n - _FEW)
+
+
+def anomalib_seconds(python: Path, file: Path, n: int) -> float:
     """Of anomalib's KCenterGreedy, in its own environment."""
     script = Path(__file__).parent / "peer_coreset.py"
-    command = [python, str(script), str(file), "100", "500"]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    few, more = json.loads(answer.strip().splitlines()[-1])
-    return few + (more - few) / 400 * (n - 100)
+    command = [str(python), str(script), str(file), str(_FEW), str(_MORE)]
+    options: dict[str, Any] = {"capture_output": True, "env": peers().environment_of_peer()}
+    answer = subprocess.run(command, check=True, text=True, **options).stdout
+    return line_through(*json.loads(answer.strip().splitlines()[-1]), n)
 
 
 def coreset(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -168,37 +192,34 @@ def coreset(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for d in args.dims:
         X = embeddings.load(data, args.folder, d, 100_000)
+        first = int(np.random.RandomState(0).randint(len(X)))  # where select_coreset starts
         file = args.folder / "rows.npy"
         np.save(file, X)
         for n in (1000, 10_000):
-            peers: dict[str, list[float]] = {"projected": [], "plain": [], "anomalib": []}
-            ours: dict[str, list[float]] = {}
+            seconds: dict[str, list[float]] = {}
             for _ in range(args.repeats):
-                seconds = alternate(
-                    1,
-                    ours=lambda X=X, n=n: select_coreset(X, n, random_state=0),
-                    int8=lambda X=X, n=n: greedy(X, n, True),
-                    float32=lambda X=X, n=n: greedy(X, n, False),
-                    product=lambda X=X, n=n: product(X, n),
-                )
-                for name, value in seconds.items():
-                    ours.setdefault(name, []).extend(value)
-                peers["projected"].append(extrapolated(lambda m, X=X: projected_greedy(X, m), n))
-                peers["plain"].append(extrapolated(lambda m, X=X: plain_greedy(X, m), n))
-                if args.peer_python and d == 152:
-                    peers["anomalib"].append(anomalib_seconds(args.peer_python, file, n))
-            picks, _ = greedy(X, n, True)
-            same, exact = greedy(X, n, False)
+                done = {
+                    "ours": timed(select_coreset, X, n, random_state=0),
+                    "float32": timed(float32_greedy, X, n, first),
+                    "product": timed(product, X, n),
+                    "projected": extrapolated(projected_greedy, X, n),
+                    "plain": extrapolated(plain_greedy, X, n, first),
+                }
+                if d == 152:
+                    done["anomalib"] = anomalib_seconds(args.peer_python, file, n), None
+                for name, (value, _) in done.items():
+                    seconds.setdefault(name, []).append(value)
+            picks = done["ours"][1].indices
+            same, radius = done["float32"][1]
             row = {
                 "D": d,
                 "kept": n,
-                "seconds": ours | {k: v for k, v in peers.items() if v},
+                "seconds": seconds,
                 "radius": covering_radius(X, X[picks]),
-                "radius of float32": exact,
+                "radius of float32": radius,
                 "same picks": float((picks == same).mean()),
+                "same picks as plain": float((picks[:_MORE] == done["plain"][1]).mean()),
             }
-            if d == 152:
-                row["radius of plain"] = plain_greedy(X, n)[1]
             say("coreset", row)
             rows.append(row)
     return rows
@@ -217,6 +238,8 @@ def knn(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
             ours = MemoryBank(algorithm="auto").fit(X)
             flat = faiss.IndexFlatL2(d)
             flat.add(X)
+            ours.search(Q, 1)
+            prepare_s = prepare_seconds(ours, args.repeats)
             for k in (1, 9):
                 distances, indices = ours.search(Q, k)
                 _, expected = flat.search(Q, k)
@@ -228,23 +251,29 @@ def knn(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
                 if n == 16_000:
                     brute = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=-1).fit(X)
                     seconds |= alternate(1, sklearn=lambda b=brute, Q=Q: b.kneighbors(Q))
-                # Sorted, since FAISS puts neighbours whose distances it cannot tell in any order.
-                exact = np.sort(true_distances(X, Q, expected), axis=1)
-                off = np.abs(distances / true_distances(X, Q, indices) - 1)
+                true, faiss_true = (true_distances(X, Q, i) for i in (indices, expected))
                 row = {
                     "D": d,
                     "bank": n,
                     "k": k,
                     "seconds": seconds,
+                    "prepare_s": prepare_s,
                     "by": type(ours._quick).__name__,
                     "same neighbours": float((indices == expected).mean()),
-                    # Where they differ: ours against FAISS's choice, both in float64.
-                    "largest excess": excess(true_distances(X, Q, indices), exact),
-                    "distances off by": float(off.max()),
+                    "farther by": farther_by(true, faiss_true),
+                    "distances off by": float(np.abs(distances / true - 1).max()),
                 }
                 say("knn", row)
                 rows.append(row)
     return rows
+
+
+def prepare_seconds(bank: MemoryBank, repeats: int) -> float:
+    """Of what the bank's first large search has made and keeps; 0 where that is nothing."""
+    if bank._quick is None:
+        return 0.0
+    kind = type(bank._quick)
+    return median([timed(kind, bank.embeddings_)[0] for _ in range(repeats)])
 
 
 def true_distances(X: np.ndarray, Q: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -256,9 +285,13 @@ def true_distances(X: np.ndarray, Q: np.ndarray, indices: np.ndarray) -> np.ndar
     return out
 
 
-def excess(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """How much farther our neighbours are than the others', at most and relatively."""
-    return float((ours / theirs - 1).max())
+def farther_by(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """How much farther our neighbours are than theirs, at most and relatively; 0 if nowhere.
+
+    Of true distances (Q, k), sorted: rounding puts neighbours that are nearly as far in any order.
+    """
+    a, b = np.sort(ours, axis=1), np.sort(theirs, axis=1)
+    return float(np.divide(a - b, b, out=np.zeros_like(a), where=a > b).max())
 
 
 def index(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -2,14 +2,14 @@
 
     python benchmarks/speed/scaling.py
 
-Two rates are measured first: products of matrices by the coreset, and images through the backbone.
-Each case then runs in a process of its own, on embeddings that are made as they are asked for.
-Prints a table in Markdown; takes a minute or two.
+How fast the coreset multiplies is measured first. Each case then runs in a process of its own, on
+embeddings that are made as they are asked for. Prints the lines that stand in docs/scaling.md.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from anomalib_lite import PatchCore
+from anomalib_lite._threads import n_cores
 from anomalib_lite.coreset import select_coreset
 from anomalib_lite.detectors.collecting import plan_patches
 
@@ -35,7 +36,10 @@ CASES = [
 
 
 class Made:
-    """Embeddings (n, 32, 32, D): ``E[i]`` is computed when asked for, always the same."""
+    """Embeddings (n, 32, 32, D): ``E[i]`` is computed when asked for, always the same.
+
+    ``seconds`` says how long that took, all in all.
+    """
 
     ndim = 4
 
@@ -45,34 +49,44 @@ class Made:
         scales = (1 + np.arange(n_features)) ** -0.5
         self._table = (rng.normal(size=(8 * PATCHES, n_features)) * scales).astype(np.float32)
         self._n = n
+        self.seconds = 0.0
 
     def __len__(self) -> int:
         return self._n
 
     def __getitem__(self, i: int) -> np.ndarray:
+        start = time.perf_counter()
         rng = np.random.default_rng(i)
         a, b = rng.integers(len(self._table), size=(2, PATCHES))
         mixed = self._table[a] + np.float32(0.3) * self._table[b]
+        self.seconds += time.perf_counter() - start
         return mixed.reshape(SIDE, SIDE, -1)
 
 
 def resident(field: str) -> int:
+    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at the most so far. Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def run_case(images: int, D: int, ratio: float, budget: str | None) -> dict[str, float]:
-    E: Any = Made(images, D)
-    PatchCore(false_alarm_rate=RATE).fit_embeddings(np.stack([E[i] for i in range(20)])[:, ::4])
+    """Fit in this process: seconds without those of making the embeddings, bytes above idle.
+
+    Without a budget the embeddings are an array that is there before, and count among the bytes.
+    A small fit comes first, so that what is loaded or started once does not count.
+    """
+    made = Made(images, D)
+    small = np.stack([made[i] for i in range(20)])[:, ::4]
+    PatchCore(false_alarm_rate=RATE).fit_embeddings(small)
     detector = PatchCore(coreset_ratio=ratio, false_alarm_rate=RATE, memory_budget=budget)
-    if budget is None:
-        E = np.stack([E[i] for i in range(images)])
-    made = E.nbytes if budget is None else 0
+    E: Any = made if budget else np.stack([made[i] for i in range(images)])
+    there = 0 if budget else E.nbytes
+    made.seconds = 0.0
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before, start = resident("VmRSS"), time.perf_counter()
     detector.fit_embeddings(E)
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "bytes": resident("VmHWM") - before + made}
+    seconds = time.perf_counter() - start - made.seconds
+    return {"seconds": seconds, "bytes": resident("VmHWM") - before + there}
 
 
 def gigaflops(D: int) -> float:
@@ -90,7 +104,7 @@ def gigaflops(D: int) -> float:
 def model(
     images: int, D: int, ratio: float, budget: str | None, rate: float
 ) -> tuple[float, float]:
-    """Seconds and bytes, as docs/scaling.md has them."""
+    """Seconds and bytes, as docs/scaling.md has them; of a budget that thins the shards out."""
     n_rows, row, work = images * PATCHES, 4 * D, 2 * D + 32
     n_held = n_rows // 5
     bank = ratio * n_rows
@@ -113,11 +127,16 @@ def model(
 
 
 def main() -> None:
+    """Print the rates and the table; with a case in JSON, run that one and print what it took."""
     if len(sys.argv) > 1:
         print(json.dumps(run_case(**json.loads(sys.argv[1]))))
         return
+    load = os.getloadavg()[0]
     rates = {D: gigaflops(D) for D in (152, 384)}
-    print(", ".join(f"D = {D}: {rate:.0f} GFLOP/s" for D, rate in rates.items()), "\n")
+    print(
+        ", ".join(f"D = {D}: {rate:.0f}" for D, rate in rates.items()),
+        f"GFLOP/s, {n_cores()} cores (load average before: {load:.1f}), `coreset_ratio` 0.01:\n",
+    )
     print("| images | D | budget | seconds: model | measured | MB: model | measured |")
     print("|---|---|---|---|---|---|---|")
     for case in CASES:
