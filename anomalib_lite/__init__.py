@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from anomalib_lite.detectors.padim import PaDiM as PaDiM
     from anomalib_lite.detectors.patchcore import PatchCore as PatchCore
     from anomalib_lite.evaluation import evaluate as evaluate
     from anomalib_lite.memory_bank import MemoryBank as MemoryBank
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "PaDiM": "anomalib_lite.detectors.padim",
     "PatchCore": "anomalib_lite.detectors.patchcore",
     "MemoryBank": "anomalib_lite.memory_bank",
     "evaluate": "anomalib_lite.evaluation",
     "load": "anomalib_lite.persistence",
 }
 
-__all__ = ["MemoryBank", "PatchCore", "evaluate", "load"]
+__all__ = ["MemoryBank", "PaDiM", "PatchCore", "evaluate", "load"]
 
 
 def __getattr__(name: str) -> object:

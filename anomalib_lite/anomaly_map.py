@@ -22,8 +22,9 @@ def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
     Parameters
     ----------
     patch_scores : array of shape (B, h, w), float32
-    how : {"max", "top1%"}
-        The largest patch score, or the mean of the largest 1 % of them (at least one).
+    how : {"max", "top1%", "smoothed"}
+        The largest patch score; the mean of the largest 1 % of them (at least one); or the
+        largest after a Gaussian of one patch has smoothed them (reflecting at the borders).
         PatchCore's ``"reweighted"`` is ``"max"`` followed by :func:`reweight`.
 
     Returns
@@ -36,6 +37,8 @@ def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
     >>> image_scores(np.arange(200, dtype=np.float32).reshape(1, 10, 20), "top1%")
     array([198.5], dtype=float32)
     """
+    if how == "smoothed":
+        patch_scores = gaussian_filter1d(gaussian_filter1d(patch_scores, 1.0, axis=1), 1.0, axis=2)
     flat = patch_scores.reshape(len(patch_scores), -1)
     if how != "top1%":
         return np.asarray(flat.max(axis=1))

@@ -52,8 +52,8 @@ class Backbone:
         its weights from the hub.
     layers : sequence of str or int, optional
         Names of layers, or their positions in timm's list of feature stages. By default the
-        stages of stride 8 and 16 of a pyramid, or the blocks half and three quarters of the
-        way through a vision transformer.
+        stages of a pyramid that have ``strides`` (in pixels), or the blocks half and three
+        quarters of the way through a vision transformer.
     device : {"auto", "cpu", "cuda", "mps"} or torch.device, default="auto"
         ``"auto"`` takes CUDA where there is a GPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
@@ -108,6 +108,7 @@ class Backbone:
         *,
         weights: str | Path | None = None,
         layers: Sequence[str | int] | None = None,
+        strides: Sequence[int] = (8, 16),
         device: str | torch.device = "auto",
         dtype: str = "auto",
         fusion: str = "concat",
@@ -134,7 +135,7 @@ class Backbone:
                 f"{where}: backbone must be a name or a torch.nn.Module, "
                 f"got {type(backbone).__name__}."
             )
-        chosen = _default_layers(stages) if layers is None else layers
+        chosen = _default_layers(stages, strides) if layers is None else layers
         if layers is None and not chosen:
             self.layers: list[str] = []  # the module gives its maps itself
         else:
@@ -383,13 +384,13 @@ class _LastLayerReached(Exception):  # noqa: N818, it is no error
     """Ends a forward pass once every layer asked for has been seen."""
 
 
-def _default_layers(stages: list[dict[str, Any]]) -> list[str]:
+def _default_layers(stages: list[dict[str, Any]], wanted: Sequence[int]) -> list[str]:
     names = [stage["module"] for stage in stages]
     strides = [stage["reduction"] for stage in stages]
     if len(stages) > 1 and len(set(strides)) == 1:  # a vision transformer
         depth = len(stages)
         return [names[depth // 2 - 1], names[depth * 3 // 4 - 1]]
-    return [name for name, stride in zip(names, strides, strict=True) if stride in (8, 16)]
+    return [name for name, stride in zip(names, strides, strict=True) if stride in wanted]
 
 
 # timm announces every download at this level; a library is silent unless asked.

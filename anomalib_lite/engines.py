@@ -28,7 +28,7 @@ __all__ = ["ENGINES", "FUSIONS", "AnyBackbone", "CompiledBackbone", "device_of",
 AnyBackbone: TypeAlias = "Backbone | CompiledBackbone"
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
-FUSIONS = ("concat",)  # the keys of fusion.STRATEGIES, without torch
+FUSIONS = ("concat", "nearest")  # the keys of fusion.STRATEGIES, without torch
 
 _EXTRAS = {"openvino": "fast", "onnxruntime": "onnx"}
 _RUNTIMES: dict[str, Any] = {"openvino": OpenVinoGraph, "onnxruntime": OnnxRuntimeGraph}
@@ -44,6 +44,7 @@ def open_backbone(
     *,
     weights: str | Path | None = None,
     layers: Sequence[str | int] | None = None,
+    strides: Sequence[int] = (8, 16),
     fusion: str = "concat",
     device: Any = "auto",
     dtype: str = "auto",
@@ -56,7 +57,7 @@ def open_backbone(
 
     Parameters
     ----------
-    backbone, weights, layers, fusion, device, dtype, state, where
+    backbone, weights, layers, strides, fusion, device, dtype, state, where
         As :class:`~anomalib_lite.backbones.Backbone` has them.
     engine : {"auto", "torch", "openvino", "onnxruntime"}, default="auto"
         ``"auto"`` is OpenVINO where it is installed, the device is the CPU, and the network and
@@ -92,6 +93,7 @@ def open_backbone(
     arguments: dict[str, Any] = {
         "weights": weights,
         "layers": layers,
+        "strides": tuple(strides),
         "fusion": fusion,
         "dtype": dtype,
         "state": state,
@@ -293,6 +295,7 @@ class CompiledBackbone:
             "backbone": self._source,
             "weights": weights,
             "layers": None if layers is None else [repr(layer) for layer in layers],
+            "strides": list(self._arguments["strides"]) if layers is None else None,
             "fusion": self._arguments["fusion"],
             "engine": self.engine,
             "made_by": _made_by(self.engine),

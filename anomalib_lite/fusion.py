@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ __all__ = ["STRATEGIES", "patch_embeddings"]
 
 
 def patch_embeddings(
-    feature_maps: Sequence[Tensor], strategy: str = "concat", neighbourhood: int = 3
+    feature_maps: Sequence[Tensor], strategy: str = "concat", neighbourhood: int | None = None
 ) -> Tensor:
     """Describe each patch of each image by one vector.
 
@@ -23,12 +22,13 @@ def patch_embeddings(
     ----------
     feature_maps : sequence of tensors of shape (B, C_l, h_l, w_l)
         One per layer, any float type; sizes may differ from layer to layer.
-    strategy : {"concat"}, default="concat"
-        How layers are brought together. ``"concat"`` resizes all maps bilinearly to the largest
-        and puts their channels one after the other: D is the sum of the C_l.
-    neighbourhood : int, default=3
+    strategy : {"concat", "nearest"}, default="concat"
+        How layers are brought to the size of the largest map: ``"concat"`` bilinearly, as in
+        PatchCore; ``"nearest"`` gives each patch the vector of the cell that it lies in, as in
+        PaDiM. Their channels then come one after the other: D is the sum of the C_l.
+    neighbourhood : int, optional
         Odd side of the square over which each map is averaged first, so that a patch knows its
-        surroundings; 1 for none.
+        surroundings; 1 for none. By default 3 for ``"concat"`` and 1 for ``"nearest"``.
 
     Returns
     -------
@@ -42,7 +42,8 @@ def patch_embeddings(
     Notes
     -----
     Averaging has stride 1 and pads with zeros, which count, as in the authors' code of
-    PatchCore (Roth et al., CVPR 2022, Section 3.1).
+    PatchCore (Roth et al., CVPR 2022, Section 3.1). PaDiM: Defard et al., ICPR 2021, Section
+    III-A.
 
     Examples
     --------
@@ -52,16 +53,15 @@ def patch_embeddings(
     """
     if strategy not in STRATEGIES:
         check_choice("fusion", strategy, STRATEGIES, "patch_embeddings")
+    mode, side = STRATEGIES[strategy]
+    side = side if neighbourhood is None else neighbourhood
     maps = [m.float() for m in feature_maps]
-    if neighbourhood > 1:
-        maps = [avg_pool2d(m, neighbourhood, 1, neighbourhood // 2) for m in maps]
+    if side > 1:
+        maps = [avg_pool2d(m, side, 1, side // 2) for m in maps]
     size = max((m.shape[-2:] for m in maps), key=lambda s: s[0] * s[1])
-    maps = [
-        m if m.shape[-2:] == size else interpolate(m, size, mode="bilinear", align_corners=False)
-        for m in maps
-    ]
-    return STRATEGIES[strategy](maps).permute(0, 2, 3, 1).contiguous()  # (B, h, w, D)
+    maps = [m if m.shape[-2:] == size else interpolate(m, size, mode=mode) for m in maps]
+    return torch.cat(maps, dim=1).permute(0, 2, 3, 1).contiguous()  # (B, h, w, D)
 
 
-# What is done with maps (B, C_l, h, w) that have been brought to one size.
-STRATEGIES: dict[str, Callable[[list[Tensor]], Tensor]] = {"concat": partial(torch.cat, dim=1)}
+# How maps are resized, and the neighbourhood that is averaged first.
+STRATEGIES = {"concat": ("bilinear", 3), "nearest": ("nearest", 1)}

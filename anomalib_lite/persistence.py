@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 import anomalib_lite
 from anomalib_lite._validation import closest
 from anomalib_lite.detectors.base import BaseDetector
+from anomalib_lite.detectors.padim import PaDiM
 from anomalib_lite.detectors.patchcore import PatchCore
 from anomalib_lite.engines import AnyBackbone, open_backbone
 from anomalib_lite.errors import (
@@ -30,7 +31,7 @@ __all__ = ["FORMAT_VERSION", "load", "save"]
 
 FORMAT_VERSION = 1
 
-DETECTORS: dict[str, type[BaseDetector]] = {"PatchCore": PatchCore}
+DETECTORS: dict[str, type[BaseDetector]] = {"PaDiM": PaDiM, "PatchCore": PatchCore}
 
 _KEY = "anomalib_lite"  # of our JSON among the file's metadata
 _BACKBONE = "backbone."  # prefix of the backbone's tensors, where they are included
@@ -67,7 +68,8 @@ def save(
     number type, engine and SHA-256 of the weights; null after ``fit_embeddings``) and ``state``
     (threshold and the rest). Its tensors are ``calibration_scores`` (n,) and the detector's
     arrays: for PatchCore ``embeddings`` (M, D) float32, and ``index``, the bytes of a trained
-    FAISS index, unless it is ``"flat"``.
+    FAISS index, unless it is ``"flat"``; for PaDiM ``mean`` (P, d) and ``factors``
+    (P, d (d + 1) / 2), float32, and ``components``.
 
     Examples
     --------

@@ -30,6 +30,9 @@ class BaseDetector(Learner):
     where they have something to add.
     """
 
+    # Of which stages the embeddings are, unless ``layers`` says.
+    _strides: tuple[int, ...] = (8, 16)
+
     def score(self, images: Any) -> np.ndarray:
         """How anomalous each image is: higher is more anomalous.
 
@@ -196,6 +199,7 @@ class BaseDetector(Learner):
             self.backbone,
             weights=self.weights,
             layers=self.layers,
+            strides=self._strides,
             fusion=self.fusion,
             device=self.device,
             dtype=self.dtype,

@@ -45,7 +45,7 @@ def learn_images(
     """Fit a detector on images, or go on with it; name and reason of each one left out."""
     order = detector._order(len(source), random)
     images = _Images(detector, backbone, source.take(order), update)
-    if detector.memory_budget is None:
+    if not detector._in_shards():
         E = images.all_embeddings()
         material: _Material = _Whole(E, detector._n_held_back(len(E), update))
     else:
@@ -59,7 +59,7 @@ def learn_embeddings(
     detector: BaseDetector, E: Any, random: np.random.RandomState, *, update: bool = False
 ) -> None:
     """Fit a detector on embeddings, or go on with it."""
-    where, bounded = type(detector).__name__, detector.memory_budget is not None
+    where, bounded = type(detector).__name__, detector._in_shards()
     n_features = detector.n_features_ if update else None
     by_number = isinstance(E, list | tuple) or getattr(E, "ndim", 0) > 0
     one_by_one = isinstance(E, Iterable) and not by_number and not hasattr(E, "ndim")

@@ -182,6 +182,10 @@ class Learner(BaseEstimator, metaclass=ABCMeta):
     def _score_left_out(self, E: Embeddings) -> np.ndarray:
         """Score (N,) each image that was fitted on as if it had not been."""
 
+    def _in_shards(self) -> bool:
+        """Whether embeddings are to pass by shard by shard, and not to be held all at once."""
+        return self.memory_budget is not None
+
     def _scores_only_fall(self) -> bool:
         """Whether to learn from more images can only lower scores; then :meth:`_absorb` is."""
         return False

@@ -1,4 +1,4 @@
-"""anomalib's PatchCore with the backbone, weights and preprocessing that ours has too.
+"""anomalib's PatchCore and PaDiM with the backbone, weights and preprocessing that ours has too.
 
 Runs under anomalib's environment; importing this module imports nothing of anomalib yet.
 """
@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from anomalib.models import Patchcore
+    from anomalib.models import Padim, Patchcore
     from torch import nn
     from torchvision.transforms.v2 import Compose
 
 TIMM_NAME = "tf_efficientnet_lite0"
-LAYERS = ("blocks.2", "blocks.4")  # strides 8 and 16; 40 + 112 channels
+# Strides 8 and 16, 40 + 112 channels; strides 4, 8 and 16, 24 + 40 + 112 channels.
+LAYERS = {
+    "patchcore": ("blocks.2", "blocks.4"),
+    "padim": ("blocks.1", "blocks.2", "blocks.4"),
+}
+_STAGES = {"blocks.1": 1, "blocks.2": 2, "blocks.4": 3}  # in timm's list of features
 MEAN = STD = (0.5, 0.5, 0.5)  # what these weights were trained with
 
 
@@ -44,21 +49,24 @@ def start_torch(job: dict[str, Any]) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def build_model(job: dict[str, Any]) -> Patchcore:
-    """PatchCore with anomalib's defaults but for backbone, image size and coreset ratio."""
-    from anomalib.models import Patchcore
+def build_model(job: dict[str, Any]) -> Patchcore | Padim:
+    """anomalib's defaults but for backbone, image size, and coreset ratio or channels kept."""
+    from anomalib.models import Padim, Patchcore
     from anomalib.pre_processing import PreProcessor
 
-    model = Patchcore(
-        backbone=TIMM_NAME,
-        layers=LAYERS,
-        pre_trained=False,  # the weights come from a file, below
-        coreset_sampling_ratio=job["coreset_ratio"],
-        pre_processor=PreProcessor(transform=make_transform(job)),
-        post_processor=False,
-        evaluator=False,
-        visualizer=False,
-    )
+    options: dict[str, Any] = {
+        "backbone": TIMM_NAME,
+        "layers": LAYERS[job["method"]],
+        "pre_trained": False,  # the weights come from a file, below
+        "pre_processor": PreProcessor(transform=make_transform(job)),
+        "post_processor": False,
+        "evaluator": False,
+        "visualizer": False,
+    }
+    if job["method"] == "padim":
+        model: Patchcore | Padim = Padim(n_features=job["n_components"], **options)
+    else:
+        model = Patchcore(coreset_sampling_ratio=job["coreset_ratio"], **options)
     weights = load_by_position(job["weights"]).state_dict()
     extractor = model.model.feature_extractor.feature_extractor
     extractor.load_state_dict({name: weights[name] for name in extractor.state_dict()})
@@ -77,20 +85,20 @@ def load_by_position(path: str) -> nn.Module:
     return network.eval()
 
 
-def check_backbone(job: dict[str, Any], model: Patchcore) -> float:
+def check_backbone(job: dict[str, Any], model: Patchcore | Padim) -> float:
     """Compare anomalib's feature maps with timm's whole network on one image; they must agree."""
     import torch
 
     batch = load_batch(model.pre_processor.transform, job["test"][:1])
     with torch.inference_mode():
-        ours = model.model.feature_extractor(batch)
+        layers = LAYERS[job["method"]]
+        found = model.model.feature_extractor(batch)
+        maps = [found[name] for name in layers]
         network: Any = load_by_position(job["weights"])
-        _, reference = network.forward_intermediates(batch, indices=[2, 3])
-    if [tuple(ours[name].shape) for name in LAYERS] != [tuple(r.shape) for r in reference]:
-        raise RuntimeError("the peer's layers are not those of timm's stages 2 and 3")
-    worst = max(
-        float((ours[name] - r).abs().max()) for name, r in zip(LAYERS, reference, strict=True)
-    )
+        _, reference = network.forward_intermediates(batch, indices=[_STAGES[n] for n in layers])
+    if [tuple(m.shape) for m in maps] != [tuple(r.shape) for r in reference]:
+        raise RuntimeError("the peer's layers are not those of timm's stages")
+    worst = max(float((m - r).abs().max()) for m, r in zip(maps, reference, strict=True))
     if worst > 1e-4:
         raise RuntimeError(f"the peer's backbone differs from timm's by {worst}")
     return worst

@@ -33,7 +33,7 @@ from surroundings import (
 )
 
 RESULTS = HERE / "results"
-CASES = ("100", "all", "coreset", "latency", "start")
+CASES = ("100", "all", "padim", "coreset", "latency", "start")
 # glibc gives a block above 32 MB back to the system when it is freed, and takes fresh pages for the
 # next one. anomalib's coreset allocates such a block for every pick, so the allocator matters.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -100,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="rounds of every case but all")
     add("--repeats-all", type=int, default=1, help="rounds of the case all (slow for the peer)")
     add("--pairs", nargs="+", choices=[p.name for p in PATCHCORE_PAIRS],
-        help="ways of running the peer's PatchCore in 100, all, latency; default: all")  # fmt: skip
+        help="ways of running the peer in 100, all, padim, latency; default: all")  # fmt: skip
     add("--peer-python", type=Path, help="a Python with anomalib; default: .venv-anomalib here")
     add("--peer-workers", type=int, default=0, help="data loader processes of anomalib's Engine")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: 2")
@@ -128,6 +128,7 @@ class Bench:
         self.common = {
             "image_size": [256, 256],
             "coreset_ratio": 0.01,
+            "n_components": 100,  # of PaDiM
             "batch_size": 32,
             "threads": args.threads,
             "num_workers": args.peer_workers,
@@ -161,7 +162,8 @@ class Bench:
     def run_patchcore(self, case: str) -> dict[str, Any]:
         """Rounds of every pair: ours, then the peer, each judged right after."""
         train = self.images["train"]
-        repeats = self.args.repeats if case == "100" else self.args.repeats_all
+        repeats = self.args.repeats_all if case == "all" else self.args.repeats
+        method = "padim" if case == "padim" else "patchcore"
         pairs = self.chosen(PATCHCORE_PAIRS)
         runs: list[dict[str, Any]] = []
         agreement = None
@@ -171,7 +173,11 @@ class Bench:
             for pair in pairs:
                 for who in ("ours", "peer"):
                     job = self.job("patchcore", pair, len(runs) // 2) | self.images
-                    job |= {"train": train, "predictions": str(self.scratch / "predictions.npz")}
+                    job |= {
+                        "method": method,
+                        "train": train,
+                        "predictions": str(self.scratch / "predictions.npz"),
+                    }
                     run = self.work(who, job, pair)
                     run |= self.work("judge", job | {"task": "metrics"})
                     if case == "100" and who == "ours" and agreement is None:
@@ -283,6 +289,7 @@ class Bench:
         """What every worker is told."""
         return self.common | {
             "task": task,
+            "method": "patchcore",
             "variant": pair.variant,
             "seed": seed,
             "embeddings": str(self.embeddings),
@@ -304,7 +311,8 @@ class Bench:
         env |= {"ANOMALIB_LITE_CACHE": job.get("cache") or str(converted)}
         if who == "ours" and not converted.exists():
             convert = (
-                "from anomalib_lite.engines import open_backbone as o; o('efficientnet_lite0')"
+                "from anomalib_lite.engines import open_backbone as o; o('efficientnet_lite0');"
+                "o('efficientnet_lite0', strides=(4, 8, 16), fusion='nearest')"
             )
             once = env | {"ANOMALIB_LITE_CACHE": str(converted)}
             subprocess.run([str(python), "-c", convert], env=once, check=True, cwd=self.scratch)

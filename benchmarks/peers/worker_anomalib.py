@@ -39,7 +39,7 @@ from measuring import (
 
 if TYPE_CHECKING:
     import torch
-    from anomalib.models import Patchcore
+    from anomalib.models import Padim, Patchcore
     from torch import nn
 
 DISTRIBUTIONS = (
@@ -93,7 +93,8 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
         result["script_s"] = time.perf_counter() - PROCESS_START
     result["peak_rss_mb"] = peak_rss_mb()  # before anything is stacked, saved or scored
 
-    bank = model.model.memory_bank.numpy()
+    padim = job["method"] == "padim"
+    bank = (model.model.gaussian.mean.T if padim else model.model.memory_bank).numpy()
     result["bank_shape"] = bank.shape
     result["settings"] = settings(job, model)
     result["settings"]["backbone_check_max_abs_difference"] = check_backbone(job, model)
@@ -109,7 +110,7 @@ class EngineRun:
     and masks (none are handed in, so none are read).
     """
 
-    def __init__(self, job: dict[str, Any], model: Patchcore, folder: Path) -> None:
+    def __init__(self, job: dict[str, Any], model: Patchcore | Padim, folder: Path) -> None:
         from anomalib.data import Folder
         from anomalib.engine import Engine
 
@@ -173,7 +174,7 @@ def collector() -> Any:
         def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
             positions = [int(Path(path).stem) for path in outputs.image_path]
             maps = outputs.anomaly_map.squeeze(1).numpy()
-            self.predictions.add(positions, outputs.pred_score.tolist(), maps)
+            self.predictions.add(positions, outputs.pred_score.flatten().tolist(), maps)
 
     return Collector()
 
@@ -181,7 +182,7 @@ def collector() -> Any:
 class BareRun:
     """anomalib's own PatchcoreModel and pre-processor in a plain loop, without the Engine."""
 
-    def __init__(self, job: dict[str, Any], model: Patchcore, folder: Path) -> None:
+    def __init__(self, job: dict[str, Any], model: Patchcore | Padim, folder: Path) -> None:
         self.job, self.model = job, model
 
     @staticmethod
@@ -207,7 +208,10 @@ class BareRun:
         with torch.inference_mode():
             for start in range(0, len(self.job["test"]), self.job["batch_size"]):
                 found = self.model.model(self.batch(self.job["test"], start))
-                scores, maps = found.pred_score.tolist(), found.anomaly_map.squeeze(1).numpy()
+                scores, maps = (
+                    found.pred_score.flatten().tolist(),
+                    found.anomaly_map.squeeze(1).numpy(),
+                )
                 predictions.add(range(start, start + len(scores)), scores, maps)
 
     def batch(self, paths: list[str], start: int) -> torch.Tensor:
@@ -216,18 +220,26 @@ class BareRun:
         return load_batch(transform, paths[start : start + self.job["batch_size"]])
 
 
-def settings(job: dict[str, Any], model: Patchcore) -> dict[str, Any]:
+def settings(job: dict[str, Any], model: Patchcore | Padim) -> dict[str, Any]:
     """What the peer ran with."""
     return {
         "variant": job["variant"],
         "backbone": TIMM_NAME,
-        "layers": list(LAYERS),
+        "layers": list(LAYERS[job["method"]]),
         "transform": [str(t) for t in model.pre_processor.transform.transforms],
-        "coreset_sampling_ratio": model.coreset_sampling_ratio,
-        "num_neighbors": model.model.num_neighbors,
+        **(
+            {
+                "n_features": model.model.n_features,
+            }
+            if job["method"] == "padim"
+            else {
+                "coreset_sampling_ratio": model.coreset_sampling_ratio,
+                "num_neighbors": model.model.num_neighbors,
+            }
+        ),
         "batch_size": job["batch_size"],
         "num_workers": job["num_workers"] if job["variant"] == "engine" else None,
-        "dtype": str(model.model.memory_bank.dtype),
+        "dtype": "float32",
     }
 
 
@@ -307,7 +319,7 @@ class Bare:
 
         with torch.inference_mode():
             found = self.model(load_batch(self.transform, paths))
-            return found.pred_score.tolist(), found.anomaly_map.squeeze(1).numpy()
+            return found.pred_score.flatten().tolist(), found.anomaly_map.squeeze(1).numpy()
 
 
 def run_latency(job: dict[str, Any]) -> dict[str, Any]:

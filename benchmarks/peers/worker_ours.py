@@ -48,13 +48,15 @@ def main() -> None:
 def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
     """Fit on the training images, detect on the test images."""
     watch = Stopwatch()
-    from anomalib_lite import PatchCore
+    import anomalib_lite
 
+    classes = {"patchcore": "PatchCore", "padim": "PaDiM"}
+    cls = getattr(anomalib_lite, classes[job["method"]])
     result: dict[str, Any] = watch.read("import")
     result["rss_after_import_mb"] = peak_rss_mb()
 
     watch = Stopwatch()
-    detector = PatchCore(**parameters(job))
+    detector = cls(**parameters(job))
     result |= watch.read("build")
 
     watch = Stopwatch()
@@ -70,7 +72,8 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
     result["script_s"] = time.perf_counter() - PROCESS_START
     result["peak_rss_mb"] = peak_rss_mb()  # before anything is stacked, saved or scored
 
-    bank = np.asarray(detector.memory_bank_.embeddings_)
+    padim = job["method"] == "padim"
+    bank = np.asarray(detector.gaussians_.mean if padim else detector.memory_bank_.embeddings_)
     result["bank_shape"] = bank.shape
     result["settings"] = settings(detector)
     predictions.finish(bank)
@@ -79,10 +82,11 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
 
 def parameters(job: dict[str, Any]) -> dict[str, Any]:
     """How the detector is made; all else is as it comes."""
+    own = "n_components" if job["method"] == "padim" else "coreset_ratio"
     return {
         "backbone": "efficientnet_lite0",
         "image_size": tuple(job["image_size"]),
-        "coreset_ratio": job["coreset_ratio"],
+        own: job[own],
         "batch_size": job["batch_size"],
         "random_state": job["seed"],
     }

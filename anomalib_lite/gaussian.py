@@ -1,0 +1,362 @@
+"""Gaussian models of normal embeddings: one, or one for each position of a grid.
+
+Both are fitted from running moments, so embeddings may pass by in blocks of any size. Distances
+are Mahalanobis's, rooted, by the Cholesky factor of the covariance: with ``covariance = L L^T``
+and ``W = L^-1`` the distance is ``|W (x - mean)|``.
+
+References
+----------
+.. [1] Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",
+   Journal of Multivariate Analysis 88, 2004.
+.. [2] Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE
+   Transactions on Signal Processing 58, 2010.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, Self
+
+import numpy as np
+from scipy.linalg.lapack import dtrtri
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from anomalib_lite._moments import Moments, shrinkage_of
+from anomalib_lite._threads import workers
+from anomalib_lite._validation import check_choice, check_number, check_values
+from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
+
+__all__ = ["Gaussian", "GaussianGrid"]
+
+SHRINKAGES = ("ledoit_wolf", "oas")
+
+# Values of rows that are whitened at once.
+_BLOCK_VALUES = 1 << 22
+# Positions that one thread factors or scores at a time.
+_BLOCK_POSITIONS = 32
+
+
+class Gaussian(BaseEstimator):
+    """One Gaussian of normal embeddings; what is far from its mean is anomalous.
+
+    Parameters
+    ----------
+    shrinkage : {"ledoit_wolf", "oas"} or float in [0, 1], default="ledoit_wolf"
+        How much of the covariance is replaced by a multiple of the identity of the same trace:
+        the share that Ledoit and Wolf [1]_ or the oracle approximating formula [2]_ give, as in
+        scikit-learn, or a constant.
+
+    Attributes
+    ----------
+    location_ : ndarray of shape (D,), float64
+    covariance_ : ndarray of shape (D, D), float64
+        ``(1 - s) S / n + s tr(S / n) / D I`` with the scatter S and the shrinkage s.
+    precision_ : ndarray of shape (D, D), float64
+        Its inverse.
+    shrinkage_ : float
+        The s that was used.
+    n_features_in_ : int
+        D.
+
+    Notes
+    -----
+    The sums are kept in float64 and gathered in blocks, so an array of float32 is never copied
+    as a whole.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> X = np.random.default_rng(0).normal(size=(500, 8)).astype("float32")
+    >>> gaussian = Gaussian().fit(X)
+    >>> distances = gaussian.mahalanobis(np.stack([gaussian.location_, np.full(8, 3.0)]))
+    >>> distances.round(1).tolist()
+    [0.0, 8.5]
+    """
+
+    def __init__(self, shrinkage: str | float = "ledoit_wolf") -> None:
+        self.shrinkage = shrinkage
+
+    def fit(self, X: Any, y: object = None) -> Self:
+        """Estimate mean and covariance.
+
+        Parameters
+        ----------
+        X : array of shape (N, D), any float type
+        y : ignored
+
+        Returns
+        -------
+        Gaussian
+            Itself.
+
+        Raises
+        ------
+        InvalidValueError
+            For an unknown shrinkage, rows that are not finite, or so few or so equal that the
+            covariance has no inverse.
+        """
+        before = self.__dict__.copy()
+        try:
+            X = self._validated(X, reset=True, at_least=2)
+            self._learn(Moments(X.shape[1]), X)._factors()
+        except Exception:  # what was there stays
+            self.__dict__ = before
+            raise
+        return self
+
+    def partial_fit(self, X: Any, y: object = None) -> Self:
+        """Go on with further rows (N, D): the same, up to rounding, as to fit on all at once."""
+        known = getattr(self, "moments_", None)
+        X = self._validated(X, reset=known is None)
+        moments = Moments(X.shape[1])
+        if known is not None:
+            moments.merge(known)
+        return self._learn(moments, X)
+
+    def mahalanobis(self, X: Any) -> np.ndarray:
+        """Distance of each row from the mean, in standard deviations along its direction.
+
+        Parameters
+        ----------
+        X : array of shape (N, D)
+
+        Returns
+        -------
+        ndarray of shape (N,), float64
+            Rooted: ``sqrt((x - mean)^T precision (x - mean))``. scikit-learn's covariance
+            estimators give its square.
+
+        Raises
+        ------
+        NotFittedError
+            Before :meth:`fit`.
+        InvalidValueError
+            If D differs or rows are not finite.
+        """
+        try:
+            check_is_fitted(self, "moments_")
+        except ValueError as error:
+            raise NotFittedError("Gaussian: not fitted yet. Call fit(X) first.") from error
+        X = self._validated(X, reset=False)
+        step, whitening = max(1, _BLOCK_VALUES // X.shape[1]), self._factors()
+        parts = [
+            np.linalg.norm((X[i : i + step] - self.location_) @ whitening.T, axis=1)
+            for i in range(0, len(X), step)
+        ]
+        return np.concatenate(parts)
+
+    @property
+    def precision_(self) -> np.ndarray:
+        """Inverse of ``covariance_``."""
+        whitening = self._factors()
+        return np.asarray(whitening.T @ whitening)
+
+    def _learn(self, moments: Moments, X: np.ndarray) -> Self:
+        if isinstance(self.shrinkage, numbers.Real):
+            check_number("shrinkage", self.shrinkage, "Gaussian", "[0, 1]")
+        else:
+            check_choice("shrinkage", self.shrinkage, SHRINKAGES, "Gaussian")
+        moments.add(X)
+        shrinkage = shrinkage_of(moments, self.shrinkage)
+        covariance = moments.scatter / moments.n
+        mean_variance = covariance.trace() / len(covariance)
+        covariance *= 1 - shrinkage
+        covariance.flat[:: len(covariance) + 1] += shrinkage * mean_variance
+        self.moments_, self.location_ = moments, moments.mean
+        self.shrinkage_, self.covariance_, self._whitening = shrinkage, covariance, None
+        return self
+
+    def _factors(self) -> np.ndarray:
+        """Inverse Cholesky factor (D, D) of the covariance, made when it is first needed: after
+        a first small block there may be none yet.
+        """
+        if self._whitening is None:
+            try:
+                self._whitening = _inverse_factors(self.covariance_)
+            except np.linalg.LinAlgError as error:
+                raise InvalidValueError(
+                    f"Gaussian: the covariance of {self.moments_.n} rows in "
+                    f"{len(self.covariance_)} dimensions with shrinkage {self.shrinkage_:.3g} has "
+                    "no inverse. Give more rows that differ, or a larger shrinkage."
+                ) from error
+        return self._whitening
+
+    def _validated(self, X: Any, *, reset: bool, at_least: int = 1) -> np.ndarray:
+        try:
+            X = validate_data(
+                self,
+                X,
+                dtype=[np.float64, np.float32],
+                reset=reset,
+                ensure_min_samples=at_least,
+            )
+        except TypeError as error:
+            raise InvalidTypeError(f"Gaussian: {error}") from error
+        except ValueError as error:
+            raise InvalidValueError(f"Gaussian: {error}") from error
+        check_values("X", X, "Gaussian")
+        return np.asarray(X)
+
+
+class GaussianGrid:
+    """One Gaussian for each position of a grid, as PaDiM has them.
+
+    Parameters
+    ----------
+    shape : (h, w, D)
+        The grid, and the length of an embedding.
+    ridge : float, default=0.01
+        Added to the diagonal of each covariance: epsilon of PaDiM, Equation 2.
+
+    Attributes
+    ----------
+    n : int
+        Images seen.
+    mean : ndarray of shape (P, D), float32, P = h w
+    whitening : ndarray of shape (P, D, D), float32, or None
+        Inverse Cholesky factors (lower triangles) once :meth:`factor` was called. They take the
+        place of the scatter: at no time is there more than one array of this size.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> E = np.random.default_rng(0).normal(size=(50, 4, 6, 5)).astype("float32")
+    >>> grid = GaussianGrid((4, 6, 5))
+    >>> grid.add(E[:20])
+    >>> grid.add(E[20:])
+    >>> grid.factor()
+    >>> grid.mahalanobis(E).shape
+    (50, 4, 6)
+    """
+
+    def __init__(self, shape: tuple[int, int, int], ridge: float = 0.01) -> None:
+        self.shape, self.ridge, self.n = shape, ridge, 0
+        n_positions, n_features = shape[0] * shape[1], shape[2]
+        self.mean = np.zeros((n_positions, n_features), np.float32)
+        self.whitening: np.ndarray | None = None
+        self._freedom = 1
+        self._scatter: np.ndarray | None = np.zeros(
+            (n_positions, n_features, n_features), np.float32
+        )
+
+    def add(self, E: np.ndarray) -> None:
+        """Take in the embeddings of some images, (B, h, w, D) float32."""
+        scatter = self._unfactored()
+        n_new, n = len(E), self.n + len(E)
+        x = E.reshape(n_new, *self.mean.shape)  # (B, P, D)
+
+        def work(block: slice) -> None:
+            y = x[:, block].transpose(1, 0, 2)  # (p, B, D)
+            mean = y.mean(axis=1)
+            y = y - mean[:, None]
+            step = mean - self.mean[block]
+            scatter[block] += y.transpose(0, 2, 1) @ y
+            scatter[block] += (self.n * n_new / n) * step[:, :, None] * step[:, None, :]
+            self.mean[block] += step * np.float32(n_new / n)
+
+        self._in_blocks(work)
+        self.n = n
+
+    def factor(self, freedom: int | None = None) -> None:
+        """Turn scatters into inverse factors of ``scatter / freedom + ridge I``, in place; by
+        default with n - 1 degrees of freedom.
+        """
+        scatter = self._unfactored()
+        self._freedom = freedom = freedom or max(self.n - 1, 1)
+
+        def work(block: slice) -> None:
+            covariance = scatter[block].astype(np.float64) / freedom
+            covariance += self.ridge * np.eye(self.shape[2])
+            scatter[block] = _inverse_factors(covariance)
+
+        self._in_blocks(work)
+        self.whitening, self._scatter = scatter, None
+
+    def mahalanobis(self, E: np.ndarray) -> np.ndarray:
+        """Rooted distance of each patch from its position's mean.
+
+        (B, h, w, D) float32 -> (B, h, w) float32.
+        """
+        assert self.whitening is not None
+        whitening = self.whitening
+        x = E.reshape(len(E), *self.mean.shape)
+        out = np.empty((len(self.mean), len(E)), np.float32)
+
+        def work(block: slice) -> None:
+            y = (x[:, block] - self.mean[block]).transpose(1, 2, 0)  # (p, D, B)
+            z = whitening[block] @ y
+            np.sqrt(np.einsum("pdb,pdb->pb", z, z), out=out[block])
+
+        self._in_blocks(work)
+        return np.ascontiguousarray(out.T).reshape(len(E), *self.shape[:2])
+
+    def left_out(self, E: np.ndarray) -> np.ndarray:
+        """:meth:`mahalanobis` for images that were taken in, each as if it had not been.
+
+        Notes
+        -----
+        Needs :meth:`factor` with n - 2 degrees of freedom, those of the n - 1 others. Their
+        scatter is that of all but ``n / (n - 1) y y^T``, their mean is farther from x by
+        ``n / (n - 1)``, and the inverse follows by Sherman and Morrison: with q the squared
+        distance from all, ``(n / (n - 1))^2 q / (1 - n q / ((n - 1) (n - 2)))``.
+        """
+        assert self._freedom == self.n - 2
+        ratio = self.n / (self.n - 1)
+        q = self.mahalanobis(E).astype(np.float64) ** 2
+        rest = np.maximum(1 - ratio / (self.n - 2) * q, 1e-9)  # above 0 but for rounding
+        return np.asarray(ratio * np.sqrt(q / rest), np.float32)
+
+    def packed(self) -> np.ndarray:
+        """The factors without the zeros above their diagonals: (P, D (D + 1) / 2), float32."""
+        assert self.whitening is not None
+        return self.whitening[:, *np.tril_indices(self.shape[2])]
+
+    def restore(self, n: int, mean: np.ndarray, packed: np.ndarray) -> None:
+        """Become what has seen ``n`` images, from the arrays that it had; ValueError if they are
+        of another shape.
+        """
+        scatter = self._unfactored()
+        self.n, self._freedom = n, max(n - 1, 1)
+        if mean.shape != self.mean.shape:
+            raise ValueError(f"mean has shape {mean.shape}, not {self.mean.shape}")
+        self.mean = mean
+        scatter[:, *np.tril_indices(self.shape[2])] = packed
+        self.whitening, self._scatter = scatter, None
+
+    def _unfactored(self) -> np.ndarray:
+        """The scatters (P, D, D); from the factors again, if there are only these."""
+        if self._scatter is None:
+            assert self.whitening is not None
+            scatter = self.whitening
+
+            def work(block: slice) -> None:
+                factor = np.stack([_inverse(w) for w in scatter[block].astype(np.float64)])
+                covariance = factor @ factor.transpose(0, 2, 1)
+                scatter[block] = (covariance - self.ridge * np.eye(self.shape[2])) * self._freedom
+
+            self._in_blocks(work)
+            self._scatter, self.whitening = scatter, None
+        return self._scatter
+
+    def _in_blocks(self, work: Any) -> None:
+        starts = range(0, len(self.mean), _BLOCK_POSITIONS)
+        with workers() as executor:
+            list(executor.map(work, [slice(i, i + _BLOCK_POSITIONS) for i in starts]))
+
+
+def _inverse_factors(covariance: np.ndarray) -> np.ndarray:
+    """Inverse lower Cholesky factors of (D, D) or (p, D, D), float64."""
+    factors = np.linalg.cholesky(covariance)
+    if factors.ndim == 2:
+        return _inverse(factors)
+    return np.stack([_inverse(factor) for factor in factors])
+
+
+def _inverse(triangle: np.ndarray) -> np.ndarray:
+    """Of a lower triangle (D, D), float64."""
+    # LAPACK goes down columns: so the transpose is in order, and need not be copied.
+    inverse, failed = dtrtri(triangle.T, lower=0)
+    if failed or not np.isfinite(inverse).all():
+        raise np.linalg.LinAlgError("singular")
+    return np.asarray(inverse.T)
