@@ -62,6 +62,13 @@ FIT_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "max_pixels": (int, 100_000_000, "larger images are refused"),
     "random_state": (int, 0, "seed"),
 }
+# The same of PaDiM, where PatchCore has none such.
+PADIM_OPTIONS: dict[str, tuple[Any, Any, str]] = {
+    "n_components": (int, None, "PaDiM: length of an embedding (default: 100, or 550 of many)"),
+    "reduction": (str, "random", "PaDiM: random or semi_orthogonal"),
+    "ridge": (float, 0.01, "PaDiM: added to each covariance"),
+}
+DETECTORS = {"patchcore": "PatchCore", "padim": "PaDiM"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -85,11 +92,14 @@ def _add_fit(commands: Any) -> None:
     fit = commands.add_parser("fit", help="learn from normal images and write a model file")
     fit.add_argument("images", metavar="DIR", help="directory of normal images")
     fit.add_argument("-o", "--output", metavar="FILE", required=True, help="model to write")
-    for name, (kind, default, text) in FIT_OPTIONS.items():
+    fit.add_argument(
+        "--detector", choices=tuple(DETECTORS), default="patchcore", help="(default: patchcore)"
+    )
+    for name, (kind, default, text) in (FIT_OPTIONS | PADIM_OPTIONS).items():
         fit.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
-            default=default,
+            default=argparse.SUPPRESS,  # what was not said is for the detector to choose
             metavar="VALUE",
             help=text if default is None else f"{text} (default: {default})",
         )

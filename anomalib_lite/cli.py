@@ -14,7 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite._arguments import FIT_OPTIONS, MASKS, PROGRAM, UsageError, make_parser
+from anomalib_lite._arguments import (
+    DETECTORS,
+    FIT_OPTIONS,
+    MASKS,
+    PADIM_OPTIONS,
+    PROGRAM,
+    UsageError,
+    make_parser,
+)
 
 # torch, scikit-learn and all modules that need them are imported inside the commands: it takes
 # seconds, and --help, --version and most mistakes need none of it.
@@ -66,10 +74,9 @@ def _fit(arguments: argparse.Namespace) -> None:
     n_images = len(ImageSource(arguments.images, where="fit"))
     model = check_file(Path(arguments.output))
 
-    from anomalib_lite import PatchCore
     from anomalib_lite.errors import CalibrationWarning
 
-    detector = PatchCore(**{name: getattr(arguments, name) for name in FIT_OPTIONS}, verbose=1)
+    detector = _make_detector(arguments)
     start = time.perf_counter()
     with _warnings_in_one_line() as shown:
         detector.fit(arguments.images)
@@ -77,13 +84,34 @@ def _fit(arguments: argparse.Namespace) -> None:
     detector.verbose = 0  # or programs that load the model would show bars
     detector.save(model, include_backbone=arguments.include_backbone)
     _list_skipped([reason for _, reason in detector.skipped_])
-    n_patches, length = detector.memory_bank_.embeddings_.shape
     where = f"{detector.backbone_.device}, {detector.dtype_}"
     print(f"images        {n_images - len(detector.skipped_):,} in {seconds:.1f} s ({where})")
-    print(f"memory bank   {n_patches:,} patches of {length} numbers")
+    print(_describe_learned(detector))
     print(f"threshold     {detector.threshold_:.6g}")
     print(f"false alarms  {_promise(detector, CalibrationWarning not in shown)}")
     print(f"written to    {model} ({model.stat().st_size / 1e6:.1f} MB)")
+
+
+def _make_detector(arguments: argparse.Namespace) -> Any:
+    """The one asked for, with the options that were given."""
+    import anomalib_lite
+
+    cls = getattr(anomalib_lite, DETECTORS[arguments.detector])
+    given = {n: vars(arguments)[n] for n in FIT_OPTIONS | PADIM_OPTIONS if n in vars(arguments)}
+    for name in given.keys() - cls._get_param_names():
+        raise UsageError(
+            f"fit: --{name.replace('_', '-')} is no option of --detector {arguments.detector}. "
+            "Leave it out, or choose another detector"
+        )
+    return cls(**given, verbose=1)
+
+
+def _describe_learned(detector: Any) -> str:
+    if hasattr(detector, "memory_bank_"):
+        n_patches, length = detector.memory_bank_.embeddings_.shape
+        return f"memory bank   {n_patches:,} patches of {length} numbers"
+    height, width, length = detector.gaussians_.shape
+    return f"gaussians     {height} x {width} positions of {length} numbers"
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -247,7 +275,7 @@ def _is_the_users(error: Exception) -> bool:
 
 def _in_options(message: object) -> str:
     """The library's message in one line, its ``name='value'`` written as ``--name value``."""
-    names = "|".join([*FIT_OPTIONS, "threshold"])
+    names = "|".join([*FIT_OPTIONS, *PADIM_OPTIONS, "threshold"])
     text = " ".join(str(message).split())
     return re.sub(
         rf"\b({names})=(?:'([^']*)'|(\d(?:[\d.,]*\d)?))",

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import anomalib_lite
-from anomalib_lite import PatchCore, cli, load
-from anomalib_lite._arguments import FIT_OPTIONS
+from anomalib_lite import PaDiM, PatchCore, cli, load
+from anomalib_lite._arguments import FIT_OPTIONS, PADIM_OPTIONS
 
 Refused = Callable[..., str]
 FAST = ["--image-size", "64", "--coreset-ratio", "0.2", "--false-alarm-rate", "0.2"]
@@ -59,6 +59,25 @@ class TestFit:
         assert {name: default for name, (_, default, _) in FIT_OPTIONS.items()} == {
             name: defaults[name] for name in FIT_OPTIONS
         }
+
+    def test_padim_is_fitted_with_options_of_its_own(
+        self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        defaults = {n: p.default for n, p in inspect.signature(PaDiM).parameters.items()}
+        assert {n: default for n, (_, default, _) in PADIM_OPTIONS.items()} == {
+            n: defaults[n] for n in PADIM_OPTIONS
+        }
+        path = tmp_path / "p.safetensors"
+        common = f"fit {wall}/train/good -o {path} --image-size 64 --false-alarm-rate 0.2 "
+        assert cli.main(f"{common}--detector padim --n-components 30".split()) == 0
+        assert "gaussians     16 x 24 positions of 30 numbers" in capsys.readouterr().out
+        again = load(path)
+        assert isinstance(again, PaDiM)
+        assert (again.n_components, again.ridge, again.fusion) == (30, 0.01, "nearest")
+        assert cli.main(f"{common}--detector padim --coreset-ratio 0.5".split()) == 2
+        assert "--coreset-ratio is no option of --detector padim" in capsys.readouterr().err
+        assert cli.main(f"{common}--ridge 0.5".split()) == 2
+        assert "--ridge is no option of --detector patchcore" in capsys.readouterr().err
 
     def test_options_reach_the_detector(self, wall: Path, tmp_path: Path) -> None:
         path = tmp_path / "m.safetensors"

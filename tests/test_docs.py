@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from scipy.stats import beta
 
-from anomalib_lite import PatchCore, errors, load, plotting
+from anomalib_lite import PaDiM, PatchCore, errors, load, plotting
 from anomalib_lite._arguments import make_parser
 from anomalib_lite.backbones import EMBEDDED, _default_layers
 from anomalib_lite.calibration import calibration_size
@@ -232,7 +232,7 @@ def test_default_layers() -> None:
         with torch.device("meta"):  # the structure alone
             network = timm.create_model(EMBEDDED.get(name, (name,))[0], features_only=True)
         info = network.feature_info.info
-        chosen = [stage for stage in info if stage["module"] in _default_layers(info)]
+        chosen = [stage for stage in info if stage["module"] in _default_layers(info, (8, 16))]
         assert [stage["module"] for stage in chosen] == layers.split(", "), name
         assert sum(stage["num_chs"] for stage in chosen) == int(n_features), name
         assert min(stage["reduction"] for stage in chosen) == int(pixels), name
@@ -252,9 +252,10 @@ def test_numbers_of_images() -> None:
         assert percent == round(100 * beta(1, n).ppf(0.95), digits)
 
 
-def test_every_parameter_is_explained() -> None:
+@pytest.mark.parametrize("detector", [PatchCore, PaDiM])
+def test_every_parameter_is_explained(detector: Any) -> None:
     text = (DOCS / "detectors.md").read_text(encoding="utf-8")
-    for name, parameter in inspect.signature(PatchCore).parameters.items():
+    for name, parameter in inspect.signature(detector).parameters.items():
         default = parameter.default
         shown = f'"{default}"' if isinstance(default, str) else str(default)
         shown = f"{default:,}" if name == "max_pixels" else shown

@@ -2,6 +2,7 @@
 
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.detections import Detections
+from anomalib_lite.detectors.padim import PaDiM
 from anomalib_lite.detectors.patchcore import PatchCore
 
-__all__ = ["BaseDetector", "Detections", "PatchCore"]
+__all__ = ["BaseDetector", "Detections", "PaDiM", "PatchCore"]
