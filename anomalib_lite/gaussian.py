@@ -164,7 +164,8 @@ class Gaussian(BaseEstimator):
         covariance *= 1 - shrinkage
         covariance.flat[:: len(covariance) + 1] += shrinkage * mean_variance
         self.moments_, self.location_ = moments, moments.mean
-        self.shrinkage_, self.covariance_, self._whitening = shrinkage, covariance, None
+        self.shrinkage_, self.covariance_ = shrinkage, covariance
+        self._whitening: np.ndarray | None = None
         return self
 
     def _factors(self) -> np.ndarray:

@@ -46,6 +46,8 @@ STAGES = LAYERS[2]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 STAGES_BESIDE = {
     ("memory_bank", "coreset"),
+    # Normal images come in as they do everywhere.
+    ("synthetic", "images"),
     ("lora", "synthetic"),
     ("lora", "backbones"),
     # A backbone gives its maps fused, as the graphs of other engines do, which are made of both.
