@@ -15,7 +15,7 @@ __all__ = ["OnnxRuntimeGraph", "OpenVinoGraph", "import_openvino"]
 
 # A graph made for one size is faster by a third for a small network, and takes a tenth of a
 # second to make: so only for sizes that come again and again, and where weights are small.
-_IMAGES_BEFORE_OWN_GRAPH = 64
+_IMAGES_BEFORE_OWN_GRAPH = 32
 _SMALL_WEIGHTS = 32 << 20
 _MOST_OWN_GRAPHS = 4
 

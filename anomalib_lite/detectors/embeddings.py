@@ -33,6 +33,8 @@ def gather(n: int, batches: Iterable[tuple[list[int], np.ndarray]]) -> Embedding
     grids: dict[int, np.ndarray] = {}
     whole = np.empty((n, 0, 0, 0), np.float32)
     for indices, embeddings in batches:
+        if len(indices) == n and indices == list(range(n)):
+            return embeddings  # all at once: no copy
         if not grids:  # room for all, in the hope that they have one size; not touched yet
             whole = np.empty((n, *embeddings.shape[1:]), np.float32)
         for index, grid in zip(indices, embeddings, strict=True):
