@@ -39,6 +39,13 @@ def _layers(text: str) -> list[str | int]:
     return [int(part) if re.fullmatch(r"-?\d+", part) else part for part in text.split(",")]
 
 
+def _name_or_number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 # Name as in PatchCore, type, default (also PatchCore's: a test compares them), help.
 FIT_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "backbone": (str, "efficientnet_lite0", "embedded network, or any timm name"),
@@ -62,13 +69,18 @@ FIT_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "max_pixels": (int, 100_000_000, "larger images are refused"),
     "random_state": (int, 0, "seed"),
 }
-# The same of PaDiM, where PatchCore has none such.
+# The same of other detectors, where PatchCore has none such.
 PADIM_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "n_components": (int, None, "PaDiM: length of an embedding (default: 100, or 550 of many)"),
     "reduction": (str, "random", "PaDiM: random or semi_orthogonal"),
     "ridge": (float, 0.01, "PaDiM: added to each covariance"),
 }
-DETECTORS = {"patchcore": "PatchCore", "padim": "PaDiM"}
+MAHALANOBIS_OPTIONS: dict[str, tuple[Any, Any, str]] = {
+    "shrinkage": (_name_or_number, "ledoit_wolf", "MahalanobisVFM: ledoit_wolf, oas or a number"),
+    "global_weight": (float, 0.5, "MahalanobisVFM: share of the whole image, 0 to 1"),
+}
+ALL_FIT_OPTIONS = FIT_OPTIONS | PADIM_OPTIONS | MAHALANOBIS_OPTIONS
+DETECTORS = {"patchcore": "PatchCore", "padim": "PaDiM", "mahalanobis_vfm": "MahalanobisVFM"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -95,7 +107,7 @@ def _add_fit(commands: Any) -> None:
     fit.add_argument(
         "--detector", choices=tuple(DETECTORS), default="patchcore", help="(default: patchcore)"
     )
-    for name, (kind, default, text) in (FIT_OPTIONS | PADIM_OPTIONS).items():
+    for name, (kind, default, text) in ALL_FIT_OPTIONS.items():
         fit.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,

@@ -82,6 +82,27 @@ class Moments:
         self.cubic += moved.cubic
         self.quartic += moved.quartic
 
+    def with_(self, other: Moments) -> Moments:
+        """:meth:`merge` into a new one."""
+        both = Moments(len(self.mean))
+        both.merge(self)
+        both.merge(other)
+        return both
+
+    def without(self, other: Moments) -> Moments:
+        """A new one that has not seen those rows of this one that ``other`` has; some must be
+        left.
+        """
+        rest, n = self._moved_to(self.mean), self.n - other.n
+        mean = self.mean + (self.mean - other.mean) * (other.n / n)
+        rest._move_to(mean)
+        moved = other._moved_to(mean)
+        rest.n = n
+        rest.scatter -= moved.scatter
+        rest.cubic -= moved.cubic
+        rest.quartic -= moved.quartic
+        return rest
+
     def _moved_to(self, mean: np.ndarray) -> Moments:
         copied = Moments.__new__(Moments)
         vars(copied).update(vars(self))

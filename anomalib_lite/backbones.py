@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
 from anomalib_lite._device import has_depthwise, resolve_device, resolve_dtype
 from anomalib_lite._folding import fold_batch_norms
+from anomalib_lite._timm import EMBEDDED, from_timm
 from anomalib_lite._validation import closest
-from anomalib_lite._weights import load_efficientnet_lite0, load_state, load_weights, weights_sha256
+from anomalib_lite._weights import load_state, weights_sha256
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.fusion import patch_embeddings
 
 __all__ = ["EMBEDDED", "Backbone"]
-
-# Networks whose weights come as a Python package: our name, timm's name, and who loads them.
-EMBEDDED = {"efficientnet_lite0": ("tf_efficientnet_lite0", load_efficientnet_lite0)}
 
 _is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]  # has no types
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -119,7 +114,7 @@ class Backbone:
         self.device = resolve_device(device, where)
         self.dtype = resolve_dtype(dtype, self.device, where)
         if isinstance(backbone, str):
-            network, stages = self._from_timm(backbone, weights, state)
+            network, stages = from_timm(backbone, weights, state, where)
         elif isinstance(backbone, nn.Module):
             if weights is not None:
                 raise InvalidValueError(
@@ -193,7 +188,8 @@ class Backbone:
         Returns
         -------
         list of tensors of shape (B, C, h, w)
-            One per layer, of ``dtype``, on ``device``.
+            One per layer, of ``dtype``, on ``device``. With ``fusion="summary"`` as many of shape
+            (B, C, 1, 1) follow: the class tokens, or means over all positions.
 
         Raises
         ------
@@ -224,10 +220,13 @@ class Backbone:
         expected = self._channels or [None] * len(output)
         shapes = [tuple(getattr(m, "shape", ())) for m in output]
         as_announced = all(len(s) == 4 and s[1] == c for s, c in zip(shapes, expected, strict=True))
-        if as_announced and not self._channels_last:
-            return output
-        size = (height, width)
-        return [self._to_map(m, c, size) for m, c in zip(output, expected, strict=True)]
+        maps = output
+        if self._channels_last or not as_announced:
+            size = (height, width)
+            maps = [self._to_map(m, c, size) for m, c in zip(output, expected, strict=True)]
+        if self.fusion != "summary":
+            return maps
+        return [*maps, *(self._summary(o, m) for o, m in zip(output, maps, strict=True))]
 
     def original_state(self) -> dict[str, Tensor]:
         """The weights as they were before they took on ``dtype``, read again from their source.
@@ -245,7 +244,7 @@ class Backbone:
         if state is not None:
             return dict(state)
         if isinstance(backbone, str):
-            network = self._from_timm(backbone, weights, None)[0]
+            network = from_timm(backbone, weights, None, self.where)[0]
         else:
             network = backbone
         if weights_sha256(network) != self.sha256:
@@ -287,6 +286,13 @@ class Backbone:
             )
         return output
 
+    def _summary(self, output: Tensor, feature_map: Tensor) -> Tensor:
+        """(B, C, 1, 1): the class token of a layer, or the mean over its positions."""
+        prefix = int(getattr(self.network, "num_prefix_tokens", 0))
+        if output.ndim == 3 and prefix:
+            return output[:, 0, :, None, None]
+        return feature_map.mean(dim=(2, 3), keepdim=True)
+
     def _own_maps(self, output: Any, captured: dict[str, Any]) -> list[Any]:
         """What a network returns that ran to its end: its maps, if no layers were named."""
         if self.layers:
@@ -297,54 +303,6 @@ class Backbone:
             )
         maps = list(output.values()) if isinstance(output, Mapping) else output
         return list(maps) if isinstance(maps, list | tuple) and maps else [maps]
-
-    def _from_timm(
-        self, name: str, weights: str | Path | None, state: Mapping[str, Tensor] | None
-    ) -> tuple[nn.Module, list[dict[str, Any]]]:
-        timm_name = EMBEDDED[name][0] if name in EMBEDDED else name
-        if not timm_name.startswith("hf-hub:") and not timm.is_model(timm_name):
-            known = [*EMBEDDED, *timm.list_models()]
-            raise InvalidValueError(
-                f"{self.where}: backbone {name!r} is not known to timm {timm.__version__}."
-                f"{closest(name, known)} timm.list_models() lists all."
-            )
-        kwargs: dict[str, Any] = {"num_classes": 0}
-        try:
-            with torch.device("meta"):  # reads the structure without making a network
-                structure = timm.create_model(timm_name, features_only=True)
-        except Exception as error:  # hub clients raise their own, for names that begin with hf-hub:
-            raise InvalidValueError(
-                f"{self.where}: timm cannot take backbone {name!r} apart into layers: {error}. "
-                "Choose another, or pass a module that returns feature maps."
-            ) from error
-        with contextlib.suppress(TypeError), torch.device("meta"):
-            # Vision transformers resize their position embedding to the image, if told to.
-            timm.create_model(timm_name, dynamic_img_size=True, **kwargs)
-            kwargs["dynamic_img_size"] = True
-        if state is not None:
-            network = timm.create_model(timm_name, **kwargs)
-            load_state(network, state, self.where)
-        elif weights is not None:
-            network = timm.create_model(timm_name, **kwargs)
-            load_weights(network, Path(weights), self.where)
-        elif name in EMBEDDED:
-            network = timm.create_model(timm_name, **kwargs)
-            EMBEDDED[name][1](network)
-        else:
-            network = self._from_hub(timm_name, kwargs)
-        stages: Any = structure.feature_info
-        return network, stages.info
-
-    def _from_hub(self, name: str, kwargs: dict[str, Any]) -> nn.Module:
-        try:
-            return timm.create_model(name, pretrained=True, **kwargs)
-        except Exception as error:  # each hub client raises its own
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InvalidValueError(
-                f"{self.where}: the weights of backbone {name!r} cannot be had from the hub "
-                f"({reason}). Without a network pass weights='file.safetensors', or use "
-                "backbone='efficientnet_lite0'."
-            ) from error
 
     def _resolve_layers(
         self, layers: Sequence[str | int], network: nn.Module, names: list[str]
@@ -391,7 +349,3 @@ def _default_layers(stages: list[dict[str, Any]], wanted: Sequence[int]) -> list
         depth = len(stages)
         return [names[depth // 2 - 1], names[depth * 3 // 4 - 1]]
     return [name for name, stride in zip(names, strides, strict=True) if stride in wanted]
-
-
-# timm announces every download at this level; a library is silent unless asked.
-logging.getLogger("timm").addHandler(logging.NullHandler())

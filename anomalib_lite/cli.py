@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite._arguments import (
+    ALL_FIT_OPTIONS,
     DETECTORS,
-    FIT_OPTIONS,
     MASKS,
-    PADIM_OPTIONS,
     PROGRAM,
     UsageError,
     make_parser,
@@ -97,7 +96,7 @@ def _make_detector(arguments: argparse.Namespace) -> Any:
     import anomalib_lite
 
     cls = getattr(anomalib_lite, DETECTORS[arguments.detector])
-    given = {n: vars(arguments)[n] for n in FIT_OPTIONS | PADIM_OPTIONS if n in vars(arguments)}
+    given = {n: vars(arguments)[n] for n in ALL_FIT_OPTIONS if n in vars(arguments)}
     for name in given.keys() - cls._get_param_names():
         raise UsageError(
             f"fit: --{name.replace('_', '-')} is no option of --detector {arguments.detector}. "
@@ -110,8 +109,11 @@ def _describe_learned(detector: Any) -> str:
     if hasattr(detector, "memory_bank_"):
         n_patches, length = detector.memory_bank_.embeddings_.shape
         return f"memory bank   {n_patches:,} patches of {length} numbers"
-    height, width, length = detector.gaussians_.shape
-    return f"gaussians     {height} x {width} positions of {length} numbers"
+    if hasattr(detector, "gaussians_"):
+        height, width, length = detector.gaussians_.shape
+        return f"gaussians     {height} x {width} positions of {length} numbers"
+    patches, images = detector.patches_.moments_.n, detector.images_.moments_.n
+    return f"gaussians     of {patches:,} patches and {images:,} images"
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -275,7 +277,7 @@ def _is_the_users(error: Exception) -> bool:
 
 def _in_options(message: object) -> str:
     """The library's message in one line, its ``name='value'`` written as ``--name value``."""
-    names = "|".join([*FIT_OPTIONS, *PADIM_OPTIONS, "threshold"])
+    names = "|".join([*ALL_FIT_OPTIONS, "threshold"])
     text = " ".join(str(message).split())
     return re.sub(
         rf"\b({names})=(?:'([^']*)'|(\d(?:[\d.,]*\d)?))",

@@ -28,14 +28,15 @@ __all__ = ["ENGINES", "FUSIONS", "AnyBackbone", "CompiledBackbone", "device_of",
 AnyBackbone: TypeAlias = "Backbone | CompiledBackbone"
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
-FUSIONS = ("concat", "nearest")  # the keys of fusion.STRATEGIES, without torch
+FUSIONS = ("concat", "nearest", "summary")  # the keys of fusion.STRATEGIES, without torch
 
 _EXTRAS = {"openvino": "fast", "onnxruntime": "onnx"}
 _RUNTIMES: dict[str, Any] = {"openvino": OpenVinoGraph, "onnxruntime": OnnxRuntimeGraph}
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a graph is made by: if one of these files changes, the graphs are made anew.
 _MADE_BY = (
-    "_device", "_folding", "_graph", "_runtimes", "_weights", "backbones", "engines", "fusion",
+    "_device", "_folding", "_graph", "_runtimes", "_timm", "_weights", "backbones", "engines",
+    "fusion",
 )  # fmt: skip
 
 

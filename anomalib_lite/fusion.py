@@ -22,13 +22,15 @@ def patch_embeddings(
     ----------
     feature_maps : sequence of tensors of shape (B, C_l, h_l, w_l)
         One per layer, any float type; sizes may differ from layer to layer.
-    strategy : {"concat", "nearest"}, default="concat"
+    strategy : {"concat", "nearest", "summary"}, default="concat"
         How layers are brought to the size of the largest map: ``"concat"`` bilinearly, as in
         PatchCore; ``"nearest"`` gives each patch the vector of the cell that it lies in, as in
         PaDiM. Their channels then come one after the other: D is the sum of the C_l.
+        ``"summary"`` is ``"nearest"`` for maps of which the second half are (B, C_l, 1, 1) and
+        describe whole images, as :class:`~anomalib_lite.backbones.Backbone` gives them then.
     neighbourhood : int, optional
         Odd side of the square over which each map is averaged first, so that a patch knows its
-        surroundings; 1 for none. By default 3 for ``"concat"`` and 1 for ``"nearest"``.
+        surroundings; 1 for none. By default 3 for ``"concat"``, else 1.
 
     Returns
     -------
@@ -64,4 +66,4 @@ def patch_embeddings(
 
 
 # How maps are resized, and the neighbourhood that is averaged first.
-STRATEGIES = {"concat": ("bilinear", 3), "nearest": ("nearest", 1)}
+STRATEGIES = {"concat": ("bilinear", 3), "nearest": ("nearest", 1), "summary": ("nearest", 1)}

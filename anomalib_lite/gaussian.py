@@ -27,7 +27,7 @@ from anomalib_lite._threads import workers
 from anomalib_lite._validation import check_choice, check_number, check_values
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
 
-__all__ = ["Gaussian", "GaussianGrid"]
+__all__ = ["Gaussian", "GaussianGrid", "check_shrinkage"]
 
 SHRINKAGES = ("ledoit_wolf", "oas")
 
@@ -35,6 +35,14 @@ SHRINKAGES = ("ledoit_wolf", "oas")
 _BLOCK_VALUES = 1 << 22
 # Positions that one thread factors or scores at a time.
 _BLOCK_POSITIONS = 32
+
+
+def check_shrinkage(shrinkage: object, where: str) -> None:
+    """Raise unless it is a name or a number that :class:`Gaussian` takes."""
+    if isinstance(shrinkage, numbers.Real):
+        check_number("shrinkage", shrinkage, where, "[0, 1]")
+    else:
+        check_choice("shrinkage", shrinkage, SHRINKAGES, where)
 
 
 class Gaussian(BaseEstimator):
@@ -99,7 +107,9 @@ class Gaussian(BaseEstimator):
         before = self.__dict__.copy()
         try:
             X = self._validated(X, reset=True, at_least=2)
-            self._learn(Moments(X.shape[1]), X)._factors()
+            moments = Moments(X.shape[1])
+            moments.add(X)
+            self.fit_moments(moments)._factors()
         except Exception:  # what was there stays
             self.__dict__ = before
             raise
@@ -112,7 +122,8 @@ class Gaussian(BaseEstimator):
         moments = Moments(X.shape[1])
         if known is not None:
             moments.merge(known)
-        return self._learn(moments, X)
+        moments.add(X)
+        return self.fit_moments(moments)
 
     def mahalanobis(self, X: Any) -> np.ndarray:
         """Distance of each row from the mean, in standard deviations along its direction.
@@ -152,17 +163,15 @@ class Gaussian(BaseEstimator):
         whitening = self._factors()
         return np.asarray(whitening.T @ whitening)
 
-    def _learn(self, moments: Moments, X: np.ndarray) -> Self:
-        if isinstance(self.shrinkage, numbers.Real):
-            check_number("shrinkage", self.shrinkage, "Gaussian", "[0, 1]")
-        else:
-            check_choice("shrinkage", self.shrinkage, SHRINKAGES, "Gaussian")
-        moments.add(X)
+    def fit_moments(self, moments: Moments) -> Self:
+        """:meth:`fit` on rows that are gone, from what is known of them."""
+        check_shrinkage(self.shrinkage, "Gaussian")
         shrinkage = shrinkage_of(moments, self.shrinkage)
         covariance = moments.scatter / moments.n
         mean_variance = covariance.trace() / len(covariance)
         covariance *= 1 - shrinkage
         covariance.flat[:: len(covariance) + 1] += shrinkage * mean_variance
+        self.n_features_in_ = len(covariance)
         self.moments_, self.location_ = moments, moments.mean
         self.shrinkage_, self.covariance_ = shrinkage, covariance
         self._whitening: np.ndarray | None = None

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 import anomalib_lite
 from anomalib_lite._validation import closest
 from anomalib_lite.detectors.base import BaseDetector
+from anomalib_lite.detectors.mahalanobis_vfm import MahalanobisVFM
 from anomalib_lite.detectors.padim import PaDiM
 from anomalib_lite.detectors.patchcore import PatchCore
 from anomalib_lite.engines import AnyBackbone, open_backbone
@@ -31,7 +32,11 @@ __all__ = ["FORMAT_VERSION", "load", "save"]
 
 FORMAT_VERSION = 1
 
-DETECTORS: dict[str, type[BaseDetector]] = {"PaDiM": PaDiM, "PatchCore": PatchCore}
+DETECTORS: dict[str, type[BaseDetector]] = {
+    "MahalanobisVFM": MahalanobisVFM,
+    "PaDiM": PaDiM,
+    "PatchCore": PatchCore,
+}
 
 _KEY = "anomalib_lite"  # of our JSON among the file's metadata
 _BACKBONE = "backbone."  # prefix of the backbone's tensors, where they are included

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import anomalib_lite
-from anomalib_lite import PaDiM, PatchCore, cli, load
-from anomalib_lite._arguments import FIT_OPTIONS, PADIM_OPTIONS
+from anomalib_lite import MahalanobisVFM, PaDiM, PatchCore, cli, load
+from anomalib_lite._arguments import FIT_OPTIONS, MAHALANOBIS_OPTIONS, PADIM_OPTIONS
 
 Refused = Callable[..., str]
 FAST = ["--image-size", "64", "--coreset-ratio", "0.2", "--false-alarm-rate", "0.2"]
@@ -78,6 +78,20 @@ class TestFit:
         assert "--coreset-ratio is no option of --detector padim" in capsys.readouterr().err
         assert cli.main(f"{common}--ridge 0.5".split()) == 2
         assert "--ridge is no option of --detector patchcore" in capsys.readouterr().err
+
+    def test_mahalanobis_vfm_too(
+        self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        defaults = {n: p.default for n, p in inspect.signature(MahalanobisVFM).parameters.items()}
+        assert {n: default for n, (_, default, _) in MAHALANOBIS_OPTIONS.items()} == {
+            n: defaults[n] for n in MAHALANOBIS_OPTIONS
+        }
+        path = tmp_path / "m.safetensors"
+        command = f"fit {wall}/train/good -o {path} --image-size 64 --false-alarm-rate 0.2 "
+        command += "--detector mahalanobis_vfm --shrinkage 0.3"
+        assert cli.main(command.split()) == 0
+        assert "patches and " in capsys.readouterr().out
+        assert load(path).shrinkage == 0.3
 
     def test_options_reach_the_detector(self, wall: Path, tmp_path: Path) -> None:
         path = tmp_path / "m.safetensors"

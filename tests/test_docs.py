@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from scipy.stats import beta
 
-from anomalib_lite import PaDiM, PatchCore, errors, load, plotting
+from anomalib_lite import MahalanobisVFM, PaDiM, PatchCore, errors, load, plotting
 from anomalib_lite._arguments import make_parser
 from anomalib_lite.backbones import EMBEDDED, _default_layers
 from anomalib_lite.calibration import calibration_size
@@ -252,7 +252,7 @@ def test_numbers_of_images() -> None:
         assert percent == round(100 * beta(1, n).ppf(0.95), digits)
 
 
-@pytest.mark.parametrize("detector", [PatchCore, PaDiM])
+@pytest.mark.parametrize("detector", [PatchCore, PaDiM, MahalanobisVFM])
 def test_every_parameter_is_explained(detector: Any) -> None:
     text = (DOCS / "detectors.md").read_text(encoding="utf-8")
     for name, parameter in inspect.signature(detector).parameters.items():

@@ -2,7 +2,8 @@
 
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.detections import Detections
+from anomalib_lite.detectors.mahalanobis_vfm import MahalanobisVFM
 from anomalib_lite.detectors.padim import PaDiM
 from anomalib_lite.detectors.patchcore import PatchCore
 
-__all__ = ["BaseDetector", "Detections", "PaDiM", "PatchCore"]
+__all__ = ["BaseDetector", "Detections", "MahalanobisVFM", "PaDiM", "PatchCore"]

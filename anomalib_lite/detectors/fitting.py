@@ -64,7 +64,7 @@ def learn_embeddings(
     by_number = isinstance(E, list | tuple) or getattr(E, "ndim", 0) > 0
     one_by_one = isinstance(E, Iterable) and not by_number and not hasattr(E, "ndim")
     material: _Material
-    if one_by_one and bounded:
+    if one_by_one and bounded and detector.calibration != "leave_one_out":
         material = _Stream(detector, E, random, n_features, update)
     elif bounded and by_number and len(E):
         material = _Given(detector, E, random, n_features, update)
@@ -114,7 +114,7 @@ class _Material(ABC):
     shape: tuple[int, ...]  # (h, w, D) of the first
     n_images: int | None  # None if nobody knows before the end
     in_flight = 0  # bytes taken beside those of a shard
-    embeddings: Embeddings  # of those to fit on, if all are at hand
+    embeddings: Embeddings = []  # noqa: RUF012  # of those to fit on, if all are at hand
 
     @abstractmethod
     def to_fit(self, work: Work) -> Iterator[Part]:

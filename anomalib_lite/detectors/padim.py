@@ -56,7 +56,7 @@ class PaDiM(BaseDetector):
         ``"split"`` holds images back (as many as the rate needs, a fifth to half of all) and
         takes the threshold from their scores, with a finite-sample guarantee; they are not
         fitted on. ``"leave_one_out"`` fits on all and scores each as if it had been left out;
-        it needs the embeddings of all in memory, and its rate is only approximate.
+        it keeps the reduced embeddings of all until then, and its rate is only approximate.
     memory_budget : int or str, optional
         Most memory that :meth:`fit` may take above the idle process, such as "2GB". Embeddings
         are never kept anyway, so this only bounds how many images are under way at a time. Not
@@ -169,7 +169,7 @@ class PaDiM(BaseDetector):
             )
 
     def _in_shards(self) -> bool:
-        return self.calibration != "leave_one_out"
+        return True
 
     def _collector(
         self,
@@ -197,7 +197,9 @@ class PaDiM(BaseDetector):
                 )
             at_once = min((budget - fixed) // per_image, at_once)
         grid = known.shape[:2] if known else (height, width)
-        return MomentCollector(grid, self.components_, float(self.ridge), at_once, known)
+        collector = MomentCollector(grid, self.components_, float(self.ridge), at_once, known)
+        collector.kept = [] if self.calibration == "leave_one_out" else None
+        return collector
 
     def _draw(self, n_features: int, random: np.random.RandomState) -> np.ndarray:
         """The channels to keep, or the projection."""
@@ -213,6 +215,8 @@ class PaDiM(BaseDetector):
         assert collected.gaussians is not None
         collected.gaussians.factor()
         self.gaussians_ = collected.gaussians
+        if collected.kept is not None:
+            self._kept = collected.kept
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _check_grid(E.shape[1:3], self.gaussians_.shape[:2])
@@ -220,13 +224,12 @@ class PaDiM(BaseDetector):
         return patch_scores, image_scores(patch_scores, self.image_score)
 
     def _score_left_out(self, E: Embeddings) -> np.ndarray:
-        if len(E) < 3:  # two others would have no covariance
+        kept: list[np.ndarray] = self.__dict__.pop("_kept")
+        if self.gaussians_.n < 3:  # two others would have no covariance
             return np.empty(0, np.float32)
         gaussians = copy.deepcopy(self.gaussians_)
-        gaussians.factor(freedom=len(E) - 2)
-        shards = (E[i : i + _SHARD_IMAGES] for i in range(0, len(E), _SHARD_IMAGES))
-        parts = (gaussians.left_out(_reduced(np.asarray(s), self.components_)) for s in shards)
-        return np.concatenate([image_scores(part, self.image_score) for part in parts])
+        gaussians.factor(freedom=gaussians.n - 2)
+        return np.concatenate([image_scores(gaussians.left_out(E), self.image_score) for E in kept])
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         grid = self.gaussians_
@@ -257,6 +260,7 @@ class MomentCollector(Collector):
         self.images_per_shard = images_per_shard
         self.gaussians = known
         self._is_own = False  # what was known may still be needed as it is
+        self.kept: list[np.ndarray] | None = None  # all reduced embeddings, if they are needed
         self.E = np.empty((0, *grid, components.shape[-1]), np.float32)
 
     def add(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> None:
@@ -272,6 +276,8 @@ class MomentCollector(Collector):
             self.gaussians = copy.deepcopy(self.gaussians) if self.gaussians else new
             self._is_own = True
         assert self.gaussians is not None
+        if self.kept is not None:
+            self.kept = [*self.kept, other.E]
         for start in range(0, len(other.E), _SHARD_IMAGES):
             self.gaussians.add(other.E[start : start + _SHARD_IMAGES])
 

@@ -1,0 +1,251 @@
+"""MahalanobisVFM: the public contract, and a reference written from its definition."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from sklearn.base import clone
+from sklearn.covariance import LedoitWolf
+from torch import Tensor, nn
+
+from anomalib_lite import MahalanobisVFM, load
+from anomalib_lite.backbones import Backbone
+from anomalib_lite.errors import (
+    CalibrationWarning,
+    InvalidTypeError,
+    InvalidValueError,
+    NotFittedError,
+)
+from anomalib_lite.images import ImageSource
+from anomalib_lite.metrics import auroc
+
+HEIGHT, WIDTH = 48, 80
+DEFECT = np.s_[8:20, 48:68]
+
+
+class Small(nn.Module):
+    """The pixels of each 4 x 4 square: the same bits in any batch and thread."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.pixel_unshuffle(x, 4)[:, ::3]  # (B, 16, h, w)
+
+
+def make(**parameters: Any) -> MahalanobisVFM:
+    options = {"backbone": Small(), "image_size": 48, "dtype": "float32", "device": "cpu"}
+    return MahalanobisVFM(**(options | {"engine": "torch", "false_alarm_rate": 0.25} | parameters))
+
+
+def good(n: int, seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    slope = np.linspace(90, 150, size[1])[:, None]
+    return (slope + rng.integers(-12, 13, (n, *size, 3))).astype(np.uint8)
+
+
+def bad(n: int, seed: int = 1) -> np.ndarray:
+    images = good(n, seed)
+    images[(slice(None), *DEFECT)] = (250, 20, 20)
+    return images
+
+
+@pytest.fixture(scope="module")
+def fitted() -> MahalanobisVFM:
+    return make().fit(good(40))
+
+
+def test_defects_are_found_where_they_are(fitted: MahalanobisVFM) -> None:
+    detections = fitted.detect(np.concatenate([good(6, 9), bad(6)]))
+    assert auroc([0] * 6 + [1] * 6, detections.scores) == 1
+    assert detections.labels[6:].all()
+    assert detections.maps.shape == (12, HEIGHT, WIDTH)
+    assert detections.maps.dtype == detections.scores.dtype == np.float32
+    for heatmap in detections.maps[6:]:
+        row, column = np.unravel_index(heatmap.argmax(), heatmap.shape)
+        assert 8 <= row < 20
+        assert 48 <= column < 68
+    np.testing.assert_array_equal(fitted.predict(bad(3)), [-1] * 3)
+    with pytest.raises(NotFittedError, match="Call fit"):
+        make().score(good(1))
+
+
+def test_images_of_many_sizes(fitted: MahalanobisVFM) -> None:
+    mixed = [*good(3, 7), *good(3, 8, (48, 96)), *good(3, 9, (96, 48))]
+    detector = make().fit([*good(10), *good(10, size=(48, 96)), *good(10, size=(96, 48))])
+    scores = detector.score(mixed)
+    one_by_one = [detector.score(image)[0] for image in mixed]
+    np.testing.assert_allclose(scores, one_by_one, rtol=1e-5)
+    assert [m.shape for m in detector.anomaly_map(mixed)] == [i.shape[:2] for i in mixed]
+
+
+def test_batches_workers_and_budgets_do_not_matter(fitted: MahalanobisVFM) -> None:
+    images = good(5, 9)
+    for options in ({"batch_size": 7}, {"n_jobs": 2}, {"memory_budget": "80MB"}):
+        with joblib.parallel_config("threading"):
+            again = make(**options).fit(good(40))
+        np.testing.assert_allclose(again.score(images), fitted.score(images), rtol=1e-4)
+        np.testing.assert_allclose(again.threshold_, fitted.threshold_, rtol=1e-4)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
+def test_copies_answer_alike(fitted: MahalanobisVFM, copied: Any) -> None:
+    np.testing.assert_array_equal(copied(fitted).score(bad(2)), fitted.score(bad(2)))
+    assert not hasattr(clone(fitted), "threshold_")
+
+
+@pytest.mark.parametrize("shrinkage", ["ledoit_wolf", 0.1])
+@pytest.mark.parametrize("backbone", ["module", "embedded"])
+def test_a_file_holds_it_to_the_bit(shrinkage: Any, backbone: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"backbone": "efficientnet_lite0"} if backbone == "embedded" else {}
+    detector = make(shrinkage=shrinkage, **options).fit(good(20))
+    detector.save(tmp_path / "line3.safetensors")
+    again = load(tmp_path / "line3.safetensors", **({} if options else {"backbone": Small()}))
+    got, expected = again.detect(bad(3)), detector.detect(bad(3))
+    np.testing.assert_array_equal(got.scores, expected.scores)
+    np.testing.assert_array_equal(got.maps, expected.maps)
+    assert again.threshold_ == detector.threshold_
+    later = good(10, 5)
+    np.testing.assert_array_equal(
+        again.partial_fit(later).score(bad(3)), detector.partial_fit(later).score(bad(3))
+    )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"fusion": "concat"}, "fusion must be one of"),
+        ({"image_score": "smoothed"}, "image_score must be one of"),
+        ({"global_weight": 1.5}, "global_weight must be"),
+        ({"shrinkage": "ledoit"}, "Did you mean 'ledoit_wolf'"),
+        ({"normalize": "yes"}, "normalize must be"),
+        ({"memory_budget": "10kB"}, "is too small"),
+    ],
+)
+def test_bad_parameters_are_refused_by_fit(parameters: dict[str, Any], message: str) -> None:
+    kinds = (InvalidValueError, InvalidTypeError)
+    with pytest.raises(kinds, match=f"^MahalanobisVFM: .*{message}"):
+        make(**parameters).fit(good(12))
+
+
+def test_too_few_images() -> None:
+    with pytest.warns(CalibrationWarning):
+        assert np.isfinite(make(false_alarm_rate=0.01).fit(good(6)).score(good(2))).all()
+    with pytest.raises(InvalidValueError, match="has no covariance"):
+        make().fit(good(2))
+
+
+# --- The definition -------------------------------------------------------------------------
+
+
+def naive(
+    fit_on: np.ndarray, Q: np.ndarray, normalize: bool, weight: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patch scores and image scores by scikit-learn's estimator, in float64."""
+
+    def split(E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        d = E.shape[-1] // 2
+        X, G = E[..., :d].reshape(-1, d).astype(np.float64), E[:, 0, 0, d:].astype(np.float64)
+        if normalize:
+            X, G = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (X, G))
+        return X, G
+
+    (X, G), (Qx, Qg) = split(fit_on), split(Q)
+    d = X.shape[1]
+    patches = np.sqrt(LedoitWolf().fit(X).mahalanobis(Qx) / d).reshape(Q.shape[:3])
+    whole = np.sqrt(LedoitWolf().fit(G).mahalanobis(Qg) / d)
+    return patches, weight * whole + (1 - weight) * patches.max(axis=(1, 2))
+
+
+def embeddings(n: int, seed: int = 0) -> np.ndarray:
+    """Patches (6 numbers) beside what describes the image (6 more, the same in all patches)."""
+    rng = np.random.default_rng(seed)
+    E = rng.normal(1, 1, (n, 4, 5, 12)) * np.linspace(0.2, 2, 12)
+    E[..., 6:] = E[:, :1, :1, 6:]
+    return E.astype(np.float32)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_scores_are_as_defined(normalize: bool, weight: float) -> None:
+    E, Q = embeddings(60), embeddings(5, seed=1)
+    detector = make(normalize=normalize, global_weight=weight).fit_embeddings(E)
+    order = np.random.RandomState(0).permutation(60)
+    patches, scores = naive(E[order[:48]], Q, normalize, weight)
+    np.testing.assert_allclose(detector.score_embeddings(Q), scores, rtol=1e-4)
+    np.testing.assert_allclose(detector._score_patches(Q)[0], patches, rtol=1e-4)
+    held = naive(E[order[:48]], E[order[48:]], normalize, weight)[1]
+    np.testing.assert_allclose(detector.calibration_scores_, held, rtol=1e-4)
+
+
+def test_leaving_one_out_is_to_fit_without_it() -> None:
+    E = embeddings(30)
+    detector = make(calibration="leave_one_out").fit_embeddings(E)
+    for i in (0, 13, 29):
+        expected = naive(np.delete(E, i, 0), E[i : i + 1], True, 0.5)[1]
+        np.testing.assert_allclose(detector.calibration_scores_[i : i + 1], expected, rtol=1e-4)
+
+
+def test_going_on_is_to_have_had_all_from_the_start() -> None:
+    E, Q = embeddings(60), embeddings(4, seed=1)
+    detector = make(false_alarm_rate=0.5).fit_embeddings(E[:40])
+    n = detector.images_.moments_.n
+    before = detector.patches_.covariance_.copy()
+    old = detector.patches_
+    detector.partial_fit_embeddings(E[40:])
+    np.testing.assert_array_equal(old.covariance_, before)
+    first = np.random.RandomState(0).permutation(40)[:n]
+    later = 40 + np.random.RandomState(0).permutation(20)[:16]
+    expected = naive(E[np.concatenate([first, later])], Q, True, 0.5)[1]
+    np.testing.assert_allclose(detector.score_embeddings(Q), expected, rtol=1e-4)
+
+
+# --- Whole images in the backbone -----------------------------------------------------------
+
+
+def test_the_class_token_is_behind_the_patches(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True).eval()
+    save_file(network.state_dict(), tmp_path / "vit.safetensors")
+    layers = ["blocks.2", "blocks.4"]
+    options: dict[str, Any] = {"weights": tmp_path / "vit.safetensors", "layers": layers}
+    backbone = Backbone("test_vit", fusion="summary", dtype="float32", device="cpu", **options)
+    pixels = good(2, 3, (64, 96))
+    E = backbone.embed(pixels)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    x = (x - torch.tensor(backbone.mean)[:, None, None]) / torch.tensor(backbone.std)[:, None, None]
+    seen: list[Tensor] = []
+    for name in layers:
+        network.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o))
+    with torch.no_grad():
+        network(x)
+    d = seen[0].shape[2]
+    assert E.shape[3] == 4 * d
+    for k, tokens in enumerate(seen):
+        got = E[..., (2 + k) * d : (3 + k) * d]
+        expected = tokens[:, 0].numpy()[:, None, None]
+        np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_class_token_it_is_the_mean() -> None:
+    backbone = Backbone(Small(), fusion="summary", dtype="float32", device="cpu")
+    E = backbone.embed(good(2))
+    assert E.shape == (2, 12, 20, 32)
+    np.testing.assert_allclose(E[:, 5, 7, 16:], E[..., :16].mean(axis=(1, 2)), rtol=1e-5)
+
+
+def test_real_defects_are_found(data_dir: Path) -> None:
+    root = data_dir / "magnetic_tile"
+    train = sorted((root / "train" / "good").iterdir())[:60]
+    kinds = sorted(p for p in (root / "test").iterdir() if p.name != "good")
+    broken = [path for kind in kinds for path in sorted(kind.iterdir())[:8]]
+    whole = sorted((root / "test" / "good").iterdir())[: len(broken)]
+    detector = MahalanobisVFM(image_size=128, false_alarm_rate=0.1).fit(train)
+    scores = detector.score(ImageSource([*whole, *broken]))
+    assert auroc([0] * len(whole) + [1] * len(broken), scores) > 0.75
