@@ -140,6 +140,10 @@ def test_a_file_that_does_not_fit_together_is_refused(fitted: PaDiM, tmp_path: P
     broken.save(tmp_path / "broken.safetensors")
     with pytest.raises(ModelFileError, match="does not describe a detector"):
         load(tmp_path / "broken.safetensors", backbone=Small())
+    broken.components_ = fitted.components_ + 1000
+    broken.save(tmp_path / "broken.safetensors")
+    with pytest.raises(ModelFileError, match="channels beyond 60"):
+        load(tmp_path / "broken.safetensors", backbone=Small())
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,8 @@ class PaDiM(BaseDetector):
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         self.n_features_, self.components_ = int(state["n_features"]), arrays["components"]
         height, width = state["grid"]
+        if self.components_.ndim == 1 and not self.components_.max() < self.n_features_:
+            raise ValueError(f"components name channels beyond {self.n_features_}")
         shape = (int(height), int(width), self.components_.shape[-1])
         self.gaussians_ = GaussianGrid(shape, float(self.ridge))
         self.gaussians_.restore(int(state["n_images"]), arrays["mean"], arrays["factors"])
