@@ -52,10 +52,10 @@ FIT_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "weights": (str, None, "weights file for a timm name (default: from the hub)"),
     "layers": (_layers, None, "names or positions, with commas between (default: chosen)"),
     "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
-    "coreset_ratio": (float, 0.1, "share of patches kept, in (0, 1]"),
-    "n_neighbors": (int, 1, "nearest patches that a score averages over"),
-    "image_score": (str, "max", "max, top1%% or reweighted"),
-    "index": (str, "flat", "flat (exact), or a FAISS index-factory string"),
+    "coreset_ratio": (float, 0.1, "PatchCore: share of patches kept, in (0, 1]"),
+    "n_neighbors": (int, 1, "PatchCore: nearest patches that a score averages over"),
+    "image_score": (str, "max", "max or top1%%; PatchCore: reweighted; PaDiM: smoothed, its own"),
+    "index": (str, "flat", "PatchCore: flat (exact), or a FAISS index-factory string"),
     "smoothing": (float, 4.0, "of heatmaps, in pixels of the image size"),
     "false_alarm_rate": (float, 0.01, "of future normal images, in (0, 1)"),
     "calibration": (str, "split", "split or leave_one_out"),
@@ -105,7 +105,11 @@ def _add_fit(commands: Any) -> None:
     fit.add_argument("images", metavar="DIR", help="directory of normal images")
     fit.add_argument("-o", "--output", metavar="FILE", required=True, help="model to write")
     fit.add_argument(
-        "--detector", choices=tuple(DETECTORS), default="patchcore", help="(default: patchcore)"
+        "--detector",
+        choices=tuple(DETECTORS),
+        default="patchcore",
+        help="padim: parts that always lie in the same place (give --image-size HxW); "
+        "mahalanobis_vfm: for a foundation model (give --backbone); default: patchcore",
     )
     for name, (kind, default, text) in ALL_FIT_OPTIONS.items():
         fit.add_argument(
@@ -151,9 +155,7 @@ def _add_evaluate(commands: Any) -> None:
         "the model was not fitted on and others of anomalous ones",
     )
     evaluate.add_argument("--layout", choices=("auto", "mvtec", "folder"), default="auto")
-    evaluate.add_argument(
-        "--normal", default="good", metavar="DIR", help="folder layout: normal (default: good)"
-    )
+    evaluate.add_argument("--normal", metavar="DIR", help="folder layout: normal (default: good)")
     evaluate.add_argument(
         "--anomalous", nargs="+", metavar="DIR", help="folder layout (default: all others)"
     )

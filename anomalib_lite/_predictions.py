@@ -142,8 +142,11 @@ def _pixels(path: Any) -> int:
 def _save_overlay(
     path: Path, part: ImageSource, i: int, found: Detections, threshold: float
 ) -> None:
+    # A map may rise above the threshold where the score, of other things too, does not.
+    outline = 1.0 if found.labels[i] else None
+    score = float(found.scores[i])
     picture = overlay(
-        part.decode(i), found.maps[i], threshold=threshold, score=float(found.scores[i])
+        part.decode(i), found.maps[i], threshold=threshold, score=score, outline=outline
     )
     with writing(path):
         picture.save(path)

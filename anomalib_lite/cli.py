@@ -210,14 +210,20 @@ def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
     if layout == "auto":
         layout = "mvtec" if (root / "train" / "good").is_dir() else "folder"
     if layout == "mvtec":
+        if arguments.normal is not None or arguments.anomalous or arguments.masks:
+            raise UsageError(
+                f"evaluate: --normal, --anomalous and --masks are for the folder layout, but "
+                f"{root} is read as MVTec AD's. Add --layout folder, or leave them out"
+            )
         dataset = MVTecAD(root.parent, root.name)
         return dataset.name, dataset.test
     kinds = [d.name for d in subdirectories(root)]
     masks = arguments.masks or next((name for name in MASKS if name in kinds), None)
-    apart = {os.path.normpath(name) for name in (arguments.normal, masks) if name}
+    normal = arguments.normal or "good"
+    apart = {os.path.normpath(name) for name in (normal, masks) if name}
     folder = Folder(
         root,
-        normal=arguments.normal,
+        normal=normal,
         anomalous=arguments.anomalous or [kind for kind in kinds if kind not in apart],
         masks=masks,
         test_size=0,  # the model is fitted already, so nothing is kept for training

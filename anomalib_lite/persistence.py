@@ -297,6 +297,8 @@ def _write(content: bytes, path: Path, where: str) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    if path.is_dir():
+        raise MissingPathError(f"load: {path} is a directory. Give the model file that fit wrote.")
     if not path.is_file():
         raise MissingPathError(f"load: model file {path} does not exist.")
     try:

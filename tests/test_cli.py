@@ -93,6 +93,13 @@ class TestFit:
         assert "patches and " in capsys.readouterr().out
         assert load(path).shrinkage == 0.3
 
+    def test_a_directory_is_no_model(
+        self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        images = str(wall / "train/good")
+        assert cli.main(["predict", images, images, "-o", str(tmp_path)]) == 2
+        assert "is a directory. Give the model file that fit wrote" in capsys.readouterr().err
+
     def test_options_reach_the_detector(self, wall: Path, tmp_path: Path) -> None:
         path = tmp_path / "m.safetensors"
         options = (
@@ -217,6 +224,12 @@ class TestFit:
 
 
 class TestEvaluate:
+    def test_options_of_another_layout_are_refused(
+        self, wall: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(["evaluate", str(model), str(wall), "--anomalous", "scratch"]) == 2
+        assert "Add --layout folder, or leave them out" in capsys.readouterr().err
+
     @pytest.mark.parametrize("layout", ["mvtec", "folder"])
     def test_prints_the_report_and_writes_it(
         self,

@@ -86,7 +86,7 @@ class Page:
         assert frame.f_back is not None
         line = frame.f_back.f_lineno
         _, has_comment, said = self.lines[line - 1].rpartition("  # ")
-        if has_comment and self.path != README:  # whose comments are words
+        if has_comment:
             printed = buffer.getvalue().strip()
             assert says(said, printed), f"{self.path.name}:{line} prints {printed!r}, not {said!r}"
 

@@ -139,6 +139,10 @@ def test_too_few_images() -> None:
         assert np.isfinite(make(false_alarm_rate=0.01).fit(good(6)).score(good(2))).all()
     with pytest.raises(InvalidValueError, match="has no covariance"):
         make().fit(good(2))
+    with pytest.raises(
+        InvalidValueError, match="20 images to fit on are too few or too much alike"
+    ):
+        make(calibration="leave_one_out").fit(np.repeat(good(1), 20, axis=0))
 
 
 # --- The definition -------------------------------------------------------------------------

@@ -297,6 +297,19 @@ def test_going_on_is_to_have_had_all_from_the_start() -> None:
     np.testing.assert_allclose(detector.score_embeddings(Q), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("threshold", [float("nan"), "400", None])
+def test_thresholds_that_are_no_numbers(fitted: PaDiM, threshold: Any) -> None:
+    detector = copy.copy(fitted)
+    detector.threshold_ = threshold
+    with pytest.raises(InvalidValueError, match=r"^PaDiM: threshold_ must be a number, got"):
+        detector.predict(good(1))
+
+
+def test_one_image_has_no_covariance() -> None:
+    with pytest.raises(InvalidValueError, match=r"^PaDiM: 1 image to fit on has no covariance"):
+        make().fit(good(1))
+
+
 def test_too_few_images_say_so() -> None:
     with pytest.warns(CalibrationWarning):
         detector = make(false_alarm_rate=0.01).fit(good(4))

@@ -121,6 +121,10 @@ class BaseDetector(Learner):
                 f"{type(self).__name__}: not fitted on images yet. Call fit(images) first"
                 + ("; after fit_embeddings use score_embeddings." * hasattr(self, "threshold_"))
             )
+        if not isinstance(self.threshold_, float | int | np.number) or np.isnan(self.threshold_):
+            raise InvalidValueError(
+                f"{type(self).__name__}: threshold_ must be a number, got {self.threshold_!r}."
+            )
         source = ImageSource(images, max_pixels=self.max_pixels, where=type(self).__name__)
         scores = np.full(len(source.items), np.nan, np.float32)
         heatmaps: list[Any] = [None] * len(source.items)

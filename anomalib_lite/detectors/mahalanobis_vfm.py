@@ -184,8 +184,18 @@ class MahalanobisVFM(BaseDetector):
                 f"MahalanobisVFM: {collected.images.n} image to fit on has no covariance. Give at "
                 "least 4; some are held back for calibration."
             )
-        self.patches_ = Gaussian(self.shrinkage).fit_moments(collected.patches)
-        self.images_ = Gaussian(self.shrinkage).fit_moments(collected.images)
+        patches = Gaussian(self.shrinkage).fit_moments(collected.patches)
+        images = Gaussian(self.shrinkage).fit_moments(collected.images)
+        try:
+            np.linalg.cholesky(patches.covariance_)
+            np.linalg.cholesky(images.covariance_)
+        except np.linalg.LinAlgError as error:
+            raise InvalidValueError(
+                f"MahalanobisVFM: the {collected.images.n} images to fit on are too few or too "
+                f"much alike for shrinkage={self.shrinkage!r}. Give more that differ, or "
+                "shrinkage=0.1."
+            ) from error
+        self.patches_, self.images_ = patches, images
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._distances(E, self.patches_, self.images_)

@@ -213,6 +213,11 @@ class PaDiM(BaseDetector):
 
     def _fit_collected(self, collected: MomentCollector, random: np.random.RandomState) -> None:
         assert collected.gaussians is not None
+        if collected.gaussians.n < 2:
+            raise InvalidValueError(
+                "PaDiM: 1 image to fit on has no covariance. Give at least 4; some are held back "
+                "for calibration."
+            )
         collected.gaussians.factor()
         self.gaussians_ = collected.gaussians
         if collected.kept is not None:
