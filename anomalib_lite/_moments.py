@@ -8,6 +8,8 @@ References
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 
 __all__ = ["Moments", "shrinkage_of"]
@@ -104,8 +106,7 @@ class Moments:
         return rest
 
     def _moved_to(self, mean: np.ndarray) -> Moments:
-        copied = Moments.__new__(Moments)
-        vars(copied).update(vars(self))
+        copied = copy.copy(self)
         copied.scatter, copied.cubic = self.scatter.copy(), self.cubic.copy()
         copied._move_to(mean)
         return copied

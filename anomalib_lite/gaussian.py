@@ -109,7 +109,7 @@ class Gaussian(BaseEstimator):
             X = self._validated(X, reset=True, at_least=2)
             moments = Moments(X.shape[1])
             moments.add(X)
-            self.fit_moments(moments)._factors()
+            self.fit_moments(moments)
         except Exception:  # what was there stays
             self.__dict__ = before
             raise
@@ -123,7 +123,7 @@ class Gaussian(BaseEstimator):
         if known is not None:
             moments.merge(known)
         moments.add(X)
-        return self.fit_moments(moments)
+        return self._learn(moments)
 
     def mahalanobis(self, X: Any) -> np.ndarray:
         """Distance of each row from the mean, in standard deviations along its direction.
@@ -165,6 +165,10 @@ class Gaussian(BaseEstimator):
 
     def fit_moments(self, moments: Moments) -> Self:
         """:meth:`fit` on rows that are gone, from what is known of them."""
+        self._learn(moments)._factors()
+        return self
+
+    def _learn(self, moments: Moments) -> Self:
         check_shrinkage(self.shrinkage, "Gaussian")
         shrinkage = shrinkage_of(moments, self.shrinkage)
         covariance = moments.scatter / moments.n

@@ -184,12 +184,10 @@ class MahalanobisVFM(BaseDetector):
                 f"MahalanobisVFM: {collected.images.n} image to fit on has no covariance. Give at "
                 "least 4; some are held back for calibration."
             )
-        patches = Gaussian(self.shrinkage).fit_moments(collected.patches)
-        images = Gaussian(self.shrinkage).fit_moments(collected.images)
         try:
-            np.linalg.cholesky(patches.covariance_)
-            np.linalg.cholesky(images.covariance_)
-        except np.linalg.LinAlgError as error:
+            patches = Gaussian(self.shrinkage).fit_moments(collected.patches)
+            images = Gaussian(self.shrinkage).fit_moments(collected.images)
+        except InvalidValueError as error:
             raise InvalidValueError(
                 f"MahalanobisVFM: the {collected.images.n} images to fit on are too few or too "
                 f"much alike for shrinkage={self.shrinkage!r}. Give more that differ, or "
@@ -265,8 +263,9 @@ class MomentsCollector(Collector):
         """The moments of one shard alone."""
         n_features = len(self.patches.mean)
         self.patches, self.images = Moments(n_features), Moments(n_features)
-        for grid in E:
-            X, G = _split(grid[None], self.normalize)
+        # All at once where they have one size: each sum that joins costs d x d numbers.
+        for part in [E] if isinstance(E, np.ndarray) else [grid[None] for grid in E]:
+            X, G = _split(part, self.normalize)
             self.patches.add(X)
             self.images.add(G)
 

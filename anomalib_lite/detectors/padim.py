@@ -177,7 +177,7 @@ class PaDiM(BaseDetector):
         n_images: int | None,
         in_flight: int,
         random: np.random.RandomState,
-    ) -> MomentCollector:
+    ) -> GridCollector:
         height, width, n_features = shape
         known: GaussianGrid | None = getattr(self, "gaussians_", None)
         if known is None:
@@ -197,7 +197,7 @@ class PaDiM(BaseDetector):
                 )
             at_once = min((budget - fixed) // per_image, at_once)
         grid = known.shape[:2] if known else (height, width)
-        collector = MomentCollector(grid, self.components_, float(self.ridge), at_once, known)
+        collector = GridCollector(grid, self.components_, float(self.ridge), at_once, known)
         collector.kept = [] if self.calibration == "leave_one_out" else None
         return collector
 
@@ -211,7 +211,7 @@ class PaDiM(BaseDetector):
         # With these signs, each such matrix is as likely as any other.
         return np.asarray(q * np.sign(np.diag(r)), np.float32)
 
-    def _fit_collected(self, collected: MomentCollector, random: np.random.RandomState) -> None:
+    def _fit_collected(self, collected: GridCollector, random: np.random.RandomState) -> None:
         assert collected.gaussians is not None
         if collected.gaussians.n < 2:
             raise InvalidValueError(
@@ -252,7 +252,7 @@ class PaDiM(BaseDetector):
         self.gaussians_.restore(int(state["n_images"]), arrays["mean"], arrays["factors"])
 
 
-class MomentCollector(Collector):
+class GridCollector(Collector):
     """Reduced embeddings of one shard; or, once others were merged, the moments of all these."""
 
     def __init__(
