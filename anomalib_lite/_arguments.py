@@ -84,6 +84,7 @@ DETECTORS = {"patchcore": "PatchCore", "padim": "PaDiM", "mahalanobis_vfm": "Mah
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = Parser(
         prog=PROGRAM,
         description="Visual anomaly detection, trained on good images only.",

@@ -97,10 +97,12 @@ class Queries:
     fits: np.ndarray  # (n,) bool: False where a row is so large that its codes say nothing
 
     def take(self, rows: slice | np.ndarray) -> Queries:
+        """Some of the rows."""
         return Queries(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     @classmethod
     def join(cls, parts: Iterable[Queries]) -> Queries:
+        """Rows of several, one after the other."""
         listed = list(parts)
         return cls(*(np.concatenate([getattr(p, f.name) for p in listed]) for f in fields(cls)))
 

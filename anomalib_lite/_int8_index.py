@@ -97,6 +97,7 @@ class _Search:
         self.sq_distances = np.full((len(Q), k), np.inf, np.float32)
 
     def run(self) -> None:
+        """Go through all tiles; then ``rows`` and ``sq_distances`` are the answer."""
         for rows, items in self.index.tiles:
             self._look(products(items.codes, self.queries.codes), rows, items)  # (m, n)
             if sum(len(query) for query, *_ in self.pairs) > _MOST_PAIRS:

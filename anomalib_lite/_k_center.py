@@ -141,12 +141,16 @@ class _Rows:
         return pool, self.sq_distances[pool], float(self.sq_distances[order[-n - 1]])
 
     def sq_distances_between(self, indices: np.ndarray) -> np.ndarray:
-        """(n, n)"""
+        """Among some rows, (n, n)."""
         x = self.X[indices] - self.mean
+        minus_two_x, sq_norms = -2 * x.T, self.sq_norms[indices]
         between = np.empty((len(x), len(x)), np.float32)
 
         def work(block: slice) -> None:
-            between[block] = self._to_centers(x[block], -2 * x.T, self.sq_norms[indices])
+            sq = x[block] @ minus_two_x
+            sq += sq_norms
+            sq += sq_norms[block, None]
+            np.maximum(sq, 0, out=between[block])
 
         self.each_block(len(x), work, n_rows=256)
         return between
@@ -156,6 +160,7 @@ class _Rows:
         self.sq_distances[picks] = -1
 
     def each_block(self, n: int, work: Any, *args: Any, n_rows: int = _BLOCK_ROWS) -> None:
+        """Do the work on blocks of ``n`` rows, in threads; errors are raised here."""
         blocks = [slice(start, min(start + n_rows, n)) for start in range(0, n, n_rows)]
         for _ in self.executor.map(lambda block: work(block, *args), blocks):
             pass
@@ -170,15 +175,6 @@ class _Rows:
         nearest += self.sq_norms[block]
         np.maximum(nearest, 0, out=nearest)  # rounding may go below
         np.minimum(self.sq_distances[block], nearest, out=self.sq_distances[block])
-
-    def _to_centers(
-        self, x: np.ndarray, minus_two_c: np.ndarray, c_sq_norms: np.ndarray
-    ) -> np.ndarray:
-        sq: np.ndarray = x @ minus_two_c
-        sq += c_sq_norms
-        sq += _sq_norms(x)[:, None]
-        np.maximum(sq, 0, out=sq)
-        return sq
 
 
 class _Int8Rows(_Rows):
@@ -208,6 +204,7 @@ class _Int8Rows(_Rows):
         self.tight = np.zeros(len(X), bool)  # the bound is the distance to ``nearest``
 
     def meet(self, centers: np.ndarray) -> None:
+        """As ``_Rows.meet``, for the rows that do not wait."""
         self.centers = np.concatenate([self.centers, centers - self.mean])
         del self.tiles[(len(self.centers) - len(centers)) // _BLOCK_ROWS :]  # one that was not full
         for start in range(len(self.tiles) * _BLOCK_ROWS, len(self.centers), _BLOCK_ROWS):
@@ -217,6 +214,7 @@ class _Int8Rows(_Rows):
         self._catch_up()
 
     def farthest(self, n: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """As ``_Rows.farthest``: exact for the pool, a bound on all others."""
         n = min(n, len(self.X))
         n_tight = min(_TIGHT_POOLS * n, len(self.X))
         while True:

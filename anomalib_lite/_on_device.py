@@ -41,6 +41,7 @@ class DeviceRows:
         return pool.cpu().numpy(), self._sq[pool].cpu().numpy(), float(values[n])
 
     def sq_distances_between(self, indices: np.ndarray) -> np.ndarray:
+        """As ``_k_center._Rows.sq_distances_between``."""
         x = self.x[torch.from_numpy(indices).to(self.x.device)]
         return _sq_distances(x, x).cpu().numpy()
 
