@@ -6,5 +6,6 @@ from anomalib_lite.datasets.base import Dataset, Sample, load_mask
 from anomalib_lite.datasets.elpv import ELPV
 from anomalib_lite.datasets.folder import Folder
 from anomalib_lite.datasets.mvtec_ad import MVTecAD
+from anomalib_lite.datasets.mvtec_ad_2 import MVTecAD2
 
-__all__ = ["ELPV", "Dataset", "Folder", "MVTecAD", "Sample", "load_mask"]
+__all__ = ["ELPV", "Dataset", "Folder", "MVTecAD", "MVTecAD2", "Sample", "load_mask"]

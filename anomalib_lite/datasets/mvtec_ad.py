@@ -17,7 +17,9 @@ from anomalib_lite.datasets.base import (
 )
 from anomalib_lite.errors import MissingPathError
 
-_GOOD = "good"
+GOOD = "good"
+TRAIN = f"train/{GOOD}"
+_TEST = {"MVTecAD": "test", "MVTecAD2": "test_public"}  # tells the layouts apart
 
 
 class MVTecAD(Dataset):
@@ -51,7 +53,8 @@ class MVTecAD(Dataset):
     ------
     MissingPathError
         If a directory is missing or empty (an unknown category is answered with those that
-        exist), or ``ground_truth`` exists and lacks the mask of an anomalous image.
+        exist), ``ground_truth`` exists and lacks the mask of an anomalous image, or the category
+        is one of MVTec AD 2.
 
     Notes
     -----
@@ -78,18 +81,16 @@ class MVTecAD(Dataset):
     """
 
     def __init__(self, root: str | os.PathLike[str], category: str) -> None:
-        home = _find_category(as_path("root", root, "MVTecAD"), category)
-        train = [
-            Sample(path, 0, _GOOD)
-            for path in list_images("train/good", home / "train" / _GOOD, "MVTecAD")
-        ]
+        where = "MVTecAD"
+        home = find_category(root, category, where)
+        train = good_samples(home, TRAIN, where)
         test = []
-        for folder in subdirectories(check_directory("test", home / "test", "MVTecAD")):
-            paths = list_images(f"test/{folder.name}", folder, "MVTecAD")
-            if folder.name == _GOOD:
-                test += [Sample(path, 0, _GOOD) for path in paths]
+        for folder in subdirectories(check_directory("test", home / "test", where)):
+            place = f"test/{folder.name}"
+            if folder.name == GOOD:
+                test += good_samples(home, place, where)
             else:
-                test += _with_masks(paths, folder.name, home / "ground_truth")
+                test += bad_samples(home, place, "ground_truth", where)
         super().__init__(home.name, train, test)
 
     @staticmethod
@@ -110,37 +111,63 @@ class MVTecAD(Dataset):
         ...     MVTecAD.categories(root)
         ['plate']
         """
-        path = check_directory("root", as_path("root", root, "MVTecAD"), "MVTecAD")
-        return [p.name for p in subdirectories(path) if (p / "train" / _GOOD).is_dir()]
+        return list_categories(root, "MVTecAD")
 
 
-def _find_category(root: Path, category: str) -> Path:
-    valid = MVTecAD.categories(root)
+def list_categories(root: str | os.PathLike[str], where: str) -> list[str]:
+    """Names of the directories in ``root`` that have a ``train/good``."""
+    path = check_directory("root", as_path("root", root, where), where)
+    return [p.name for p in subdirectories(path) if (p / TRAIN).is_dir()]
+
+
+def find_category(root: str | os.PathLike[str], category: str, where: str) -> Path:
+    """The directory of a category, unless it has the layout of the other data set."""
+    valid, path = list_categories(root, where), as_path("root", root, where)
     if category in valid:
-        return root / category
+        return _check_layout(path / category, where)
     if valid:
         hint = closest(category, valid)
-    elif (root / "train" / _GOOD).is_dir():
-        hint = f" {root} is a category itself: pass its parent as root."
+    elif (path / TRAIN).is_dir():
+        hint = f" {path} is a category itself: pass its parent as root."
     else:
         hint = " A category is a directory that has a train/good directory."
     raise MissingPathError(
-        f"MVTecAD: category must be one of {valid} in {root}, got {category!r}.{hint}"
+        f"{where}: category must be one of {valid} in {path}, got {category!r}.{hint}"
     )
 
 
-def _with_masks(paths: list[Path], kind: str, ground_truth: Path) -> list[Sample]:
-    if not ground_truth.is_dir():
+def _check_layout(home: Path, where: str) -> Path:
+    if (home / _TEST[where]).is_dir():
+        return home
+    for other, test in _TEST.items():
+        if (home / test).is_dir():
+            raise MissingPathError(
+                f"{where}: {home} must have a directory {_TEST[where]}, got {test}: this is the "
+                f"layout of {other}. Use {other} in place of {where}."
+            )
+    return home  # what is missing is named where it is read
+
+
+def good_samples(home: Path, place: str, where: str) -> list[Sample]:
+    """The normal images in ``home/place``."""
+    return [Sample(path, 0, GOOD) for path in list_images(place, home / place, where)]
+
+
+def bad_samples(home: Path, place: str, ground_truth: str, where: str) -> list[Sample]:
+    """The anomalous images in ``home/place``, with masks if ``home/ground_truth`` exists."""
+    paths, kind = list_images(place, home / place, where), Path(place).name
+    if not (home / ground_truth).is_dir():
         return [Sample(path, 1, kind) for path in paths]
-    masks = list_masks(f"ground_truth/{kind}", ground_truth / kind, "MVTecAD")
+    directory = home / ground_truth / kind
+    masks = list_masks(f"{ground_truth}/{kind}", directory, where)
     samples = []
     for path in paths:
         mask = masks.get(f"{path.stem}_mask", masks.get(path.stem))
         if mask is None:
             raise MissingPathError(
-                f"MVTecAD: the anomalous image {path} must have a mask "
-                f"{ground_truth / kind / path.stem}_mask.png, got none. Add it, or remove the "
-                "whole ground_truth directory to go without masks."
+                f"{where}: the anomalous image {path} must have a mask "
+                f"{directory / path.stem}_mask.png, got none. Add it, or remove the "
+                f"whole {ground_truth} directory to go without masks."
             )
         samples.append(Sample(path, 1, kind, mask))
     return samples
