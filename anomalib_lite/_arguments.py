@@ -152,8 +152,8 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "dataset",
         metavar="DATASET",
-        help="one category in MVTec AD's layout, or a directory with one of normal images that "
-        "the model was not fitted on and others of anomalous ones",
+        help="one category in the layout of MVTec AD or MVTec AD 2, or a directory with one of "
+        "normal images that the model was not fitted on and others of anomalous ones",
     )
     evaluate.add_argument("--layout", choices=("auto", "mvtec", "folder"), default="auto")
     evaluate.add_argument("--normal", metavar="DIR", help="folder layout: normal (default: good)")

@@ -197,7 +197,7 @@ def _image_files(given: Sequence[str]) -> list[Any]:
 
 def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
     """Name of the data set, and its test images; none is decoded."""
-    from anomalib_lite.datasets import Folder, MVTecAD
+    from anomalib_lite.datasets import Folder, MVTecAD, MVTecAD2
     from anomalib_lite.datasets.base import subdirectories
     from anomalib_lite.errors import MissingPathError
 
@@ -215,7 +215,8 @@ def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
                 f"evaluate: --normal, --anomalous and --masks are for the folder layout, but "
                 f"{root} is read as MVTec AD's. Add --layout folder, or leave them out"
             )
-        dataset = MVTecAD(root.parent, root.name)
+        of_layout = MVTecAD2 if (root / "test_public").is_dir() else MVTecAD
+        dataset = of_layout(root.parent, root.name)
         return dataset.name, dataset.test
     kinds = [d.name for d in subdirectories(root)]
     masks = arguments.masks or next((name for name in MASKS if name in kinds), None)

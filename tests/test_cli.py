@@ -255,6 +255,29 @@ class TestEvaluate:
         assert {row["metric"] for row in read(tmp_path / "r.csv")} > set(report["metrics"])
         assert err == ""
 
+    @pytest.mark.parametrize("options", [[], ["--layout", "mvtec"]])
+    def test_mvtec_ad_2(
+        self,
+        wall: Path,
+        model: Path,
+        tmp_path: Path,
+        options: list[str],
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        root = tmp_path / "bricks"
+        for old, new in (
+            ("train", "train"),
+            ("test/good", "validation/good"),
+            ("test/good", "test_public/good"),
+            ("test/scratch", "test_public/bad"),
+            ("ground_truth/scratch", "test_public/ground_truth/bad"),
+        ):
+            shutil.copytree(wall / old, root / new)
+        assert cli.main(["evaluate", str(model), str(root), *options]) == 0
+        out = capsys.readouterr().out
+        assert "PatchCore on bricks: fitted before, 6 normal and 4 anomalous" in out
+        assert "AUPRO" in out
+
     def test_directories_by_name(
         self, wall: Path, model: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
