@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anomalib_lite._adapter import Adapter
+from anomalib_lite._attention import class_attention, find_attention
 from anomalib_lite._device import has_depthwise, resolve_device, resolve_dtype
 from anomalib_lite._folding import fold_batch_norms
 from anomalib_lite._timm import EMBEDDED, from_timm
@@ -26,6 +28,7 @@ __all__ = ["EMBEDDED", "Backbone"]
 
 _is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]  # has no types
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_QKV = "queries, keys and values"  # of the attention, beside the names of layers
 # On a CPU the activations of a few images at a time stay in the cache, which is faster
 # and bounds the memory, whatever the batch size. In float32 one image is as fast as any number,
 # and its embeddings have the same bits whatever images share its batch.
@@ -57,6 +60,14 @@ class Backbone:
         maps that type blurs; float32 elsewhere.
     fusion : {"concat"}, default="concat"
         How :meth:`embed` brings the layers together; see :func:`~anomalib_lite.fusion`.
+    scales : sequence of float in (0, 1], default=(1.0,)
+        Each image goes through the network once at each of these fractions of its size, and all
+        maps are fused; the last must be 1.
+    attention : bool, default=False
+        With ``fusion="summary"`` on a vision transformer: one more map (B, 1, h, w), which says how
+        much the class token attends to each patch in the last layer; its mean is 1.
+    adapter : Adapter, optional
+        Changes of the weights that :mod:`~anomalib_lite.lora` has learned.
     state : mapping of str to tensor, optional
         Weights at hand already, as a model file holds them: used instead of any other source.
     where : str
@@ -70,7 +81,7 @@ class Backbone:
     mean, std : list of float
         With which pixels in [0, 1] are normalised, one for each channel.
     sha256 : str
-        Of the weights, see ``weights_sha256`` in ``_weights.py``.
+        Of the weights without the adapter, see ``weights_sha256`` in ``_weights.py``.
     device, dtype : torch.device, torch.dtype
         What "auto" became.
     engine : "torch"
@@ -107,10 +118,13 @@ class Backbone:
         device: str | torch.device = "auto",
         dtype: str = "auto",
         fusion: str = "concat",
+        scales: Sequence[float] = (1.0,),
+        attention: bool = False,
+        adapter: Adapter | None = None,
         state: Mapping[str, Tensor] | None = None,
         where: str = "Backbone",
     ) -> None:
-        self.where, self.fusion = where, fusion
+        self.where, self.fusion, self.scales, self.adapter = where, fusion, tuple(scales), adapter
         self.device = resolve_device(device, where)
         self.dtype = resolve_dtype(dtype, self.device, where)
         if isinstance(backbone, str):
@@ -146,9 +160,15 @@ class Backbone:
         if dtype == "auto" and self.depthwise and self.device.type == "cpu":
             self.dtype = torch.float32
         self.pixels_at_once = _PIXELS_AT_ONCE.get((self.device.type, self.dtype), sys.maxsize)
+        if adapter is not None:
+            adapter.add_to(network, where)
         network = fold_batch_norms(network.eval().requires_grad_(False), keep=self.layers)
         for name in self.layers:
             network.get_submodule(name).register_forward_hook(partial(self._capture, name))
+        self._attention: Any = None
+        if attention:
+            name, self._attention = find_attention(network, self.layers, where)
+            self._attention.qkv.register_forward_hook(partial(self._capture, _QKV))
         network.to(self.device, self.dtype)
         self.network = network.to(memory_format=torch.channels_last)
 
@@ -176,7 +196,6 @@ class Backbone:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    @torch.no_grad()
     def __call__(self, pixels: np.ndarray | Tensor) -> list[Tensor]:
         """Feature maps of a batch.
 
@@ -188,19 +207,23 @@ class Backbone:
         Returns
         -------
         list of tensors of shape (B, C, h, w)
-            One per layer, of ``dtype``, on ``device``. With ``fusion="summary"`` as many of shape
-            (B, C, 1, 1) follow: the class tokens, or means over all positions.
+            One per layer (and scale), of ``dtype``, on ``device``. With ``fusion="summary"`` as
+            many of shape (B, C, 1, 1) follow: the class tokens, or means over all positions; and
+            last the attention, if asked for. They have gradients only if something was put into
+            ``network`` that learns.
 
         Raises
         ------
         InvalidValueError
             If the network cannot take images of this size, or gives no feature maps.
         """
+        if self.scales != (1.0,):
+            return self._at_all_scales(pixels)
         height, width = pixels.shape[1:3]
-        scale = 255.0 if pixels.dtype in (np.uint8, torch.uint8) else 1.0
+        white = 255.0 if pixels.dtype in (np.uint8, torch.uint8) else 1.0
         x = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels, device=self.device)
         x = x.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
-        x = x.mul(1 / (scale * self._std)).sub_(self._mean / self._std)
+        x = x.mul(1 / (white * self._std)).sub_(self._mean / self._std)
         captured = self._captured[threading.get_ident()] = {}
         try:
             output = self.network(x.to(self.dtype))
@@ -224,9 +247,27 @@ class Backbone:
         if self._channels_last or not as_announced:
             size = (height, width)
             maps = [self._to_map(m, c, size) for m, c in zip(output, expected, strict=True)]
-        if self.fusion != "summary":
-            return maps
-        return [*maps, *(self._summary(o, m) for o, m in zip(output, maps, strict=True))]
+        if self.fusion == "summary":
+            maps = [*maps, *(self._summary(o, m) for o, m in zip(output, maps, strict=True))]
+        if self._attention is not None:
+            maps.append(class_attention(self._attention, captured[_QKV], maps[0].shape[2:]))
+        return maps
+
+    def _at_all_scales(self, pixels: np.ndarray | Tensor) -> list[Tensor]:
+        """The maps of all scales, then their summaries, then the attention at full size."""
+        white = 255.0 if pixels.dtype in (np.uint8, torch.uint8) else 1.0
+        x = torch.as_tensor(pixels, device=self.device).permute(0, 3, 1, 2).float() / white
+        once = copy.copy(self)
+        once.scales = (1.0,)
+        found = []
+        for scale in self.scales:
+            sides = [max(1, round(scale * n / self.stride)) * self.stride for n in x.shape[2:]]
+            scaled = nn.functional.interpolate(x, sides, mode="bilinear", antialias=True)
+            found.append(once(scaled.permute(0, 2, 3, 1)))
+        n = len(found[0]) // 2 if self.fusion == "summary" else len(found[0])
+        in_order = [m for maps in found for m in maps[:n]]
+        in_order += [m for maps in found for m in maps[n : 2 * n]]
+        return in_order + found[-1][2 * n :]
 
     def original_state(self) -> dict[str, Tensor]:
         """The weights as they were before they took on ``dtype``, read again from their source.
@@ -257,7 +298,7 @@ class Backbone:
         captured = self._captured[threading.get_ident()]
         # A copy, since a later layer may work in place.
         captured[name] = output.clone() if isinstance(output, Tensor) else output
-        if len(captured) == len(self.layers):
+        if name != _QKV and all(layer in captured for layer in self.layers):
             raise _LastLayerReached
 
     def _to_map(self, output: Any, channels: int | None, size: tuple[Any, Any]) -> Tensor:

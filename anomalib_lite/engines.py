@@ -21,6 +21,7 @@ from anomalib_lite._validation import check_choice
 from anomalib_lite.errors import InvalidValueError, MissingDependencyError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and is not needed where a graph is cached
+    from anomalib_lite._adapter import Adapter
     from anomalib_lite.backbones import Backbone
 
 __all__ = ["ENGINES", "FUSIONS", "AnyBackbone", "CompiledBackbone", "device_of", "open_backbone"]
@@ -35,8 +36,8 @@ _RUNTIMES: dict[str, Any] = {"openvino": OpenVinoGraph, "onnxruntime": OnnxRunti
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a graph is made by: if one of these files changes, the graphs are made anew.
 _MADE_BY = (
-    "_device", "_folding", "_graph", "_runtimes", "_timm", "_weights", "backbones", "engines",
-    "fusion",
+    "_adapter", "_device", "_folding", "_graph", "_runtimes", "_timm", "_weights", "backbones",
+    "engines", "fusion",
 )  # fmt: skip
 
 
@@ -50,6 +51,9 @@ def open_backbone(
     device: Any = "auto",
     dtype: str = "auto",
     engine: str = "auto",
+    scales: Sequence[float] = (1.0,),
+    attention: bool = False,
+    adapter: Adapter | None = None,
     state: Mapping[str, Any] | None = None,
     sha256: str | None = None,
     where: str = "open_backbone",
@@ -58,7 +62,8 @@ def open_backbone(
 
     Parameters
     ----------
-    backbone, weights, layers, strides, fusion, device, dtype, state, where
+    backbone, weights, layers, strides, fusion, device, dtype, scales, attention, adapter, state, \
+where
         As :class:`~anomalib_lite.backbones.Backbone` has them.
     engine : {"auto", "torch", "openvino", "onnxruntime"}, default="auto"
         ``"auto"`` is OpenVINO where it is installed, the device is the CPU, and the network and
@@ -97,21 +102,28 @@ def open_backbone(
         "strides": tuple(strides),
         "fusion": fusion,
         "dtype": dtype,
+        "adapter": adapter,
         "state": state,
         "where": where,
     }
+    several: dict[str, Any] = {"scales": tuple(scales), "attention": attention}
     if engine != "torch":
         try:
             check_choice("dtype", dtype, _DTYPES, where)
             name = "openvino" if engine == "auto" else engine
             _check_engine(name, device, where)
+            if several != {"scales": (1.0,), "attention": False}:
+                raise _CannotError(
+                    f"{where}: engine={engine!r} can do neither multi_scale nor attention_guided. "
+                    "Use engine='auto' or 'torch'."
+                )
             return CompiledBackbone(backbone, name, sha256=sha256, **arguments)
         except _CannotError as reason:
             if engine != "auto":
                 raise reason.error from reason.__cause__
     from anomalib_lite.backbones import Backbone
 
-    return Backbone(backbone, device=device, **arguments)
+    return Backbone(backbone, device=device, **several, **arguments)
 
 
 class CompiledBackbone:
@@ -128,7 +140,7 @@ class CompiledBackbone:
 
     Attributes
     ----------
-    layers, stride, mean, std, sha256
+    layers, stride, mean, std, sha256, adapter
         As :class:`~anomalib_lite.backbones.Backbone`.
     device : str
         "cpu".
@@ -154,6 +166,7 @@ class CompiledBackbone:
         **arguments: Any,
     ) -> None:
         self.engine, self.where = engine, where
+        self.adapter: Adapter | None = arguments["adapter"]
         self._source, self._arguments = backbone, arguments
         self._torch: Any = None
         described, self._graph = self._find(sha256) or self._convert()
@@ -298,6 +311,7 @@ class CompiledBackbone:
             "layers": None if layers is None else [repr(layer) for layer in layers],
             "strides": list(self._arguments["strides"]) if layers is None else None,
             "fusion": self._arguments["fusion"],
+            "adapter": None if self.adapter is None else self.adapter.sha256(),
             "engine": self.engine,
             "made_by": _made_by(self.engine),
         }

@@ -14,12 +14,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 import anomalib_lite
+from anomalib_lite._adapter import Adapter
 from anomalib_lite._validation import closest
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.mahalanobis_vfm import MahalanobisVFM
 from anomalib_lite.detectors.padim import PaDiM
 from anomalib_lite.detectors.patchcore import PatchCore
-from anomalib_lite.engines import AnyBackbone, open_backbone
+from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import (
     InvalidValueError,
     MissingPathError,
@@ -40,6 +41,7 @@ DETECTORS: dict[str, type[BaseDetector]] = {
 
 _KEY = "anomalib_lite"  # of our JSON among the file's metadata
 _BACKBONE = "backbone."  # prefix of the backbone's tensors, where they are included
+_ADAPTER = "adapter."  # and of what LoRA has learned
 
 
 def save(
@@ -70,11 +72,12 @@ def save(
     The file is a safetensors file. Its metadata have one key, ``anomalib_lite``, which holds
     JSON: ``format_version``, ``library_version``, ``detector`` (class name), ``parameters``
     (every constructor argument), ``backbone`` (layers, stride, mean and deviation of the pixels,
-    number type, engine and SHA-256 of the weights; null after ``fit_embeddings``) and ``state``
-    (threshold and the rest). Its tensors are ``calibration_scores`` (n,) and the detector's
-    arrays: for PatchCore ``embeddings`` (M, D) float32, and ``index``, the bytes of a trained
-    FAISS index, unless it is ``"flat"``; for PaDiM ``mean`` (P, d) and ``factors``
-    (P, d (d + 1) / 2), float32, and ``components``.
+    number type, engine, SHA-256 of the weights, and ``adapter`` if there is one; null after
+    ``fit_embeddings``) and ``state`` (threshold and the rest). Its tensors are
+    ``calibration_scores`` (n,) and the detector's arrays: for PatchCore ``embeddings`` (M, D)
+    float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``; for PaDiM
+    ``mean`` (P, d) and ``factors`` (P, d (d + 1) / 2), float32, and ``components``; those of an
+    adapter begin with ``adapter.``.
 
     Examples
     --------
@@ -114,6 +117,9 @@ def save(
             "engine": detector.engine_,
             "sha256": backbone.sha256,
         }
+        if backbone.adapter is not None:
+            factors, header["backbone"]["adapter"] = backbone.adapter.to_arrays()
+            tensors |= {_ADAPTER + k: v for k, v in factors.items()}
         header["state"]["skipped"] = detector.skipped_
         if include_backbone:
             tensors |= {_BACKBONE + k: v for k, v in backbone.original_state().items()}
@@ -186,6 +192,9 @@ def load(
             return detector
         detector.skipped_ = [tuple(entry) for entry in state["skipped"]]
         layers, sha256 = list(fitted_with["layers"]), str(fitted_with["sha256"])
+        adapter = fitted_with.get("adapter") and Adapter.from_arrays(
+            _under(_ADAPTER, arrays), fitted_with["adapter"]
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFileError(
             f"load: {path} does not describe a detector this version knows "
@@ -193,9 +202,9 @@ def load(
             f"It was written by version {header.get('library_version')} of anomalib-lite; this is "
             f"{anomalib_lite.__version__}."
         ) from error
-    included = {k.removeprefix(_BACKBONE): v for k, v in arrays.items() if k.startswith(_BACKBONE)}
+    included = _under(_BACKBONE, arrays)
     try:
-        network = _open_backbone(detector, layers, sha256, included, path)
+        network = _open_backbone(detector, layers, sha256, included, adapter, path)
     except InvalidValueError as error:
         if not included or detector.backbone is None:
             raise
@@ -217,23 +226,28 @@ def load(
     return detector
 
 
+def _under(prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
 def _open_backbone(
-    detector: BaseDetector, layers: list[str], sha256: str, included: dict[str, Any], path: Path
+    detector: BaseDetector,
+    layers: list[str],
+    sha256: str,
+    included: dict[str, Any],
+    adapter: Adapter | None,
+    path: Path,
 ) -> AnyBackbone:
     if detector.backbone is None:
         raise InvalidValueError(
             f"load: {path} was fitted with a module of your own. Pass it: "
             "load(path, backbone=module)."
         )
-    return open_backbone(
-        detector.backbone,
+    return detector._open_backbone(
         weights=None if _is_of_torch(detector.backbone, "nn.Module") else detector.weights,
         # As fitted, whatever this version of timm would choose.
         layers=layers or None,
-        fusion=detector.fusion,
-        device=detector.device,
-        dtype=detector.dtype,
-        engine=detector.engine,
+        adapter=adapter,
         state=included or None,
         # Weights in the file must prove that they are what the header says.
         sha256=None if included else sha256,

@@ -50,6 +50,9 @@ STAGES_BESIDE = {
     ("synthetic", "images"),
     ("lora", "synthetic"),
     ("lora", "backbones"),
+    # It goes the way of an image itself, from the file to the embedding, with gradients.
+    ("lora", "images"),
+    ("lora", "fusion"),
     # A backbone gives its maps fused, as the graphs of other engines do, which are made of both.
     ("backbones", "fusion"),
     ("engines", "backbones"),

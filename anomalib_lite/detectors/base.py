@@ -198,18 +198,21 @@ class BaseDetector(Learner):
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Become fitted from what :meth:`_get_state` gave; ValueError if it does not fit."""
 
-    def _open_backbone(self) -> AnyBackbone:
-        return open_backbone(
-            self.backbone,
-            weights=self.weights,
-            layers=self.layers,
-            strides=self._strides,
-            fusion=self.fusion,
-            device=self.device,
-            dtype=self.dtype,
-            engine=self.engine,
-            where=type(self).__name__,
-        )
+    def _open_backbone(self, **instead: Any) -> AnyBackbone:
+        """The backbone that the parameters describe, but for what is given ``instead``."""
+        return open_backbone(self.backbone, **(self._backbone_options() | instead))
+
+    def _backbone_options(self) -> dict[str, Any]:
+        return {
+            "weights": self.weights,
+            "layers": self.layers,
+            "strides": self._strides,
+            "fusion": self.fusion,
+            "device": self.device,
+            "dtype": self.dtype,
+            "engine": self.engine,
+            "where": type(self).__name__,
+        }
 
     def _take_backbone(self, backbone: AnyBackbone) -> None:
         self.backbone_ = backbone

@@ -6,11 +6,13 @@ import copy
 import math
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
+from anomalib_lite._moments import Moments
 from anomalib_lite.coreset import select_coreset
 from anomalib_lite.detectors.embeddings import Embeddings, rows_of
 from anomalib_lite.errors import InvalidValueError
@@ -236,3 +238,41 @@ def plan_patches(
     if n_rows <= for_all:
         return Plan(images_per_shard, False, for_all)
     return Plan(images_per_shard, True, free // row)
+
+
+class MomentsCollector(Collector):
+    """Moments of patches and of whole images."""
+
+    images_per_shard = 32  # whose embeddings are in memory, where no budget says how many
+
+    def __init__(self, n_features: int, normalize: bool, known: Sequence[Moments] = ()) -> None:
+        self.normalize = normalize
+        self.patches, self.images = known or (Moments(n_features), Moments(n_features))
+
+    def add(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> None:
+        """The moments of one shard alone."""
+        n_features = len(self.patches.mean)
+        self.patches, self.images = Moments(n_features), Moments(n_features)
+        # All at once where they have one size: each sum that joins costs d x d numbers.
+        for part in [E] if isinstance(E, np.ndarray) else [grid[None] for grid in E]:
+            X, G = split_summary(part, self.normalize)
+            self.patches.add(X)
+            self.images.add(G)
+
+    def merge(self, other: Self) -> None:
+        """Let those of the other join."""
+        self.patches = self.patches.with_(other.patches)
+        self.images = self.images.with_(other.images)
+
+
+def split_summary(E: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(B, h, w, 2 d) -> patches (B h w, d) and whole images (B, d), of length 1 if asked.
+
+    The attention may stand behind.
+    """
+    n_features = E.shape[3] // 2
+    X = E[..., :n_features].reshape(-1, n_features)
+    G = E[:, 0, 0, n_features : 2 * n_features]
+    if normalize:
+        X, G = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (X, G))
+    return X, G

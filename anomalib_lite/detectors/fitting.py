@@ -38,12 +38,15 @@ def learn_images(
     detector: BaseDetector,
     backbone: AnyBackbone,
     source: ImageSource,
+    order: np.ndarray,
     random: np.random.RandomState,
     *,
     update: bool = False,
 ) -> list[tuple[str, str]]:
-    """Fit a detector on images, or go on with it; name and reason of each one left out."""
-    order = detector._order(len(source), random)
+    """Fit a detector on images, or go on with it; name and reason of each one left out.
+
+    ``order`` has the images to be held back for calibration last.
+    """
     images = _Images(detector, backbone, source.take(order), update)
     if not detector._in_shards():
         E = images.all_embeddings()

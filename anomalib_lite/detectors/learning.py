@@ -22,7 +22,7 @@ from anomalib_lite.calibration import calibration_size
 from anomalib_lite.detectors.collecting import Collector
 from anomalib_lite.detectors.embeddings import Embeddings
 from anomalib_lite.detectors.fitting import learn_embeddings, learn_images
-from anomalib_lite.engines import ENGINES, FUSIONS
+from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone
 from anomalib_lite.errors import InvalidValueError, NotFittedError
 from anomalib_lite.images import ImageSource
 
@@ -63,10 +63,12 @@ class Learner(BaseEstimator, metaclass=ABCMeta):
             If there are too few images to guarantee ``false_alarm_rate``.
         """
         self._check_parameters()
-        source = self._normal_images(images, y)
-        backbone = self._open_backbone()
+        source, random = self._normal_images(images, y), check_random_state(self.random_state)
+        order = self._order(len(source), random)
+        to_fit = source.take(order[: len(order) - self._n_held_back(len(order))])
+        backbone = self._open_to_fit(to_fit, random)
         check_image_size(self.image_size, type(self).__name__, stride=backbone.stride)
-        skipped = learn_images(self, backbone, source, check_random_state(self.random_state))
+        skipped = learn_images(self, backbone, source, order, random)
         self._take_backbone(backbone)
         self.skipped_ = skipped
         return self
@@ -118,8 +120,9 @@ class Learner(BaseEstimator, metaclass=ABCMeta):
                 "partial_fit_embeddings(E), or call fit(images)."
             )
         source, random = self._normal_images(images, y), check_random_state(self.random_state)
+        order = self._order(len(source), random)
         self.skipped_ = self.skipped_ + learn_images(
-            self, self.backbone_, source, random, update=True
+            self, self.backbone_, source, order, random, update=True
         )
         return self
 
@@ -181,6 +184,11 @@ class Learner(BaseEstimator, metaclass=ABCMeta):
     @abstractmethod
     def _score_left_out(self, E: Embeddings) -> np.ndarray:
         """Score (N,) each image that was fitted on as if it had not been."""
+
+    def _open_to_fit(self, source: ImageSource, random: np.random.RandomState) -> AnyBackbone:
+        """The backbone, which may learn from the images to fit on."""
+        backbone: AnyBackbone = self._open_backbone()
+        return backbone
 
     def _in_shards(self) -> bool:
         """Whether embeddings are to pass by shard by shard, and not to be held all at once."""

@@ -9,19 +9,25 @@ from typing import Any, Self
 import numpy as np
 
 from anomalib_lite._moments import Moments
-from anomalib_lite._validation import check_choice, check_memory, check_number
+from anomalib_lite._validation import (
+    check_choice,
+    check_image_size,
+    check_int,
+    check_memory,
+    check_number,
+)
 from anomalib_lite.anomaly_map import image_scores
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.collecting import Collector
+from anomalib_lite.detectors.collecting import MomentsCollector, split_summary
 from anomalib_lite.detectors.embeddings import Embeddings
+from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.gaussian import Gaussian, check_shrinkage
+from anomalib_lite.images import ImageSource
 
 __all__ = ["MahalanobisVFM"]
 
 IMAGE_SCORES = ("max", "top1%")
-# Images whose embeddings are in memory at a time, where no budget says how many.
-_SHARD_IMAGES = 32
 
 
 class MahalanobisVFM(BaseDetector):
@@ -42,6 +48,28 @@ class MahalanobisVFM(BaseDetector):
         no network.
     fusion : {"summary"}, default="summary"
         Patches and image together; see :mod:`~anomalib_lite.fusion`.
+    adapt : {None, "lora"}, default=None
+        ``"lora"`` adapts the attention of a vision transformer to the images to fit on, against
+        synthetic anomalies, before the Gaussians are fitted; see
+        :func:`~anomalib_lite.lora.train_adapter` (with what it costs, in docs/lora.md). Needs
+        peft, ``calibration="split"`` and images; to score and to load needs no peft.
+    rank : int, default=16
+        Of the low-rank changes that ``adapt`` learns.
+    alpha : float, default=32.0
+        They are multiplied by ``alpha / rank``.
+    epochs : int, default=10
+        Of the adaptation, at most.
+    learning_rate : float, default=3e-4
+        Of the adaptation.
+    adaptive : bool, default=False
+        An experiment: with ``adapt``, choose rank and alpha from the features of the images, in
+        place of ``rank`` and ``alpha``; see :func:`~anomalib_lite.lora.adaptive_rank`.
+    multi_scale : bool, default=False
+        An experiment: let each image pass at a quarter, a half and the whole of ``image_size``
+        (128, 256 and 512 for ``image_size=512``), the features side by side.
+    attention_guided : bool, default=False
+        An experiment: multiply the distance of each patch by the attention that the class token
+        pays to it in the last layer, in units of its mean over the image.
     normalize : bool, default=True
         Whether features are divided by their length, patch by patch and image by image.
     shrinkage : {"ledoit_wolf", "oas"} or float in [0, 1], default="ledoit_wolf"
@@ -62,6 +90,8 @@ class MahalanobisVFM(BaseDetector):
     ----------
     patches_, images_ : Gaussian
         Of patches and of whole images; each has D / 2 features.
+    adapter_ : Adapter or None
+        What ``adapt`` has learned, with the losses of each epoch in ``adapter_.history``.
     threshold_, calibration_scores_, n_features_, backbone_, dtype_, engine_, skipped_
         As in :class:`~anomalib_lite.PatchCore`.
 
@@ -100,6 +130,14 @@ class MahalanobisVFM(BaseDetector):
         layers: Sequence[str | int] | None = None,
         fusion: str = "summary",
         image_size: int | tuple[int, int] = 256,
+        adapt: str | None = None,
+        rank: int = 16,
+        alpha: float = 32.0,
+        epochs: int = 10,
+        learning_rate: float = 3e-4,
+        adaptive: bool = False,
+        multi_scale: bool = False,
+        attention_guided: bool = False,
         normalize: bool = True,
         shrinkage: str | float = "ledoit_wolf",
         global_weight: float = 0.5,
@@ -123,6 +161,14 @@ class MahalanobisVFM(BaseDetector):
         self.layers = layers
         self.fusion = fusion
         self.image_size = image_size
+        self.adapt = adapt
+        self.rank = rank
+        self.alpha = alpha
+        self.epochs = epochs
+        self.learning_rate = learning_rate
+        self.adaptive = adaptive
+        self.multi_scale = multi_scale
+        self.attention_guided = attention_guided
         self.normalize = normalize
         self.shrinkage = shrinkage
         self.global_weight = global_weight
@@ -146,11 +192,70 @@ class MahalanobisVFM(BaseDetector):
         check_choice("fusion", self.fusion, ("summary",), "MahalanobisVFM")
         check_choice("image_score", self.image_score, IMAGE_SCORES, "MahalanobisVFM")
         check_number("global_weight", self.global_weight, "MahalanobisVFM", "[0, 1]")
-        if not isinstance(self.normalize, bool | np.bool_):
-            raise InvalidTypeError(
-                f"MahalanobisVFM: normalize must be True or False, got {self.normalize!r}."
-            )
+        _check_bool("normalize", self.normalize)
         check_shrinkage(self.shrinkage, "MahalanobisVFM")
+        self._check_adaptation()
+
+    def _check_adaptation(self) -> None:
+        where = "MahalanobisVFM"
+        for name in ("adaptive", "multi_scale", "attention_guided"):
+            _check_bool(name, getattr(self, name))
+        check_int("rank", self.rank, where, low=1)
+        check_int("epochs", self.epochs, where, low=1)
+        check_number("alpha", self.alpha, where, "(0, inf)")
+        check_number("learning_rate", self.learning_rate, where, "(0, 1)")
+        if self.adapt is None:
+            if self.adaptive:
+                raise InvalidValueError(
+                    f"{where}: adaptive=True chooses the rank of an adaptation, got adapt=None. "
+                    "Set adapt='lora'."
+                )
+            return
+        check_choice("adapt", self.adapt, ("lora",), where)
+        if self.calibration == "leave_one_out":
+            raise InvalidValueError(
+                f"{where}: adapt='lora' needs calibration='split': what was learned from an image "
+                "cannot be taken back to leave it out."
+            )
+
+    def fit_embeddings(self, E: Any, y: object = None) -> Self:
+        """As in :class:`BaseDetector`; ``adapt`` must be None, for it needs images."""
+        if self.adapt is not None:
+            raise InvalidValueError(
+                "MahalanobisVFM: adapt='lora' needs images to adapt to, got embeddings. Call "
+                "fit(images), or set adapt=None."
+            )
+        return super().fit_embeddings(E, y)
+
+    def _backbone_options(self) -> dict[str, Any]:
+        scales = (0.25, 0.5, 1.0) if self.multi_scale else (1.0,)
+        return super()._backbone_options() | {"scales": scales, "attention": self.attention_guided}
+
+    def _open_to_fit(self, source: ImageSource, random: np.random.RandomState) -> AnyBackbone:
+        if self.adapt is None:
+            return super()._open_to_fit(source, random)
+        from anomalib_lite.lora import train_adapter  # torch and peft, only for those who ask
+
+        plain = {"scales": (1.0,), "attention": False}
+        network: Any = self._open_backbone(engine="torch", dtype="float32", **plain)
+        check_image_size(self.image_size, "MahalanobisVFM", stride=network.stride)
+        adapter = train_adapter(
+            network,
+            source,
+            image_size=self.image_size,
+            rank="adaptive" if self.adaptive else self.rank,
+            alpha=None if self.adaptive else self.alpha,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            on_error=self.on_error,
+            random=random,
+            verbose=self.verbose,
+        )
+        return self._open_backbone(adapter=adapter, sha256=network.sha256)
+
+    def _take_backbone(self, backbone: AnyBackbone) -> None:
+        super()._take_backbone(backbone)
+        self.adapter_ = backbone.adapter
 
     def _in_shards(self) -> bool:
         return self.calibration != "leave_one_out"
@@ -175,7 +280,9 @@ class MahalanobisVFM(BaseDetector):
                     f"covariances and the images under way take {fixed + per_image:,}. Raise it, "
                     "or lower image_size or batch_size."
                 )
-            collector.images_per_shard = min((budget - fixed) // per_image, _SHARD_IMAGES)
+            collector.images_per_shard = min(
+                (budget - fixed) // per_image, MomentsCollector.images_per_shard
+            )
         return collector
 
     def _fit_collected(self, collected: MomentsCollector, random: np.random.RandomState) -> None:
@@ -201,9 +308,11 @@ class MahalanobisVFM(BaseDetector):
     def _distances(
         self, E: np.ndarray, patches: Gaussian, images: Gaussian
     ) -> tuple[np.ndarray, np.ndarray]:
-        X, G = _split(E, bool(self.normalize))
+        X, G = split_summary(E, bool(self.normalize))
         unit = X.shape[1] ** -0.5
         patch_scores = np.asarray(patches.mahalanobis(X) * unit, np.float32).reshape(E.shape[:3])
+        if self.attention_guided:
+            patch_scores = patch_scores * E[..., -1]
         whole = np.asarray(images.mahalanobis(G) * unit, np.float32)
         weight = np.float32(self.global_weight)
         return patch_scores, weight * whole + (1 - weight) * image_scores(
@@ -250,36 +359,6 @@ class MahalanobisVFM(BaseDetector):
             setattr(self, f"{name}_", Gaussian(self.shrinkage).fit_moments(moments))
 
 
-class MomentsCollector(Collector):
-    """Moments of patches and of whole images."""
-
-    images_per_shard = _SHARD_IMAGES
-
-    def __init__(self, n_features: int, normalize: bool, known: Sequence[Moments] = ()) -> None:
-        self.normalize = normalize
-        self.patches, self.images = known or (Moments(n_features), Moments(n_features))
-
-    def add(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> None:
-        """The moments of one shard alone."""
-        n_features = len(self.patches.mean)
-        self.patches, self.images = Moments(n_features), Moments(n_features)
-        # All at once where they have one size: each sum that joins costs d x d numbers.
-        for part in [E] if isinstance(E, np.ndarray) else [grid[None] for grid in E]:
-            X, G = _split(part, self.normalize)
-            self.patches.add(X)
-            self.images.add(G)
-
-    def merge(self, other: Self) -> None:
-        """Let those of the other join."""
-        self.patches = self.patches.with_(other.patches)
-        self.images = self.images.with_(other.images)
-
-
-def _split(E: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(B, h, w, 2 d) -> patches (B h w, d) and whole images (B, d), of length 1 if asked."""
-    n_features = E.shape[3] // 2
-    X = E[..., :n_features].reshape(-1, n_features)
-    G = E[:, 0, 0, n_features:]
-    if normalize:
-        X, G = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (X, G))
-    return X, G
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool | np.bool_):
+        raise InvalidTypeError(f"MahalanobisVFM: {name} must be True or False, got {value!r}.")

@@ -14,6 +14,7 @@ import joblib
 import numpy as np
 
 from anomalib_lite import errors
+from anomalib_lite._adapter import Adapter
 from anomalib_lite.detectors.collecting import Collector
 from anomalib_lite.detectors.embeddings import Embeddings
 from anomalib_lite.engines import AnyBackbone
@@ -84,7 +85,15 @@ def distribute(
         work = replace(work, learned=None)
     tasks = (
         joblib.delayed(_work_on)(
-            bare, fit, backbone.sha256, shard, position, work, state, list(arrays), *arrays.values()
+            bare,
+            fit,
+            (backbone.sha256, backbone.adapter),
+            shard,
+            position,
+            work,
+            state,
+            list(arrays),
+            *arrays.values(),
         )
         for position, shard in shards
     )
@@ -123,7 +132,7 @@ def distribute(
 def _work_on(
     detector: BaseDetector,
     fit: str,
-    sha256: str,
+    weights: tuple[str, Adapter | None],
     shard: ImageSource,
     position: int,
     work: Work | None,
@@ -136,7 +145,8 @@ def _work_on(
         with _LOCK:
             backbone = _backbones.get(fit)
             if backbone is None:
-                backbone = detector._open_backbone()
+                sha256, adapter = weights
+                backbone = detector._open_backbone(adapter=adapter)
                 if backbone.sha256 != sha256:
                     raise InvalidValueError(
                         f"{type(detector).__name__}: a worker has other weights of the backbone "
