@@ -35,6 +35,7 @@ __all__ = [
     "pixel_auroc",
     "pixel_average_precision",
     "pixel_metrics",
+    "seg_f1",
 ]
 
 Masks = Sequence[npt.ArrayLike | None] | Array
@@ -229,8 +230,7 @@ def pixel_auroc(masks: Masks, maps: Maps) -> float:
 
     Notes
     -----
-    All pixels of all images go into one pool; it is not a mean over images. Needs memory for
-    one copy of the maps.
+    All pixels go into one pool: it is no mean over images. Takes memory for a copy of the maps.
 
     Examples
     --------
@@ -245,7 +245,7 @@ def pixel_auroc(masks: Masks, maps: Maps) -> float:
 
 
 def pixel_average_precision(masks: Masks, maps: Maps) -> float:
-    """Average precision over the pixels of all images, pooled.
+    """:func:`average_precision` over the pixels of all images, pooled.
 
     Parameters
     ----------
@@ -263,10 +263,6 @@ def pixel_average_precision(masks: Masks, maps: Maps) -> float:
     InvalidValueError, InvalidTypeError
         As :func:`pixel_auroc`.
 
-    See Also
-    --------
-    average_precision : The definition, and the same for images.
-
     Examples
     --------
     >>> import numpy as np
@@ -282,8 +278,7 @@ def pixel_average_precision(masks: Masks, maps: Maps) -> float:
 def aupro(masks: Masks, maps: Maps, fpr_limit: float = 0.3) -> float:
     r"""Area under the per-region overlap curve, up to a false-positive rate.
 
-    Each connected defect counts the same, however small, so a map that misses small defects
-    cannot hide behind a large one.
+    Each connected defect counts the same, so small ones cannot hide behind a large one.
 
     Parameters
     ----------
@@ -320,8 +315,7 @@ def aupro(masks: Masks, maps: Maps, fpr_limit: float = 0.3) -> float:
 
     References
     ----------
-    Bergmann, Fauser, Sattlegger and Steger, "Uninformed Students: Student-Teacher Anomaly
-    Detection with Discriminative Latent Embeddings", CVPR 2020.
+    Bergmann, Fauser, Sattlegger and Steger, "Uninformed Students", CVPR 2020.
 
     Examples
     --------
@@ -333,6 +327,36 @@ def aupro(masks: Masks, maps: Maps, fpr_limit: float = 0.3) -> float:
     """
     limit = check_number("fpr_limit", fpr_limit, "aupro", "(0, 1]")
     return region_area(pool_pixels(masks, maps, "aupro", by_region=True), limit)
+
+
+def seg_f1(masks: Masks, maps: Maps, threshold: float) -> float:
+    """F1 of the pixels of all images, pooled, at a given threshold: MVTec AD 2's SegF1.
+
+    Parameters
+    ----------
+    masks, maps : sequences of N arrays of shape (H, W), or arrays of shape (N, H, W)
+        Ground truth and anomaly maps, as for :func:`pixel_auroc`.
+    threshold : float
+        Pixels above it are called anomalous. Take it from normal images, never from these.
+
+    Returns
+    -------
+    float
+        In [0, 1]: 2 TP / (2 TP + FP + FN). ``nan`` if there is no anomalous pixel.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mask = np.array([[0, 0, 1], [0, 0, 1]])
+    >>> amap = np.array([[0.1, 0.2, 0.9], [0.1, 0.3, 0.2]], dtype=np.float32)
+    >>> seg_f1([mask], [amap], threshold=0.25)
+    0.5
+    """
+    above = check_number("threshold", threshold, "seg_f1", "(-inf, inf)")
+    pool = pool_pixels(masks, maps, "seg_f1", by_region=False)
+    found, alarms = ((scores > above).sum() for scores in (pool.positives, pool.negatives))
+    n_anomalous = pool.positives.size
+    return float(2 * found / (found + alarms + n_anomalous)) if n_anomalous else float("nan")
 
 
 def pixel_metrics(masks: Masks, maps: Maps, *, fpr_limit: float = 0.3) -> dict[str, float]:

@@ -9,7 +9,12 @@ import tracemalloc
 import numpy as np
 import pytest
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    precision_recall_curve,
+    roc_auc_score,
+)
 
 from anomalib_lite import _ranking
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
@@ -22,6 +27,7 @@ from anomalib_lite.metrics import (
     pixel_auroc,
     pixel_average_precision,
     pixel_metrics,
+    seg_f1,
 )
 
 SIZES = [(9, 14), (17, 6), (12, 12), (5, 23)]
@@ -316,3 +322,16 @@ def test_memory_stays_near_one_copy_of_the_maps() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.6 * sum(a.nbytes for a in maps)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_seg_f1(ties: bool) -> None:
+    masks, maps = pixel_scores(3, ties=ties)
+    truth = [np.zeros(m.shape) if t is None else t for t, m in zip(masks, maps, strict=True)]
+    y = np.concatenate([t.ravel() for t in truth]) > 0
+    called = np.concatenate([m.ravel() for m in maps]) > 0.5
+    assert seg_f1(masks, maps, 0.5) == pytest.approx(f1_score(y, called), abs=1e-12)
+    assert seg_f1(masks, maps, 1e6) == 0
+    assert math.isnan(seg_f1([None], maps[:1], 0.5))
+    with pytest.raises(InvalidValueError, match="seg_f1: threshold must be a number"):
+        seg_f1(masks, maps, math.nan)

@@ -1,0 +1,80 @@
+"""The data sets of the benchmark: normal images to fit on and to validate with, images to test."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from anomalib_lite.datasets import ELPV, Folder, MVTecAD, MVTecAD2
+from anomalib_lite.datasets.base import Sample
+from anomalib_lite.errors import MissingDependencyError, MissingPathError
+
+DATA = Path(os.environ.get("ANOMALIB_LITE_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+# Measured here; the eight categories of MVTec AD 2 are read with --root.
+NAMES = ("magnetic_tile", "textile", "solar_cells")
+ABOUT = {
+    "magnetic_tile": "Magnetic tiles (Huang, Qiu, Yuan 2020): photographs, real defects, masks.",
+    "textile": "Woven textile (Megahed et al. 2025, PyPI conformal-clip-data, MIT): photographs, "
+    "simulated defects, no masks.",
+    "solar_cells": "Solar cells (ELPV, Buerhop-Lutz et al. 2018, PyPI elpv-dataset, CC BY-NC-SA "
+    "4.0): electroluminescence, real defects, no masks.",
+}
+
+
+@dataclass
+class Source:
+    """Samples of one data set, drawn for one seed."""
+
+    name: str
+    train: list[Sample]
+    validation: list[Sample]
+    test: list[Sample]
+
+    @property
+    def has_masks(self) -> bool:
+        return any(sample.mask_path for sample in self.test)
+
+
+def open_source(name: str, seed: int, n_train: int, n_test: int, root: Path | None) -> Source:
+    """Draw the training images by ``seed``; the test images are always the same."""
+    dataset = _open(name, root)
+    validation = list(getattr(dataset, "validation", ()))
+    train = _draw(dataset.train, None, seed)
+    if not validation:  # MVTec AD 2 has some of its own
+        n = max(2, min(len(train), n_train) // 5)
+        validation, train = train[:n], train[n:]
+    return Source(name, train[:n_train], validation, _draw(dataset.test, n_test, 0))
+
+
+def _open(name: str, root: Path | None) -> MVTecAD | MVTecAD2 | ELPV | Folder:
+    if root is not None:
+        return MVTecAD2(root, name)
+    if name == "magnetic_tile":
+        return MVTecAD(DATA, name)
+    if name == "solar_cells":
+        return ELPV()
+    return _textile()
+
+
+def _textile() -> Folder:
+    spec = importlib.util.find_spec("conformal_clip_data")
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(
+            "textile: the images come with a package. Install it with: "
+            "pip install conformal-clip-data"
+        )
+    folder = Path(spec.origin).parent / "data" / "textile_images" / "simulated"
+    if not folder.is_dir():
+        raise MissingPathError(f"textile: {folder} does not exist; install the package again.")
+    return Folder(folder, "nominal", ["local", "global"], test_size=0.5, name="textile")
+
+
+def _draw(samples: Sequence[Sample], n: int | None, seed: int) -> list[Sample]:
+    order = np.random.RandomState(seed).permutation(len(samples))[:n]
+    return [samples[i] for i in order]
