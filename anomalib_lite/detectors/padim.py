@@ -182,6 +182,7 @@ class PaDiM(BaseDetector):
         known: GaussianGrid | None = getattr(self, "gaussians_", None)
         if known is None:
             self.n_features_, self.components_ = n_features, self._draw(n_features, random)
+            self._channels = _channels_of(self.components_)
         at_once = _SHARD_IMAGES
         if self.memory_budget is not None:
             budget = check_memory("memory_budget", self.memory_budget, "PaDiM")
@@ -244,6 +245,7 @@ class PaDiM(BaseDetector):
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         self.n_features_, self.components_ = int(state["n_features"]), arrays["components"]
+        self._channels = _channels_of(self.components_)
         height, width = state["grid"]
         if self.components_.ndim == 1 and not self.components_.max() < self.n_features_:
             raise ValueError(f"components name channels beyond {self.n_features_}")
@@ -264,6 +266,7 @@ class GridCollector(Collector):
         known: GaussianGrid | None,
     ) -> None:
         self.grid, self.components, self.ridge = grid, components, ridge
+        self.channels = _channels_of(components)
         self.images_per_shard = images_per_shard
         self.gaussians = known
         self._is_own = False  # what was known may still be needed as it is
@@ -289,9 +292,16 @@ class GridCollector(Collector):
             self.gaussians.add(other.E[start : start + _SHARD_IMAGES])
 
 
+def _channels_of(components: np.ndarray) -> np.ndarray | None:
+    """What the backbone may leave out all others of; nothing of the kind for a projection."""
+    return components if components.ndim == 1 else None
+
+
 def _reduced(E: np.ndarray, components: np.ndarray) -> np.ndarray:
     """(..., D) -> (..., d)."""
     if components.ndim == 1:
+        if E.shape[-1] == len(components):  # the backbone was asked for these alone
+            return E
         return np.take(E, components, axis=-1, mode="clip")  # checking each index takes longer
     return np.asarray(E @ components)
 
