@@ -219,10 +219,13 @@ class PaDiM(BaseDetector):
                 "PaDiM: 1 image to fit on has no covariance. Give at least 4; some are held back "
                 "for calibration."
             )
-        collected.gaussians.factor()
         self.gaussians_ = collected.gaussians
         if collected.kept is not None:
-            self._kept = collected.kept
+            self._left_out = np.empty(0, np.float32)
+            if self.gaussians_.n > 2:  # two others, or they would have no covariance
+                patch_scores = self.gaussians_.left_out(collected.kept)
+                self._left_out = image_scores(patch_scores, self.image_score)
+        self.gaussians_.factor()
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _check_grid(E.shape[1:3], self.gaussians_.shape[:2])
@@ -230,12 +233,8 @@ class PaDiM(BaseDetector):
         return patch_scores, image_scores(patch_scores, self.image_score)
 
     def _score_left_out(self, E: Embeddings) -> np.ndarray:
-        kept: list[np.ndarray] = self.__dict__.pop("_kept")
-        if self.gaussians_.n < 3:  # two others would have no covariance
-            return np.empty(0, np.float32)
-        gaussians = copy.deepcopy(self.gaussians_)
-        gaussians.factor(freedom=gaussians.n - 2)
-        return np.concatenate([image_scores(gaussians.left_out(E), self.image_score) for E in kept])
+        left_out: np.ndarray = self.__dict__.pop("_left_out")
+        return left_out
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         grid = self.gaussians_
