@@ -76,23 +76,25 @@ class OpenVinoGraph:
         precision = compiled.get_property("INFERENCE_PRECISION_HINT")
         self.obeys = precision.get_type_name() == _PRECISIONS[dtype]
 
-    def embed(self, pixels: np.ndarray) -> np.ndarray:
+    def embed(self, pixels: np.ndarray, channels: np.ndarray | None = None) -> np.ndarray:
         """(B, H, W, 3), uint8 or float32 in [0, 1] -> (B, h, w, D) float32."""
         with self._lock:
             try:
-                return self._run(self._queue_for(pixels), pixels)
+                return self._run(self._queue_for(pixels), pixels, channels)
             except RuntimeError:
                 # A queue in which one run failed fails in all that follow.
                 self._queues.clear()
                 self._standard = self._queues[None, False] = self._compile(None, False)
                 raise
 
-    def _run(self, queue: Any, pixels: np.ndarray) -> np.ndarray:
+    def _run(
+        self, queue: Any, pixels: np.ndarray, channels: np.ndarray | None = None
+    ) -> np.ndarray:
         found: dict[str, np.ndarray] = {}
         for i, image in enumerate(pixels):
             in_bytes = image.dtype == np.uint8
             given = image.astype(np.float32) if in_bytes else image * np.float32(255)
-            queue.start_async({0: given[None]}, (found, i, len(pixels)))
+            queue.start_async({0: given[None]}, (found, i, len(pixels), channels))
         queue.wait_all()
         return found["embeddings"]
 
@@ -133,11 +135,15 @@ class OpenVinoGraph:
         return queue
 
 
-def _keep_output(request: Any, place: tuple[dict[str, np.ndarray], int, int]) -> None:
-    (found, i, n), output = place, request.get_output_tensor().data  # (1, h, w, D)
+def _keep_output(request: Any, place: tuple[dict[str, np.ndarray], int, int, Any]) -> None:
+    (found, i, n, channels), output = place, request.get_output_tensor().data[0]  # (h, w, D)
+    shape = (n, *output.shape[:2], output.shape[2] if channels is None else len(channels))
     # Several threads come here; the first to set the array sets it for all.
-    all_outputs = found.setdefault("embeddings", np.empty((n, *output.shape[1:]), np.float32))
-    all_outputs[i] = output[0]
+    all_outputs = found.setdefault("embeddings", np.empty(shape, np.float32))
+    if channels is None:
+        all_outputs[i] = output
+    else:  # checking each index takes longer
+        np.take(output, channels, axis=2, out=all_outputs[i], mode="clip")
 
 
 class OnnxRuntimeGraph:
@@ -162,11 +168,13 @@ class OnnxRuntimeGraph:
         )
         self.obeys = dtype == "float32"
 
-    def embed(self, pixels: np.ndarray) -> np.ndarray:
+    def embed(self, pixels: np.ndarray, channels: np.ndarray | None = None) -> np.ndarray:
         """(B, H, W, 3), uint8 or float32 in [0, 1] -> (B, h, w, D) float32."""
         try:
             scale = np.float32(1 if pixels.dtype == np.uint8 else 255)
             inputs = ({"pixels": image[None] * scale} for image in pixels)
-            return np.concatenate([self._session.run(None, given)[0] for given in inputs])
+            wanted = slice(None) if channels is None else channels
+            outputs = (self._session.run(None, given)[0] for given in inputs)
+            return np.concatenate([output[..., wanted] for output in outputs])
         except Exception as error:  # of kinds that it does not export
             raise RuntimeError(str(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -130,18 +131,30 @@ def anomaly_maps(
 @lru_cache(maxsize=256)
 def _resize_and_smooth(n_patches: int, n_input: int, n_output: int, smoothing: float) -> np.ndarray:
     """Matrix (n_output, n_patches) from the patches of one side to the pixels of that side."""
-    matrix = _bilinear(n_patches, n_input)
-    if smoothing > 0:
-        matrix = gaussian_filter1d(matrix, smoothing, axis=0, mode="reflect")
+    matrix = _smooth(n_patches, n_input, smoothing)
     if n_output != n_input:
-        matrix = _bilinear(n_input, n_output) @ matrix
+        matrix = _resized(matrix, n_output)
     return np.ascontiguousarray(matrix, dtype=np.float32)
 
 
-def _bilinear(n_in: int, n_out: int) -> np.ndarray:
-    """Matrix (n_out, n_in) of bilinear resizing, averaging over all it covers when shrinking."""
-    scale = n_in / n_out
-    centers = (np.arange(n_out) + 0.5) * scale - 0.5
-    offsets = np.abs(np.arange(n_in) - centers[:, None])
-    weights = np.clip(1 - offsets / max(scale, 1.0), 0, None)
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+@lru_cache(maxsize=16)  # images of many sizes mostly go through the network at one
+def _smooth(n_patches: int, n_input: int, smoothing: float) -> np.ndarray:
+    """Matrix (n_input, n_patches) from the patches of one side to pixels of the input."""
+    matrix = _resized(np.eye(n_patches), n_input)
+    if smoothing > 0:
+        matrix = gaussian_filter1d(matrix, smoothing, axis=0, mode="reflect")
+    return matrix
+
+
+def _resized(rows: np.ndarray, n: int) -> np.ndarray:
+    """Resize (m, k) to (n, k) bilinearly, averaging over all that is covered when shrinking."""
+    scale = len(rows) / n
+    reach = max(scale, 1.0)
+    centers = (np.arange(n) + 0.5) * scale - 0.5
+    first = np.floor(centers - reach).astype(np.int64) + 1
+    covered = first[:, None] + np.arange(math.ceil(2 * reach))  # (n, few): what has a weight
+    weights = 1 - np.abs(covered - centers[:, None]) / reach
+    weights[(weights < 0) | (covered < 0) | (covered >= len(rows))] = 0
+    weights /= weights.sum(axis=1, keepdims=True)
+    taken = rows[covered.clip(0, len(rows) - 1)]  # (n, few, k)
+    return np.asarray(weights[:, None, :] @ taken)[:, 0]

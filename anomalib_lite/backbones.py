@@ -172,13 +172,15 @@ class Backbone:
         network.to(self.device, self.dtype)
         self.network = network.to(memory_format=torch.channels_last)
 
-    def embed(self, pixels: np.ndarray) -> np.ndarray:
+    def embed(self, pixels: np.ndarray, channels: np.ndarray | None = None) -> np.ndarray:
         """Patch embeddings of a batch: the feature maps, brought together by ``fusion``.
 
         Parameters
         ----------
         pixels : ndarray of shape (B, H, W, 3)
             uint8 in [0, 255], or float32 in [0, 1].
+        channels : ndarray of shape (d,), int64, optional
+            Those of the D that are wanted. All by default.
 
         Returns
         -------
@@ -190,8 +192,9 @@ class Backbone:
             As a call.
         """
         step = max(1, self.pixels_at_once // pixels[0, :, :, 0].size)
+        wanted = slice(None) if channels is None else torch.from_numpy(channels)
         parts = [
-            patch_embeddings(self(pixels[i : i + step]), self.fusion).cpu().numpy()
+            patch_embeddings(self(pixels[i : i + step]), self.fusion)[..., wanted].cpu().numpy()
             for i in range(0, len(pixels), step)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

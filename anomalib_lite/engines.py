@@ -178,13 +178,15 @@ class CompiledBackbone:
         self._runtime = self._open_graph()
         self._torch = None  # with a graph it is of no use, and large
 
-    def embed(self, pixels: np.ndarray) -> np.ndarray:
+    def embed(self, pixels: np.ndarray, channels: np.ndarray | None = None) -> np.ndarray:
         """Patch embeddings of a batch.
 
         Parameters
         ----------
         pixels : ndarray of shape (B, H, W, 3)
             uint8 in [0, 255], or float32 in [0, 1].
+        channels : ndarray of shape (d,), int64, optional
+            Those of the D that are wanted; the others are never kept. All by default.
 
         Returns
         -------
@@ -205,7 +207,7 @@ class CompiledBackbone:
             reason = f"both sides must be multiples of {multiple}"
         else:
             try:
-                found: np.ndarray = self._runtime.embed(pixels)
+                found: np.ndarray = self._runtime.embed(pixels, channels)
                 return found
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]

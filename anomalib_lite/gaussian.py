@@ -15,6 +15,7 @@ References
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -229,8 +230,9 @@ class GaussianGrid:
         Images seen.
     mean : ndarray of shape (P, D), float32, P = h w
     whitening : ndarray of shape (P, D, D), float32, or None
-        Inverse Cholesky factors (lower triangles) once :meth:`factor` was called. They take the
-        place of the scatter: at no time is there more than one array of this size.
+        Inverse Cholesky factors, transposed (``W^T``, upper triangles: rows of patches are
+        multiplied by them in half the time), once :meth:`factor` was called. They take the place
+        of the scatter: at no time is there more than one array of this size.
 
     Examples
     --------
@@ -249,7 +251,6 @@ class GaussianGrid:
         n_positions, n_features = shape[0] * shape[1], shape[2]
         self.mean = np.zeros((n_positions, n_features), np.float32)
         self.whitening: np.ndarray | None = None
-        self._freedom = 1
         self._scatter: np.ndarray | None = np.zeros(
             (n_positions, n_features, n_features), np.float32
         )
@@ -261,28 +262,24 @@ class GaussianGrid:
         x = E.reshape(n_new, *self.mean.shape)  # (B, P, D)
 
         def work(block: slice) -> None:
-            y = x[:, block].transpose(1, 0, 2)  # (p, B, D)
-            mean = y.mean(axis=1)
-            y = y - mean[:, None]
+            mean = x[:, block].mean(axis=0)
             step = mean - self.mean[block]
+            # The step of the mean is one more row, so that the scatter is gone through once.
+            y = np.empty((len(mean), n_new + 1, self.shape[2]), np.float32)
+            np.subtract(x[:, block].transpose(1, 0, 2), mean[:, None], out=y[:, :-1])
+            np.multiply(step, np.float32((self.n * n_new / n) ** 0.5), out=y[:, -1])
             scatter[block] += y.transpose(0, 2, 1) @ y
-            scatter[block] += (self.n * n_new / n) * step[:, :, None] * step[:, None, :]
             self.mean[block] += step * np.float32(n_new / n)
 
         self._in_blocks(work)
         self.n = n
 
-    def factor(self, freedom: int | None = None) -> None:
-        """Turn scatters into inverse factors of ``scatter / freedom + ridge I``, in place; by
-        default with n - 1 degrees of freedom.
-        """
+    def factor(self) -> None:
+        """Turn scatters into inverse factors of ``scatter / (n - 1) + ridge I``, in place."""
         scatter = self._unfactored()
-        self._freedom = freedom = freedom or max(self.n - 1, 1)
 
         def work(block: slice) -> None:
-            covariance = scatter[block].astype(np.float64) / freedom
-            covariance += self.ridge * np.eye(self.shape[2])
-            scatter[block] = _inverse_factors(covariance)
+            scatter[block] = self._factors(scatter[block], self._freedom)
 
         self._in_blocks(work)
         self.whitening, self._scatter = scatter, None
@@ -298,45 +295,71 @@ class GaussianGrid:
         out = np.empty((len(self.mean), len(E)), np.float32)
 
         def work(block: slice) -> None:
-            y = (x[:, block] - self.mean[block]).transpose(1, 2, 0)  # (p, D, B)
-            z = whitening[block] @ y
-            np.sqrt(np.einsum("pdb,pdb->pb", z, z), out=out[block])
+            np.sqrt(self._squared(x, block, whitening[block]), out=out[block])
 
         self._in_blocks(work)
         return np.ascontiguousarray(out.T).reshape(len(E), *self.shape[:2])
 
-    def left_out(self, E: np.ndarray) -> np.ndarray:
+    def left_out(self, E: Sequence[np.ndarray]) -> np.ndarray:
         """:meth:`mahalanobis` for images that were taken in, each as if it had not been.
+
+        Arrays (B, h, w, D) float32 -> (N, h, w) float32, in their order. Before :meth:`factor`.
 
         Notes
         -----
-        Needs :meth:`factor` with n - 2 degrees of freedom, those of the n - 1 others. Their
-        scatter is that of all but ``n / (n - 1) y y^T``, their mean is farther from x by
-        ``n / (n - 1)``, and the inverse follows by Sherman and Morrison: with q the squared
-        distance from all, ``(n / (n - 1))^2 q / (1 - n q / ((n - 1) (n - 2)))``.
+        The n - 1 others have n - 2 degrees of freedom. Their scatter is that of all but
+        ``n / (n - 1) y y^T``, their mean is farther from x by ``n / (n - 1)``, and the inverse
+        follows by Sherman and Morrison: with q the squared distance from all, by n - 2 degrees,
+        ``(n / (n - 1))^2 q / (1 - n q / ((n - 1) (n - 2)))``.
         """
-        assert self._freedom == self.n - 2
-        ratio = self.n / (self.n - 1)
-        q = self.mahalanobis(E).astype(np.float64) ** 2
-        rest = np.maximum(1 - ratio / (self.n - 2) * q, 1e-9)  # above 0 but for rounding
-        return np.asarray(ratio * np.sqrt(q / rest), np.float32)
+        scatter, ratio = self._unfactored(), self.n / (self.n - 1)
+        X = [x.reshape(len(x), *self.mean.shape) for x in E]
+        out = np.empty((len(self.mean), sum(map(len, X))), np.float32)
+
+        def work(block: slice) -> None:
+            whitening = self._factors(scatter[block], self.n - 2).astype(np.float32)
+            q = np.concatenate([self._squared(x, block, whitening) for x in X], axis=1)
+            rest = np.maximum(1 - ratio / (self.n - 2) * q.astype(np.float64), 1e-9)
+            out[block] = ratio * np.sqrt(q / rest)  # a rest of 0 could come from rounding alone
+
+        self._in_blocks(work)
+        return np.ascontiguousarray(out.T).reshape(-1, *self.shape[:2])
 
     def packed(self) -> np.ndarray:
-        """The factors without the zeros above their diagonals: (P, D (D + 1) / 2), float32."""
+        """W without the zeros above its diagonals: (P, D (D + 1) / 2), float32."""
         assert self.whitening is not None
-        return self.whitening[:, *np.tril_indices(self.shape[2])]
+        rows, columns = np.tril_indices(self.shape[2])
+        return self.whitening[:, columns, rows]
 
     def restore(self, n: int, mean: np.ndarray, packed: np.ndarray) -> None:
         """Become what has seen ``n`` images, from the arrays that it had; ValueError if they are
         of another shape.
         """
         scatter = self._unfactored()
-        self.n, self._freedom = n, max(n - 1, 1)
+        self.n = n
         if mean.shape != self.mean.shape:
             raise ValueError(f"mean has shape {mean.shape}, not {self.mean.shape}")
         self.mean = mean
-        scatter[:, *np.tril_indices(self.shape[2])] = packed
+        rows, columns = np.tril_indices(self.shape[2])
+        scatter[:, columns, rows] = packed
         self.whitening, self._scatter = scatter, None
+
+    @property
+    def _freedom(self) -> int:
+        return max(self.n - 1, 1)
+
+    def _factors(self, scatter: np.ndarray, freedom: int) -> np.ndarray:
+        """Scatters (p, D, D) -> W^T, float64."""
+        covariance = scatter.astype(np.float64) / freedom
+        covariance += self.ridge * np.eye(self.shape[2])
+        return _inverse_factors(covariance).transpose(0, 2, 1)
+
+    def _squared(self, x: np.ndarray, block: slice, whitening: np.ndarray) -> np.ndarray:
+        """Squared distances (p, B) at some positions of images (B, P, D)."""
+        y = np.empty((len(whitening), len(x), self.shape[2]), np.float32)
+        np.subtract(x[:, block].transpose(1, 0, 2), self.mean[block, None], out=y)
+        z = y @ whitening
+        return np.asarray(np.einsum("pbd,pbd->pb", z, z))
 
     def _unfactored(self) -> np.ndarray:
         """The scatters (P, D, D); from the factors again, if there are only these."""
@@ -345,7 +368,7 @@ class GaussianGrid:
             scatter = self.whitening
 
             def work(block: slice) -> None:
-                factor = np.stack([_inverse(w) for w in scatter[block].astype(np.float64)])
+                factor = np.stack([_inverse(w.T) for w in scatter[block].astype(np.float64)])
                 covariance = factor @ factor.transpose(0, 2, 1)
                 scatter[block] = (covariance - self.ridge * np.eye(self.shape[2])) * self._freedom
 

@@ -142,22 +142,22 @@ class ImageSource(Sequence[np.ndarray]):
         >>> ImageSource(np.zeros((60, 100), np.uint8)).load(0, 32, 16)[0].shape
         (32, 48, 3)
         """
-        image = self.decode(index)
-        is_array = isinstance(image, np.ndarray)
-        size = image.shape[:2] if is_array else image.size[::-1]
+        image = self.decode(index, gray=True)
+        size = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
         if isinstance(image_size, int | np.integer):
             scale = image_size / min(size)
             height, width = (max(stride, round(side * scale / stride) * stride) for side in size)
         else:
             height, width = image_size
-        if is_array:  # PIL resizes floats one channel at a time
+        if isinstance(image, np.ndarray):  # PIL resizes floats one channel at a time
             channels = [Image.fromarray(image[..., c]) for c in range(3)]
             resized = [np.asarray(c.resize((width, height), _BILINEAR)) for c in channels]
             return np.stack(resized, axis=-1), size
-        return np.asarray(image.resize((width, height), _BILINEAR)), size
+        return np.asarray(image.resize((width, height), _BILINEAR).convert("RGB")), size
 
-    def decode(self, index: int) -> Any:
-        """One image, as PIL image of mode RGB or as a float32 array (H, W, 3) in [0, 1].
+    def decode(self, index: int, *, gray: bool = False) -> Any:
+        """One image, as PIL image of mode RGB or as a float32 array (H, W, 3) in [0, 1]; with
+        ``gray`` one without colours has mode L, which is resized in a third of the time.
 
         Raises
         ------
@@ -174,16 +174,16 @@ class ImageSource(Sequence[np.ndarray]):
                             image = Image.open(file)  # reads the header alone
                         finally:
                             Image.MAX_IMAGE_PIXELS = limit
-                    return self._convert(image, name)
+                    return self._convert(image, name, gray)
             # One PIL image, opened but not read yet, may have been given twice.
             with _OPEN_LOCK if isinstance(item, Image.Image) else nullcontext():
-                return self._convert(item, name)
+                return self._convert(item, name, gray)
         except (AnomalibLiteError, MemoryError):
             raise
         except Exception as error:  # PIL's decoders raise all kinds on broken files
             raise self._explain(error, item, name) from error
 
-    def _convert(self, image: Any, name: str) -> Any:
+    def _convert(self, image: Any, name: str, gray: bool) -> Any:
         """Check and unify what was given: PIL image, array or tensor."""
         is_pil = isinstance(image, Image.Image)
         if not is_pil:
@@ -209,7 +209,7 @@ class ImageSource(Sequence[np.ndarray]):
             elif image.mode == "P":  # by way of RGBA, since a palette may have transparency
                 return image.convert("RGBA").convert("RGB")
         if isinstance(image, Image.Image):
-            return image.convert("RGB")
+            return image if gray and image.mode == "L" else image.convert("RGB")
         if image.dtype.kind == "u" and image.dtype != np.uint8:
             image = image.astype(np.float32) / np.float32(65535)
         if image.dtype.kind == "f":

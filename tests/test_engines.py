@@ -83,6 +83,14 @@ def test_embeddings_are_those_of_torch(name: str, engine: str, weights: dict[str
         assert np.linalg.norm(floats - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("engine", ["torch", *COMPILED])
+def test_channels_that_are_wanted_come_alone_and_unchanged(engine: str) -> None:
+    backbone, channels = open_cpu(engine=engine, dtype="float32"), np.array([0, 3, 90, 151])
+    expected = backbone.embed(pixels(3))[..., channels]
+    np.testing.assert_array_equal(backbone.embed(pixels(3), channels), expected)
+    np.testing.assert_array_equal(backbone.embed(pixels(1), channels), expected[:1])
+
+
 @pytest.mark.parametrize("engine", COMPILED)
 def test_a_size_that_is_no_multiple_of_the_stride(engine: str) -> None:
     images = pixels(1, 67, 101)

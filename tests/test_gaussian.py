@@ -189,8 +189,7 @@ def test_left_out_is_as_if_it_had_not_been_there() -> None:
     E = embeddings(25)
     grid = GaussianGrid((5, 7, 6))
     grid.add(E)
-    grid.factor(freedom=23)
-    got = grid.left_out(E)
+    got = grid.left_out([E[:10], E[10:]])
     for i in (0, 7, 24):
         expected = naive(np.delete(E, i, axis=0), E[i : i + 1], 0.01)
         np.testing.assert_allclose(got[i : i + 1], expected, rtol=1e-2)

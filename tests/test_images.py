@@ -298,6 +298,12 @@ def test_resizing_is_bilinear_and_averages_when_shrinking(
     np.testing.assert_allclose(got, expected[0].permute(1, 2, 0), atol=tolerance)
 
 
+def test_gray_images_are_resized_as_if_they_had_colours() -> None:
+    got, _ = ImageSource(Image.fromarray(GRAY)).load(0, (12, 17), 1)
+    expected, _ = ImageSource(three(GRAY)).load(0, (12, 17), 1)
+    np.testing.assert_array_equal(got, expected)
+
+
 # --- Batches ----------------------------------------------------------------------------
 
 

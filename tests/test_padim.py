@@ -281,6 +281,18 @@ def test_images_are_never_all_embedded_at_once(monkeypatch: pytest.MonkeyPatch) 
     assert sum(largest) == 149  # one was looked at first
 
 
+@pytest.mark.parametrize("calibration", ["split", "leave_one_out"])
+def test_of_images_the_backbone_gives_the_chosen_channels_alone(calibration: str) -> None:
+    images = good(40)
+    detector = make(calibration=calibration).fit(images)
+    E = detector.backbone_.embed(images)
+    assert (E.shape[-1], len(detector.components_)) == (60, 20)
+    same = make(calibration=calibration).fit_embeddings(E)
+    np.testing.assert_array_equal(same.components_, detector.components_)
+    np.testing.assert_allclose(same.threshold_, detector.threshold_, rtol=1e-5)
+    np.testing.assert_allclose(same.score_embeddings(E), detector.score(images), rtol=1e-5)
+
+
 def test_going_on_is_to_have_had_all_from_the_start() -> None:
     E, Q = embeddings(60), embeddings(4, seed=1)
     detector = make(n_components=None, false_alarm_rate=0.5).fit_embeddings(E[:40])

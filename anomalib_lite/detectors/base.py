@@ -129,7 +129,9 @@ class BaseDetector(Learner):
         scores = np.full(len(source.items), np.nan, np.float32)
         heatmaps: list[Any] = [None] * len(source.items)
         skipped: list[tuple[int, str]] = []
-        for batch, embeddings in self._embed(self.backbone_, source, "score", skipped):
+        for batch, embeddings in self._embed(
+            self.backbone_, source, "score", skipped, self._channels
+        ):
             patch_scores, scores[batch.indices] = self._score_patches(embeddings)
             if maps:
                 input_size = batch.pixels.shape[1:3]
@@ -220,11 +222,15 @@ class BaseDetector(Learner):
         self.dtype_ = str(backbone.dtype).removeprefix("torch.")
 
     def _embed_all(
-        self, backbone: AnyBackbone, source: ImageSource, purpose: str | None = None
+        self,
+        backbone: AnyBackbone,
+        source: ImageSource,
+        purpose: str | None = None,
+        channels: np.ndarray | None = None,
     ) -> tuple[Embeddings, list[tuple[int, str]]]:
         """Embeddings of the images that can be used, in order, and those that cannot."""
         skipped: list[tuple[int, str]] = []
-        batches = self._embed(backbone, source, purpose, skipped)
+        batches = self._embed(backbone, source, purpose, skipped, channels)
         return gather(len(source), ((batch.indices, E) for batch, E in batches)), skipped
 
     def _embed(
@@ -233,8 +239,9 @@ class BaseDetector(Learner):
         source: ImageSource,
         purpose: str | None,
         skipped: list[tuple[int, str]],
+        channels: np.ndarray | None = None,
     ) -> Iterator[tuple[Any, np.ndarray]]:
-        """Batches of images, each with its patch embeddings (B, h, w, D)."""
+        """Batches of images, each with its patch embeddings (B, h, w, D), or these channels."""
         n = len(source.items)
         quiet = None if self.verbose and purpose else True  # None: in a terminal only
         with tqdm(total=n, desc=purpose, unit="image", leave=False, disable=quiet) as bar:
@@ -246,7 +253,7 @@ class BaseDetector(Learner):
                 on_error=self.on_error,
                 skipped=skipped,
             ):
-                embeddings = backbone.embed(batch.pixels)
+                embeddings = backbone.embed(batch.pixels, channels)
                 if not np.isfinite(embeddings).all():
                     raise InvalidValueError(
                         f"{type(self).__name__}: the backbone gives NaN or infinity in "

@@ -37,6 +37,7 @@ class Collector(ABC):
     """
 
     images_per_shard: int = sys.maxsize  # whose embeddings are in memory at a time
+    channels: np.ndarray | None = None  # of an embedding that are wanted; None for all
 
     def of(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
         """One like this with one shard in it; the arguments are those of :meth:`add`."""

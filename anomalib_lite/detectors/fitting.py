@@ -348,7 +348,7 @@ class _Images(_Sharded):
             next(parts, None)  # let it end its work in order
 
     def _work(self, shard: ImageSource, start: int, work: Work) -> Part:
-        E, skipped = self._detector._embed_all(self._backbone, shard)
+        E, skipped = self._detector._embed_all(self._backbone, shard, channels=work.channels)
         part = work(E, start)
         part.skipped = skipped
         return part

@@ -34,6 +34,8 @@ CALIBRATIONS = ("split", "leave_one_out")
 class Learner(BaseEstimator, metaclass=ABCMeta):
     """The half of a detector that learns; :class:`BaseDetector` adds the half that scores."""
 
+    _channels: np.ndarray | None = None  # of an embedding, those that are needed; None for all
+
     def fit(self, images: Any, y: Any = None) -> Self:
         """Learn what normal looks like, and calibrate the threshold.
 

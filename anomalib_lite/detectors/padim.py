@@ -182,6 +182,7 @@ class PaDiM(BaseDetector):
         known: GaussianGrid | None = getattr(self, "gaussians_", None)
         if known is None:
             self.n_features_, self.components_ = n_features, self._draw(n_features, random)
+            self._channels = _channels_of(self.components_)
         at_once = _SHARD_IMAGES
         if self.memory_budget is not None:
             budget = check_memory("memory_budget", self.memory_budget, "PaDiM")
@@ -218,10 +219,13 @@ class PaDiM(BaseDetector):
                 "PaDiM: 1 image to fit on has no covariance. Give at least 4; some are held back "
                 "for calibration."
             )
-        collected.gaussians.factor()
         self.gaussians_ = collected.gaussians
         if collected.kept is not None:
-            self._kept = collected.kept
+            self._left_out = np.empty(0, np.float32)
+            if self.gaussians_.n > 2:  # two others, or they would have no covariance
+                patch_scores = self.gaussians_.left_out(collected.kept)
+                self._left_out = image_scores(patch_scores, self.image_score)
+        self.gaussians_.factor()
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _check_grid(E.shape[1:3], self.gaussians_.shape[:2])
@@ -229,12 +233,8 @@ class PaDiM(BaseDetector):
         return patch_scores, image_scores(patch_scores, self.image_score)
 
     def _score_left_out(self, E: Embeddings) -> np.ndarray:
-        kept: list[np.ndarray] = self.__dict__.pop("_kept")
-        if self.gaussians_.n < 3:  # two others would have no covariance
-            return np.empty(0, np.float32)
-        gaussians = copy.deepcopy(self.gaussians_)
-        gaussians.factor(freedom=gaussians.n - 2)
-        return np.concatenate([image_scores(gaussians.left_out(E), self.image_score) for E in kept])
+        left_out: np.ndarray = self.__dict__.pop("_left_out")
+        return left_out
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         grid = self.gaussians_
@@ -244,6 +244,7 @@ class PaDiM(BaseDetector):
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         self.n_features_, self.components_ = int(state["n_features"]), arrays["components"]
+        self._channels = _channels_of(self.components_)
         height, width = state["grid"]
         if self.components_.ndim == 1 and not self.components_.max() < self.n_features_:
             raise ValueError(f"components name channels beyond {self.n_features_}")
@@ -264,6 +265,7 @@ class GridCollector(Collector):
         known: GaussianGrid | None,
     ) -> None:
         self.grid, self.components, self.ridge = grid, components, ridge
+        self.channels = _channels_of(components)
         self.images_per_shard = images_per_shard
         self.gaussians = known
         self._is_own = False  # what was known may still be needed as it is
@@ -289,9 +291,16 @@ class GridCollector(Collector):
             self.gaussians.add(other.E[start : start + _SHARD_IMAGES])
 
 
+def _channels_of(components: np.ndarray) -> np.ndarray | None:
+    """What the backbone may leave out all others of; nothing of the kind for a projection."""
+    return components if components.ndim == 1 else None
+
+
 def _reduced(E: np.ndarray, components: np.ndarray) -> np.ndarray:
     """(..., D) -> (..., d)."""
     if components.ndim == 1:
+        if E.shape[-1] == len(components):  # the backbone was asked for these alone
+            return E
         return np.take(E, components, axis=-1, mode="clip")  # checking each index takes longer
     return np.asarray(E @ components)
 

@@ -52,6 +52,13 @@ class Work:
     learned: BaseDetector | None = None  # what was learned so far
     score: bool = False  # with ``learned``
 
+    @property
+    def channels(self) -> np.ndarray | None:
+        """Channels of the embeddings that it needs; None for all."""
+        if self.blank is not None:
+            return self.blank.channels
+        return None if self.learned is None else self.learned._channels
+
     def __call__(self, E: Embeddings, position: int) -> Part:
         """Do it; ``position`` is that of the shard's first image."""
         if len(E) == 0:
@@ -155,14 +162,12 @@ def _work_on(
                     )
                 _backbones.clear()  # that of an earlier fit
                 _backbones[fit] = backbone
-        E, skipped = detector._embed_all(backbone, shard)
-        if work is None:
-            part = Part(E)
-        else:
-            if state is not None:
-                detector._set_state(dict(zip(names, arrays, strict=True)), state)
-                work = replace(work, learned=detector)
-            part = work(E, position)
+        if work is not None and state is not None:
+            detector._set_state(dict(zip(names, arrays, strict=True)), state)
+            work = replace(work, learned=detector)
+        channels = None if work is None else work.channels
+        E, skipped = detector._embed_all(backbone, shard, channels=channels)
+        part = Part(E) if work is None else work(E, position)
         part.skipped = skipped
         return part
     except AnomalibLiteError as error:

@@ -82,11 +82,12 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
 
 def parameters(job: dict[str, Any]) -> dict[str, Any]:
     """How the detector is made; all else is as it comes."""
-    own = "n_components" if job["method"] == "padim" else "coreset_ratio"
-    return {
+    own = {"coreset_ratio": job["coreset_ratio"]}
+    if job["method"] == "padim":  # fitted on all images, as the peer's
+        own = {"n_components": job["n_components"], "calibration": "leave_one_out"}
+    return own | {
         "backbone": "efficientnet_lite0",
         "image_size": tuple(job["image_size"]),
-        own: job[own],
         "batch_size": job["batch_size"],
         "random_state": job["seed"],
     }
