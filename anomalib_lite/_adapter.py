@@ -25,9 +25,9 @@ class Adapter:
     rank : int
     alpha : float
     history : list of dict
-        Of each epoch: ``train_loss``, ``validation_loss``, and the ``validation_auroc`` of patches
-        of synthetic anomalies. The factors are those of the epoch with the smallest
-        ``validation_loss``.
+        ``validation_auroc`` on synthetic anomalies, first without the adapter, then after each
+        epoch, with its ``train_loss``. The factors are those of the best; none, if that is the
+        first.
     """
 
     factors: dict[str, tuple[np.ndarray, np.ndarray]]

@@ -53,6 +53,7 @@ STAGES_BESIDE = {
     # It goes the way of an image itself, from the file to the embedding, with gradients.
     ("lora", "images"),
     ("lora", "fusion"),
+    ("lora", "gaussian"),
     # A backbone gives its maps fused, as the graphs of other engines do, which are made of both.
     ("backbones", "fusion"),
     ("engines", "backbones"),

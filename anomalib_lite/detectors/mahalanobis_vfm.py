@@ -59,7 +59,7 @@ class MahalanobisVFM(BaseDetector):
         They are multiplied by ``alpha / rank``.
     epochs : int, default=10
         Of the adaptation, at most.
-    learning_rate : float, default=3e-4
+    learning_rate : float, default=1e-3
         Of the adaptation.
     adaptive : bool, default=False
         An experiment: with ``adapt``, choose rank and alpha from the features of the images, in
@@ -134,7 +134,7 @@ class MahalanobisVFM(BaseDetector):
         rank: int = 16,
         alpha: float = 32.0,
         epochs: int = 10,
-        learning_rate: float = 3e-4,
+        learning_rate: float = 1e-3,
         adaptive: bool = False,
         multi_scale: bool = False,
         attention_guided: bool = False,

@@ -90,7 +90,7 @@ def write_csv(path: Path, runs: list[dict[str, Any]]) -> None:
 def heading(options: dict[str, Any]) -> list[str]:
     weights = Path(options["weights"]).name if options.get("weights") else "from the hub"
     return [
-        f"MahalanobisVFM, {options['backbone']} ({weights}), {options['image_size']} px, "
+        f"MahalanobisVFM, {options['backbone']} ({weights}), {options['sizes']} px, at most "
         f"{options['epochs']} epochs",
         f"{options['machine']}; {len(options['seeds'])} seeds: mean and standard deviation",
         "",

@@ -72,7 +72,9 @@ def _textile() -> Folder:
     folder = Path(spec.origin).parent / "data" / "textile_images" / "simulated"
     if not folder.is_dir():
         raise MissingPathError(f"textile: {folder} does not exist; install the package again.")
-    return Folder(folder, "nominal", ["local", "global"], test_size=0.5, name="textile")
+    return Folder(
+        folder, normal="nominal", anomalous=["local", "global"], test_size=0.5, name="textile"
+    )
 
 
 def _draw(samples: Sequence[Sample], n: int | None, seed: int) -> list[Sample]:
