@@ -237,6 +237,78 @@ def test_the_class_token_is_behind_the_patches(tmp_path: Path) -> None:
         np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), rtol=1e-3, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    save_file(network.state_dict(), path)
+    return {"backbone": "test_vit", "weights": path, "layers": ["blocks.2", "blocks.4"]}
+
+
+def test_attention_is_that_of_the_class_token(vit: dict[str, Any]) -> None:
+    options = vit | {"fusion": "summary", "dtype": "float32", "device": "cpu"}
+    backbone = Backbone(**options, attention=True)
+    attention: Any = backbone.network.get_submodule("blocks.4.attn")
+    pixels = good(2, 3, (64, 96))
+    got = backbone.embed(pixels)
+    np.testing.assert_array_equal(got[..., :-1], Backbone(**options).embed(pixels))
+    seen: list[Tensor] = []
+    attention.fused_attn = False  # timm's own softmax then passes through its dropout
+    attention.attn_drop.register_forward_hook(lambda m, i, o: seen.append(o))
+    backbone.embed(pixels[:1])
+    weights = seen[0][0, :, 0, 1:].mean(dim=0).detach().numpy()
+    np.testing.assert_allclose(got[0, ..., -1].ravel(), weights / weights.mean(), rtol=1e-4)
+
+
+def test_scales_see_the_image_smaller(vit: dict[str, Any]) -> None:
+    options = vit | {"fusion": "summary", "dtype": "float32", "device": "cpu"}
+    plain, several = Backbone(**options), Backbone(**options, scales=(0.25, 0.5, 1.0))
+    pixels = good(2, 3, (64, 128))
+    maps, whole = several(pixels), plain(pixels)
+    assert [tuple(m.shape[2:]) for m in maps[:6]] == [(1, 2)] * 2 + [(2, 4)] * 2 + [(4, 8)] * 2
+    assert [tuple(m.shape[2:]) for m in maps[6:]] == [(1, 1)] * 6
+    for got, expected in zip([*maps[4:6], *maps[10:]], whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    half = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    half = nn.functional.interpolate(half, (32, 64), mode="bilinear", antialias=True)
+    for got, expected in zip(maps[2:4], plain(half.permute(0, 2, 3, 1))[:2], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert several.embed(pixels).shape == (2, 4, 8, 3 * plain.embed(pixels).shape[3])
+
+
+@pytest.mark.parametrize("option", ["multi_scale", "attention_guided"])
+def test_variants_keep_the_contract(option: str, vit: dict[str, Any], tmp_path: Path) -> None:
+    detector = make(**vit, image_size=(64, 96), **{option: True}, engine="auto").fit(good(40))
+    found = detector.detect(np.concatenate([good(6, 9), bad(6)]))
+    assert detector.engine_ == "torch"
+    assert auroc([0] * 6 + [1] * 6, found.scores) == 1
+    assert found.maps.shape == (12, HEIGHT, WIDTH)
+    detector.save(tmp_path / "line3.safetensors")
+    again = load(tmp_path / "line3.safetensors")
+    np.testing.assert_array_equal(again.score(bad(3)), detector.score(bad(3)))
+    assert getattr(again, option)
+    before = detector.score(bad(1))
+    assert (detector.partial_fit(good(10, 5)).score(bad(1)) != before).all()
+
+
+def test_attention_weighs_the_patches() -> None:
+    E = embeddings(40)
+    weights = np.random.default_rng(5).gamma(2.0, size=(*E.shape[:3], 1)).astype(np.float32)
+    guided = make(attention_guided=True, global_weight=0)
+    guided.fit_embeddings(np.concatenate([E, weights], axis=3))
+    plain = make(global_weight=0).fit_embeddings(E)
+    patches = plain._score_patches(E[:5])[0]
+    got = guided.score_embeddings(np.concatenate([E, weights], axis=3)[:5])
+    expected = (patches * weights[:5, ..., 0]).max(axis=(1, 2))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_attention_needs_a_transformer(vit: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValueError, match="needs a vision transformer with a class token"):
+        make(attention_guided=True, backbone="efficientnet_lite0").fit(good(12))
+
+
 def test_without_a_class_token_it_is_the_mean() -> None:
     backbone = Backbone(Small(), fusion="summary", dtype="float32", device="cpu")
     E = backbone.embed(good(2))
