@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint nightly bench-peers bench-speed clean
+.PHONY: demo test lint nightly bench-peers bench-speed bench-vfm clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anomalib-lite demo -o demo-output
@@ -21,6 +21,10 @@ nightly: test bench-peers
 # is not there) and others; benchmarks/speed/README.md has the options.
 bench-speed: $(VENV)/.bench
 	$(BIN)/python benchmarks/speed/run.py
+
+# Whether it pays to adapt a foundation model; WEIGHTS names the file of a DINOv2 ViT-S/14.
+bench-vfm: $(VENV)/.bench
+	$(BIN)/python benchmarks/mahalanobis_vfm/run.py $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 bench-peers: $(VENV)/.test
 	$(BIN)/python benchmarks/peers/run.py

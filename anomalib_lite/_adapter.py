@@ -13,7 +13,7 @@ from anomalib_lite.errors import InvalidValueError
 __all__ = ["Adapter"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """Low-rank changes of some of a network's linear layers.
 
@@ -55,7 +55,7 @@ class Adapter:
         for name, (A, B) in self.factors.items():
             try:
                 weight = network.get_submodule(name).weight.data
-                weight += weight.new_tensor(B @ A)
+                weight.copy_(weight + weight.new_tensor(B @ A).reshape(weight.shape))
             except (AttributeError, RuntimeError) as error:
                 raise InvalidValueError(
                     f"{where}: the adapter was trained for another backbone: {name}: {error}. Use "

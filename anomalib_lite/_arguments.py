@@ -78,6 +78,9 @@ PADIM_OPTIONS: dict[str, tuple[Any, Any, str]] = {
 MAHALANOBIS_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "shrinkage": (_name_or_number, "ledoit_wolf", "MahalanobisVFM: ledoit_wolf, oas or a number"),
     "global_weight": (float, 0.5, "MahalanobisVFM: share of the whole image, 0 to 1"),
+    "adapt": (str, None, "MahalanobisVFM: lora, to adapt a vision transformer (default: not)"),
+    "rank": (int, 16, "MahalanobisVFM: of the adaptation"),
+    "epochs": (int, 10, "MahalanobisVFM: of the adaptation, at most"),
 }
 ALL_FIT_OPTIONS = FIT_OPTIONS | PADIM_OPTIONS | MAHALANOBIS_OPTIONS
 DETECTORS = {"patchcore": "PatchCore", "padim": "PaDiM", "mahalanobis_vfm": "MahalanobisVFM"}

@@ -13,28 +13,28 @@ from anomalib_lite.errors import InvalidValueError
 __all__ = ["class_attention", "find_attention"]
 
 
-def find_attention(network: nn.Module, layers: list[str], where: str) -> tuple[str, nn.Module]:
-    """Name and module of the attention in the last of the layers.
+def find_attention(network: nn.Module, layers: list[str], where: str) -> Any:
+    """The attention module in the last of the layers, in the order in which they are run.
 
     Raises
     ------
     InvalidValueError
         Unless it is one whose weights can be told from its queries and keys alone.
     """
-    name = f"{layers[-1]}.attn" if layers else ""
-    try:
-        attention: Any = network.get_submodule(name)
-    except AttributeError:
-        attention = None
-    prefix = int(getattr(network, "num_prefix_tokens", 0))
-    plain = hasattr(attention, "qkv") and hasattr(attention, "num_heads")
-    if not plain or prefix < 1 or getattr(network, "rope", None) is not None:
+    last = [name for name, _ in network.named_modules() if name in layers][-1:]
+    attention: Any = None
+    for name in last:
+        attention = getattr(network.get_submodule(name), "attn", None)
+    plain = all(hasattr(attention, part) for part in ("qkv", "num_heads", "q_norm", "k_norm"))
+    plain = plain and getattr(attention, "q_bias", None) is None
+    has_class = getattr(network, "cls_token", None) is not None
+    if not plain or not has_class or getattr(network, "rope", None) is not None:
         raise InvalidValueError(
             f"{where}: attention_guided needs a vision transformer with a class token and plain "
-            f"attention (as DINOv2 has), got {type(network).__name__}. Choose another backbone, "
-            "or attention_guided=False."
+            f"attention (as DINOv2 has), and whole blocks as layers; got {type(network).__name__} "
+            f"with layers {layers}. Choose others, or attention_guided=False."
         )
-    return name, attention
+    return attention
 
 
 def class_attention(attention: Any, qkv: Tensor, size: Sequence[int]) -> Tensor:
@@ -56,7 +56,7 @@ def class_attention(attention: Any, qkv: Tensor, size: Sequence[int]) -> Tensor:
     """
     batch, n_tokens = qkv.shape[:2]
     parts = qkv.reshape(batch, n_tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k = attention.q_norm(parts[0][:, :, :1]), attention.k_norm(parts[1])
-    logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, heads, 1, tokens)
+    q, k = attention.q_norm(parts[0][:, :, :1]).float(), attention.k_norm(parts[1]).float()
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, 1, tokens)
     weights = torch.softmax(logits, dim=-1).mean(dim=1)[:, 0, n_tokens - size[0] * size[1] :]
     return (weights / weights.mean(dim=1, keepdim=True)).reshape(batch, 1, *size)

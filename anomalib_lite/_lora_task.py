@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits, normalize
+from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits
+from torch.nn.functional import normalize as unit
 
 from anomalib_lite._device import resolve_dtype
 from anomalib_lite._moments import Moments
 from anomalib_lite.backbones import Backbone
+from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.fusion import patch_embeddings
 from anomalib_lite.gaussian import Gaussian
 
@@ -77,13 +80,25 @@ class _Judge(nn.Module):
 
 
 class Task(nn.Module):
-    """What is to be learned: to judge features of a backbone, and the loss."""
+    """What is to be learned: to judge features of a backbone, and the loss.
 
-    def __init__(self, backbone: Backbone, adapted: list[str], to_fit: Sequence[Example]) -> None:
+    ``shrinkage``, ``normalize`` and ``dtype`` are the detector's.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapted: list[str],
+        to_fit: Sequence[Example],
+        *,
+        shrinkage: str | float = "ledoit_wolf",
+        normalize: bool = True,
+        dtype: str = "auto",
+    ) -> None:
         super().__init__()
-        self._backbone = backbone
+        self._backbone, self._shrinkage, self._normalize = backbone, shrinkage, normalize
         self._adapted: list[Any] = [backbone.network.get_submodule(name) for name in adapted]
-        self._dtype = resolve_dtype("auto", backbone.device, backbone.where)
+        self._dtype = resolve_dtype(dtype, backbone.device, backbone.where)
         patches, images = self._gaussians(to_fit)
         self.patches, self.images = _Judge(patches), _Judge(images)
         self.to(backbone.device)
@@ -94,7 +109,7 @@ class Task(nn.Module):
         masks = torch.from_numpy(np.stack([e.mask for e in batch])).to(self._backbone.device)
         is_normal = ~masks.flatten(1).any(dim=1)
         with self._autocast():
-            X, G = (f.float() for f in features_of(self._backbone, pixels))
+            X, G = (f.float() for f in features_of(self._backbone, pixels, self._normalize))
         targets, counts = targets_of(masks, (X.shape[1], X.shape[2]))
         X, G = self.patches.whiten(X), self.images.whiten(G)
         losses = [_balanced(z[counts], targets[counts]) for z in self.patches(X)]
@@ -119,7 +134,9 @@ class Task(nn.Module):
             for known, more in zip(found, (*new, masks.flatten(1).any(1).numpy()), strict=True):
                 known.append(more)
         p, y, g, of_anomaly = map(np.concatenate, found)
-        return float(np.mean([roc_auc_score(y, p), roc_auc_score(of_anomaly, g)]))
+        # Where defects are small beside a patch, there may be none that counts.
+        areas = [roc_auc_score(of_anomaly, g)] + ([roc_auc_score(y, p)] if 0 < y.mean() < 1 else [])
+        return float(np.mean(areas))
 
     def _gaussians(self, examples: Sequence[Example]) -> tuple[Gaussian, Gaussian]:
         """Of patches and of images, as the network is."""
@@ -129,13 +146,21 @@ class Task(nn.Module):
             moments = moments or [Moments(G.shape[1]), Moments(G.shape[1])]
             for known, rows in zip(moments, (X.reshape(-1, X.shape[-1]), G), strict=True):
                 known.add(rows)
-        patches, images = (Gaussian().fit_moments(m) for m in moments)
+        try:
+            patches, images = (Gaussian(self._shrinkage).fit_moments(m) for m in moments)
+        except InvalidValueError as error:
+            raise InvalidValueError(
+                f"{self._backbone.where}: the {len(examples)} images to adapt to are too few or "
+                f"too much alike for shrinkage={self._shrinkage!r}. Give more that differ, or "
+                "shrinkage=0.1."
+            ) from error
         return patches, images
 
     @torch.no_grad()
     def _features(self, batch: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
         with self._autocast():
-            X, G = features_of(self._backbone, np.stack([e.pixels for e in batch]))
+            pixels = np.stack([e.pixels for e in batch])
+            X, G = features_of(self._backbone, pixels, self._normalize)
         return X.float().cpu().numpy(), G.float().cpu().numpy()
 
     @torch.no_grad()
@@ -145,15 +170,16 @@ class Task(nn.Module):
             layer.enable_adapters(False)
         try:
             with self._autocast():
-                X, G = (f.float() for f in features_of(self._backbone, pixels))
+                X, G = (f.float() for f in features_of(self._backbone, pixels, self._normalize))
         finally:
             for layer in self._adapted:
                 layer.enable_adapters(True)
         return self.patches.whiten(X), self.images.whiten(G)
 
-    def _autocast(self) -> torch.autocast:
-        on = self._dtype != torch.float32
-        return torch.autocast(self._backbone.device.type, torch.bfloat16, enabled=on)
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self._backbone.device.type, torch.bfloat16)
 
 
 def _balanced(logits: Tensor, targets: Tensor) -> Tensor:
@@ -170,11 +196,14 @@ def targets_of(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return targets, (share == 0) | (targets > 0)
 
 
-def features_of(backbone: Backbone, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Patches (B, h, w, d) and images (B, d), of length 1, with gradients."""
+def features_of(
+    backbone: Backbone, pixels: np.ndarray, normalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Patches (B, h, w, d) and images (B, d), of length 1 if asked, with gradients."""
     E = patch_embeddings(backbone(pixels), backbone.fusion)
     n_features = E.shape[-1] // 2
-    return normalize(E[..., :n_features], dim=-1), normalize(E[:, 0, 0, n_features:], dim=-1)
+    X, G = E[..., :n_features], E[:, 0, 0, n_features:]
+    return (unit(X, dim=-1), unit(G, dim=-1)) if normalize else (X, G)
 
 
 def batches_of(

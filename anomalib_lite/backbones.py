@@ -167,7 +167,7 @@ class Backbone:
             network.get_submodule(name).register_forward_hook(partial(self._capture, name))
         self._attention: Any = None
         if attention:
-            name, self._attention = find_attention(network, self.layers, where)
+            self._attention = find_attention(network, self.layers, where)
             self._attention.qkv.register_forward_hook(partial(self._capture, _QKV))
         network.to(self.device, self.dtype)
         self.network = network.to(memory_format=torch.channels_last)
@@ -193,10 +193,11 @@ class Backbone:
         """
         step = max(1, self.pixels_at_once // pixels[0, :, :, 0].size)
         wanted = slice(None) if channels is None else torch.from_numpy(channels)
-        parts = [
-            patch_embeddings(self(pixels[i : i + step]), self.fusion)[..., wanted].cpu().numpy()
-            for i in range(0, len(pixels), step)
-        ]
+        with torch.no_grad():
+            parts = [
+                patch_embeddings(self(pixels[i : i + step]), self.fusion)[..., wanted].cpu().numpy()
+                for i in range(0, len(pixels), step)
+            ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def __call__(self, pixels: np.ndarray | Tensor) -> list[Tensor]:
@@ -259,14 +260,18 @@ class Backbone:
     def _at_all_scales(self, pixels: np.ndarray | Tensor) -> list[Tensor]:
         """The maps of all scales, then their summaries, then the attention at full size."""
         white = 255.0 if pixels.dtype in (np.uint8, torch.uint8) else 1.0
-        x = torch.as_tensor(pixels, device=self.device).permute(0, 3, 1, 2).float() / white
+        x = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels, device=self.device)
+        x = x.permute(0, 3, 1, 2).float() / white
         once = copy.copy(self)
         once.scales = (1.0,)
         found = []
         for scale in self.scales:
             sides = [max(1, round(scale * n / self.stride)) * self.stride for n in x.shape[2:]]
             scaled = nn.functional.interpolate(x, sides, mode="bilinear", antialias=True)
-            found.append(once(scaled.permute(0, 2, 3, 1)))
+            try:
+                found.append(once(scaled.permute(0, 2, 3, 1)))
+            except InvalidValueError as error:
+                raise InvalidValueError(f"{error} Or use multi_scale=False.") from error
         n = len(found[0]) // 2 if self.fusion == "summary" else len(found[0])
         in_order = [m for maps in found for m in maps[:n]]
         in_order += [m for maps in found for m in maps[n : 2 * n]]
@@ -332,8 +337,7 @@ class Backbone:
 
     def _summary(self, output: Tensor, feature_map: Tensor) -> Tensor:
         """(B, C, 1, 1): the class token of a layer, or the mean over its positions."""
-        prefix = int(getattr(self.network, "num_prefix_tokens", 0))
-        if output.ndim == 3 and prefix:
+        if output.ndim == 3 and getattr(self.network, "cls_token", None) is not None:
             return output[:, 0, :, None, None]
         return feature_map.mean(dim=(2, 3), keepdim=True)
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from anomalib_lite._adapter import Adapter
 from anomalib_lite._lora_task import Example, Task, batches_of, features_of
 from anomalib_lite._moments import Moments
+from anomalib_lite._validation import check_int, check_number
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.errors import InvalidValueError, MissingDependencyError
 from anomalib_lite.images import ImageSource, iter_batches
@@ -49,6 +50,9 @@ def train_adapter(
     alpha: float | None = None,
     epochs: int = 10,
     learning_rate: float = 1e-3,
+    shrinkage: str | float = "ledoit_wolf",
+    normalize: bool = True,
+    dtype: str = "auto",
     on_error: str = "raise",
     random: np.random.RandomState | None = None,
     verbose: int = 0,
@@ -72,6 +76,11 @@ def train_adapter(
         At most; ended after 3 without a better result on the validation images.
     learning_rate : float, default=1e-3
         Of AdamW.
+    shrinkage, normalize
+        Of the Gaussians, and whether features are divided by their length: as the detector has
+        them.
+    dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
+        What the network computes in; anything but float32 means mixed precision in bfloat16.
     on_error : {"raise", "skip"}, default="raise"
         Whether an image that cannot be read ends everything or is left out.
     random : RandomState, optional
@@ -90,11 +99,13 @@ def train_adapter(
     MissingDependencyError
         If peft is not installed.
     InvalidValueError
-        If the backbone has no attention, or there are fewer than 4 images.
+        If the backbone is of another kind, its attention does not use linear layers as modules,
+        there are fewer than 4 images, or they are too much alike.
 
     Notes
     -----
-    Features f are those that the Gaussians will see, of length 1. They are whitened by the Gaussian
+    Features f are those that the Gaussians will see (at full size, where a detector is to see
+    several scales). They are whitened by the Gaussian
     of normal ones before anything was learned, :math:`w = L^T (f - \\mu)` with
     :math:`L L^T = \\Sigma^{-1}`, so that :math:`m = |w|^2 / d` is the squared Mahalanobis
     distance by dimension. A head, D -> 512 -> 256 -> 1, gives each patch a logit z from w,
@@ -116,14 +127,15 @@ def train_adapter(
     patches and that of images counts.
     """
     where = backbone.where
-    random = np.random.RandomState() if random is None else random
-    if importlib.util.find_spec("peft") is None:
-        raise MissingDependencyError(
-            f"{where}: adapt='lora' needs peft, which is not installed. Install it with: "
-            "pip install 'anomalib-lite[lora]', or use adapt=None."
+    check_peft(where)
+    check_int("epochs", epochs, where, low=1)
+    check_number("learning_rate", learning_rate, where, "(0, 1)")
+    if backbone.fusion != "summary" or backbone.dtype != torch.float32:
+        raise InvalidValueError(
+            f"{where}: an adapter is trained on a Backbone with fusion='summary' and "
+            f"dtype='float32', got {backbone.fusion!r} and {backbone.dtype}."
         )
-    from peft import LoraConfig, inject_adapter_in_model
-
+    random = np.random.RandomState() if random is None else random
     names = _attention_layers(backbone)
     images = _load(source, image_size, backbone.stride, on_error, random)
     if len(images) < _FEWEST:
@@ -133,19 +145,17 @@ def train_adapter(
         )
     n_validation = max(1, len(images) // 5)
     validation, train = images[:n_validation], images[n_validation:]
-    if rank == "adaptive":
-        rank = adaptive_rank(backbone, train)
-    assert isinstance(rank, int)
-    alpha = 2.0 * rank if alpha is None else float(alpha)
+    rank = adaptive_rank(backbone, train) if rank == "adaptive" else rank
+    rank = check_int("rank", rank, where, low=1)
+    alpha = check_number("alpha", 2 * rank if alpha is None else alpha, where, "(0, inf)")
     to_fit = [Example.normal(image) for image in train]
     to_validate = [Example.normal(image) for image in validation] + list(
         _anomalies(validation, _ANOMALIES_TO_VALIDATE * n_validation, random)
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(random.randint(2**31))
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)  # type: ignore[arg-type]
-        inject_adapter_in_model(config, backbone.network)
-        task = Task(backbone, names, to_fit)
+        _put_lora_into(backbone.network, names, rank, alpha)
+        task = Task(backbone, names, to_fit, shrinkage=shrinkage, normalize=normalize, dtype=dtype)
     learned = [p for p in [*backbone.network.parameters(), *task.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=_WEIGHT_DECAY)
     history: list[dict[str, float]] = [{"validation_auroc": task.validate(to_fit, to_validate)}]
@@ -157,6 +167,8 @@ def train_adapter(
             loss = task.loss(batch)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            if epoch == 1 and not losses:
+                _check_gradients(backbone, names)
             optimizer.step()
             losses.append(loss.item())
         area = task.validate(to_fit, to_validate)
@@ -169,6 +181,15 @@ def train_adapter(
     # Layers behind the last one that is asked for have learned nothing.
     factors = {name: (A, B) for name, (A, B) in best.items() if B.any()}
     return Adapter(factors, rank, alpha, history)
+
+
+def check_peft(where: str) -> None:
+    """Raise MissingDependencyError if peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError(
+            f"{where}: adapt='lora' needs peft, which is not installed. Install it with: "
+            "pip install 'anomalib-lite[lora]', or use adapt=None."
+        )
 
 
 def adaptive_rank(backbone: Backbone, images: Sequence[np.ndarray]) -> int:
@@ -235,7 +256,8 @@ def _attention_layers(backbone: Backbone) -> list[str]:
     names = [
         name
         for name, module in backbone.network.named_modules()
-        if isinstance(module, nn.Linear) and "att" in f".{name}".split(".")[-2]
+        if isinstance(module, nn.Linear)
+        and f".{name}".split(".")[-2].endswith(("attn", "attention"))
     ]
     if not names:
         raise InvalidValueError(
@@ -244,6 +266,28 @@ def _attention_layers(backbone: Backbone) -> list[str]:
             "'vit_small_patch14_dinov2.lvd142m', or adapt=None."
         )
     return names
+
+
+def _put_lora_into(network: nn.Module, names: list[str], rank: int, alpha: float) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)  # type: ignore[arg-type]
+    inject_adapter_in_model(config, network)
+
+
+def _check_gradients(backbone: Backbone, names: list[str]) -> None:
+    """Some networks read a layer's weights past the layer: what is put into it has no effect."""
+    order = [name for name, _ in backbone.network.named_modules()]
+    used = [i for i, name in enumerate(order) if name.startswith(tuple(backbone.layers))]
+    end = max(used, default=len(order))
+    for name in names:
+        B = backbone.network.get_submodule(f"{name}.lora_B.default").weight
+        if order.index(name) <= end and B.grad is None:
+            raise InvalidValueError(
+                f"{backbone.where}: adapt='lora' cannot change {name!r} of this backbone "
+                f"({type(backbone.network).__name__}), which does not use it as a layer. Use "
+                "another backbone, or adapt=None."
+            )
 
 
 def _factors(layer: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -305,8 +305,46 @@ def test_attention_weighs_the_patches() -> None:
 
 
 def test_attention_needs_a_transformer(vit: dict[str, Any]) -> None:
-    with pytest.raises(InvalidValueError, match="needs a vision transformer with a class token"):
-        make(attention_guided=True, backbone="efficientnet_lite0").fit(good(12))
+    for options in ({"backbone": "efficientnet_lite0"}, vit | {"layers": ["blocks.2.norm1"]}):
+        with pytest.raises(InvalidValueError, match="needs a vision transformer with a class"):
+            make(attention_guided=True, **options).fit(good(12))
+
+
+def test_registers_are_no_class_token() -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2}
+    network = timm.models.VisionTransformer(
+        class_token=False, reg_tokens=4, num_classes=0, global_pool="avg", num_heads=2, **sizes
+    )
+    options: dict[str, Any] = {
+        "layers": ["blocks.1"],
+        "fusion": "summary",
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    backbone = Backbone(network, **options)
+    E = backbone.embed(good(1, size=(32, 32)))
+    np.testing.assert_allclose(E[0, 0, 0, 16:], E[0, ..., :16].mean(axis=(0, 1)), atol=1e-5)
+    with pytest.raises(InvalidValueError, match="with a class token"):
+        Backbone(network, **options, attention=True)
+
+
+def test_embeddings_of_another_kind_are_refused() -> None:
+    E = embeddings(40)
+    with pytest.raises(InvalidValueError, match="and the attention; got 12 numbers"):
+        make(attention_guided=True).fit_embeddings(E)
+    with pytest.raises(InvalidValueError, match="got 11 numbers with attention_guided=False"):
+        make().fit_embeddings(E[..., :11])
+
+
+def test_gradients_of_a_module_of_ones_own_do_not_matter() -> None:
+    class Scaled(Small):
+        factor = torch.ones(1, requires_grad=True)  # no parameter, so nothing freezes it
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.factor
+
+    backbone = Backbone(Scaled(), fusion="summary", dtype="float32", device="cpu")
+    assert backbone.embed(good(1)).shape == (1, 12, 20, 32)
 
 
 def test_without_a_class_token_it_is_the_mean() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -55,8 +56,8 @@ class MahalanobisVFM(BaseDetector):
         peft, ``calibration="split"`` and images; to score and to load needs no peft.
     rank : int, default=16
         Of the low-rank changes that ``adapt`` learns.
-    alpha : float, default=32.0
-        They are multiplied by ``alpha / rank``.
+    alpha : float, optional
+        They are multiplied by ``alpha / rank``; twice the ``rank`` by default, which is 32 for 16.
     epochs : int, default=10
         Of the adaptation, at most.
     learning_rate : float, default=1e-3
@@ -66,7 +67,8 @@ class MahalanobisVFM(BaseDetector):
         place of ``rank`` and ``alpha``; see :func:`~anomalib_lite.lora.adaptive_rank`.
     multi_scale : bool, default=False
         An experiment: let each image pass at a quarter, a half and the whole of ``image_size``
-        (128, 256 and 512 for ``image_size=512``), the features side by side.
+        (126, 252 and 518 with patches of 14 pixels and ``image_size=518``), the features side by
+        side.
     attention_guided : bool, default=False
         An experiment: multiply the distance of each patch by the attention that the class token
         pays to it in the last layer, in units of its mean over the image.
@@ -132,7 +134,7 @@ class MahalanobisVFM(BaseDetector):
         image_size: int | tuple[int, int] = 256,
         adapt: str | None = None,
         rank: int = 16,
-        alpha: float = 32.0,
+        alpha: float | None = None,
         epochs: int = 10,
         learning_rate: float = 1e-3,
         adaptive: bool = False,
@@ -202,7 +204,8 @@ class MahalanobisVFM(BaseDetector):
             _check_bool(name, getattr(self, name))
         check_int("rank", self.rank, where, low=1)
         check_int("epochs", self.epochs, where, low=1)
-        check_number("alpha", self.alpha, where, "(0, inf)")
+        if self.alpha is not None:
+            check_number("alpha", self.alpha, where, "(0, inf)")
         check_number("learning_rate", self.learning_rate, where, "(0, 1)")
         if self.adapt is None:
             if self.adaptive:
@@ -217,6 +220,11 @@ class MahalanobisVFM(BaseDetector):
                 f"{where}: adapt='lora' needs calibration='split': what was learned from an image "
                 "cannot be taken back to leave it out."
             )
+        if self.memory_budget is not None:
+            raise InvalidValueError(
+                f"{where}: adapt='lora' holds up to 512 images and the gradients of a network, "
+                "which no memory_budget bounds. Use adapt=None, or no memory_budget."
+            )
 
     def fit_embeddings(self, E: Any, y: object = None) -> Self:
         """As in :class:`BaseDetector`; ``adapt`` must be None, for it needs images."""
@@ -225,7 +233,9 @@ class MahalanobisVFM(BaseDetector):
                 "MahalanobisVFM: adapt='lora' needs images to adapt to, got embeddings. Call "
                 "fit(images), or set adapt=None."
             )
-        return super().fit_embeddings(E, y)
+        super().fit_embeddings(E, y)
+        self.__dict__.pop("adapter_", None)
+        return self
 
     def _backbone_options(self) -> dict[str, Any]:
         scales = (0.25, 0.5, 1.0) if self.multi_scale else (1.0,)
@@ -234,8 +244,9 @@ class MahalanobisVFM(BaseDetector):
     def _open_to_fit(self, source: ImageSource, random: np.random.RandomState) -> AnyBackbone:
         if self.adapt is None:
             return super()._open_to_fit(source, random)
-        from anomalib_lite.lora import train_adapter  # torch and peft, only for those who ask
+        from anomalib_lite.lora import check_peft, train_adapter  # torch, only for those who ask
 
+        check_peft("MahalanobisVFM")
         plain = {"scales": (1.0,), "attention": False}
         network: Any = self._open_backbone(engine="torch", dtype="float32", **plain)
         check_image_size(self.image_size, "MahalanobisVFM", stride=network.stride)
@@ -245,13 +256,19 @@ class MahalanobisVFM(BaseDetector):
             image_size=self.image_size,
             rank="adaptive" if self.adaptive else self.rank,
             alpha=None if self.adaptive else self.alpha,
+            shrinkage=self.shrinkage,
+            normalize=bool(self.normalize),
+            dtype=self.dtype,
             epochs=self.epochs,
             learning_rate=self.learning_rate,
             on_error=self.on_error,
             random=random,
             verbose=self.verbose,
         )
-        return self._open_backbone(adapter=adapter, sha256=network.sha256)
+        sha256 = network.sha256
+        del network
+        gc.collect()  # its hooks and itself hold each other
+        return self._open_backbone(adapter=adapter, sha256=sha256)
 
     def _take_backbone(self, backbone: AnyBackbone) -> None:
         super()._take_backbone(backbone)
@@ -268,6 +285,12 @@ class MahalanobisVFM(BaseDetector):
         random: np.random.RandomState,
     ) -> MomentsCollector:
         known = (self.patches_.moments_, self.images_.moments_) if hasattr(self, "patches_") else ()
+        if shape[2] % 2 != int(self.attention_guided):
+            raise InvalidValueError(
+                "MahalanobisVFM: embeddings must have the features of a patch, as many of its image"
+                + (", and the attention" * bool(self.attention_guided))
+                + f"; got {shape[2]} numbers with attention_guided={self.attention_guided}."
+            )
         self.n_features_ = shape[2]
         collector = MomentsCollector(shape[2] // 2, bool(self.normalize), known)
         if self.memory_budget is not None:

@@ -59,8 +59,8 @@ def report(folder: Path, names: list[str], options: dict[str, Any]) -> None:
     runs = [
         run
         for name in names
-        for path in sorted(folder.glob(f"{name}-*.json"))
-        for run in json.loads(path.read_text())
+        for seed in options["seeds"]
+        for run in json.loads((folder / f"{name}-{seed}.json").read_text())["runs"]
     ]
     variants = [v for v in LABELS if any(run["variant"] == v for run in runs)]
     write_csv(folder / "results.csv", runs)
@@ -72,7 +72,7 @@ def report(folder: Path, names: list[str], options: dict[str, Any]) -> None:
     summary += beside_reported(runs, names)
     (folder / "performance_summary.txt").write_text("\n".join(summary) + "\n")
     print("\n".join(summary))
-    arrays = {name: np.load(min(folder.glob(f"{name}-*.npz"))) for name in names}
+    arrays = {name: np.load(folder / f"{name}-{options['seeds'][0]}.npz") for name in names}
     anomaly_scores(folder / "anomaly_scores.png", arrays, variants)
     roc_curves(folder / "roc_curves.png", arrays, variants, runs)
     feature_analysis(folder / "feature_analysis.png", arrays, variants)

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -87,12 +86,11 @@ def measure(options: dict[str, Any], name: str, seed: int, out: Path) -> None:
                     "rank": adapter and adapter.rank,
                     "epochs": adapter and len(adapter.history),
                     "history": adapter and adapter.history,
-                    "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 }
             )
             arrays |= {f"{variant}.{key}": value for key, value in more.items()}
             print(name, seed, variant, json.dumps(record), f"fit {fit_s:.0f} s", flush=True)
-    write(out, name, seed, source, runs, arrays)
+    write(out, name, seed, source, {"options": options, "runs": runs}, arrays)
 
 
 def judge(detector: Any, source: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -176,19 +174,17 @@ def write_adapted(detector: Any, options: dict[str, Any], path: Path) -> None:
     save_file({k: v.contiguous() for k, v in backbone.network.state_dict().items()}, path)
 
 
-def write(
-    out: Path, name: str, seed: int, source: Any, runs: list[dict[str, Any]], arrays: Any
-) -> None:
+def write(out: Path, name: str, seed: int, source: Any, found: dict[str, Any], arrays: Any) -> None:
     import numpy as np
 
-    for run in runs:
+    for run in found["runs"]:
         run |= {"n_train": len(source.train), "n_test": len(source.test)}
     labels = arrays["labels"]
     arrays["paths"] = [str(source.test[i].path) for i in shown(labels)]
     arrays["masks"] = [str(source.test[i].mask_path or "") for i in shown(labels)]
     arrays["shown"] = shown(labels)
     np.savez_compressed(out / f"{name}-{seed}.npz", **{k: np.asarray(v) for k, v in arrays.items()})
-    (out / f"{name}-{seed}.json").write_text(json.dumps(runs))
+    (out / f"{name}-{seed}.json").write_text(json.dumps(found))
 
 
 def main() -> None:
@@ -235,16 +231,27 @@ def main() -> None:
 
         names = MVTecAD2.categories(arguments.root)
     names = names or list(NAMES)
-    run_all([(n, s) for s in arguments.seeds for n in names], arguments.jobs, arguments.out)
+    jobs = [(n, s) for s in arguments.seeds for n in names]
+    jobs = [job for job in jobs if not is_done(arguments.out, *job, options)]
+    run_all(jobs, arguments.jobs)
     options["sizes"] = options["image_size"] or ", ".join(f"{n} {SIZES[n]}" for n in names)
     options["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
     report(arguments.out, names, options)
 
 
-def run_all(jobs: list[tuple[str, int]], n_at_once: int, out: Path) -> None:
-    """Each data set and seed in a process of one thread, some at a time; done ones are kept."""
+def is_done(out: Path, name: str, seed: int, options: dict[str, Any]) -> bool:
+    """Whether an earlier run with the same options has left its figures."""
+    path = out / f"{name}-{seed}.json"
+    if not path.exists():
+        return False
+    then = json.loads(path.read_text())["options"]
+    return all(then[k] == options[k] for k in options if k not in ("datasets", "seeds"))
+
+
+def run_all(jobs: list[tuple[str, int]], n_at_once: int) -> None:
+    """Each data set and seed in a process of one thread, some at a time."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    waiting = [job for job in jobs if not (out / f"{job[0]}-{job[1]}.json").exists()]
+    waiting = list(jobs)
     running: list[subprocess.Popen[bytes]] = []
     while waiting or running:
         while waiting and len(running) < n_at_once:

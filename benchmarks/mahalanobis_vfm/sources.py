@@ -18,13 +18,6 @@ DATA = Path(os.environ.get("ANOMALIB_LITE_DATA", Path(__file__).parents[3] / "sh
 
 # Measured here; the eight categories of MVTec AD 2 are read with --root.
 NAMES = ("magnetic_tile", "textile", "solar_cells")
-ABOUT = {
-    "magnetic_tile": "Magnetic tiles (Huang, Qiu, Yuan 2020): photographs, real defects, masks.",
-    "textile": "Woven textile (Megahed et al. 2025, PyPI conformal-clip-data, MIT): photographs, "
-    "simulated defects, no masks.",
-    "solar_cells": "Solar cells (ELPV, Buerhop-Lutz et al. 2018, PyPI elpv-dataset, CC BY-NC-SA "
-    "4.0): electroluminescence, real defects, no masks.",
-}
 
 
 @dataclass
@@ -41,13 +34,15 @@ class Source:
         return any(sample.mask_path for sample in self.test)
 
 
-def open_source(name: str, seed: int, n_train: int, n_test: int, root: Path | None) -> Source:
+def open_source(
+    name: str, seed: int, n_train: int | None, n_test: int | None, root: Path | None
+) -> Source:
     """Draw the training images by ``seed``; the test images are always the same."""
     dataset = _open(name, root)
     validation = list(getattr(dataset, "validation", ()))
     train = _draw(dataset.train, None, seed)
     if not validation:  # MVTec AD 2 has some of its own
-        n = max(2, min(len(train), n_train) // 5)
+        n = max(2, len(train[:n_train]) // 5)
         validation, train = train[:n], train[n:]
     return Source(name, train[:n_train], validation, _draw(dataset.test, n_test, 0))
 
