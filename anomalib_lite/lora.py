@@ -162,7 +162,7 @@ def train_adapter(
     best: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     quiet = None if verbose else True
     for epoch in tqdm(range(1, epochs + 1), "adapt", unit="epoch", leave=False, disable=quiet):
-        losses = []
+        losses: list[float] = []
         for batch in batches_of([*to_fit, *_anomalies(train, len(train), random)], random):
             loss = task.loss(batch)
             optimizer.zero_grad()
