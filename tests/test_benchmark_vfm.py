@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,8 +73,8 @@ def test_the_table_has_all_runs(out: Path) -> None:
 
 def test_the_summary_tells_reported_from_measured(out: Path) -> None:
     summary = (out / "performance_summary.txt").read_text()
-    assert "can: LoRA (v1.1) 0.5528; measured 0." in summary
-    assert "fabric: LoRA (v1.1) 0.6520; measured 0." in summary
+    assert re.search(r"can: LoRA \(v1.1\) 0.5528; measured [01]\.", summary)
+    assert re.search(r"fabric: LoRA \(v1.1\) 0.6520; measured [01]\.", summary)
     assert "walnuts: LoRA (v1.1) 0.5844\n" in summary
     assert "not measured here" in summary
 

@@ -227,7 +227,8 @@ def sample_detections(path: Path, arrays: dict[str, Any], variants: list[str]) -
         photo = np.asarray(Image.open(str(path_)).convert("RGB"))
         row[0].imshow(photo)
         if str(mask):
-            row[0].contour(np.asarray(Image.open(str(mask)).convert("L")) > 127, [0.5], colors="w")
+            outline = np.asarray(Image.open(str(mask)).convert("L")) > 127
+            row[0].contour(outline, [0.5], colors="#00ffff", linewidths=1)
         row[0].set_ylabel(f"{name.replace('_', ' ')}\n{_KIND[data['labels'][index]]}", fontsize=8)
         for axis, variant in zip(row[1:], variants, strict=True):
             every = [data[f"{variant}.map.{i}"] for i in data["shown"]]
