@@ -8,9 +8,11 @@ from anomalib_lite.datasets.folder import Folder
 from anomalib_lite.datasets.kolektor_sdd import KolektorSDD
 from anomalib_lite.datasets.mvtec_ad import MVTecAD
 from anomalib_lite.datasets.mvtec_ad_2 import MVTecAD2
+from anomalib_lite.datasets.neu_det import NEUDET
 
 __all__ = [
     "ELPV",
+    "NEUDET",
     "Dataset",
     "Folder",
     "KolektorSDD",
