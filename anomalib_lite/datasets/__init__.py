@@ -5,7 +5,19 @@ from __future__ import annotations
 from anomalib_lite.datasets.base import Dataset, Sample, load_mask
 from anomalib_lite.datasets.elpv import ELPV
 from anomalib_lite.datasets.folder import Folder
+from anomalib_lite.datasets.kolektor_sdd import KolektorSDD
 from anomalib_lite.datasets.mvtec_ad import MVTecAD
 from anomalib_lite.datasets.mvtec_ad_2 import MVTecAD2
+from anomalib_lite.datasets.neu_det import NEUDET
 
-__all__ = ["ELPV", "Dataset", "Folder", "MVTecAD", "MVTecAD2", "Sample", "load_mask"]
+__all__ = [
+    "ELPV",
+    "NEUDET",
+    "Dataset",
+    "Folder",
+    "KolektorSDD",
+    "MVTecAD",
+    "MVTecAD2",
+    "Sample",
+    "load_mask",
+]

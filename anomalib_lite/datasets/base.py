@@ -97,7 +97,8 @@ class Dataset:
     Raises
     ------
     InvalidValueError
-        If ``train`` is empty or holds an anomalous image, or a file occurs twice.
+        If ``train`` is empty (only in a data set without normal images it is) or holds an
+        anomalous image, or a file occurs twice.
 
     Examples
     --------
@@ -108,12 +109,16 @@ class Dataset:
     Dataset('plates': 2 train, 2 test (1 good, 1 scratch), no masks)
     """
 
+    # Whether this is a published data set without normal images. In any other an empty train is
+    # a mistake, such as a pattern that matches no file, and is best told at once.
+    _test_only = False
+
     def __init__(self, name: str, train: Iterable[Sample], test: Iterable[Sample]) -> None:
         self.name = name
         self.train = tuple(train)
         self.test = tuple(test)
         where = type(self).__name__
-        if not self.train:
+        if not self.train and not self._test_only:
             raise InvalidValueError(
                 f"{where}: train must hold at least one normal image, got none."
             )

@@ -1,0 +1,177 @@
+"""KolektorSDD: commutators whose images must not be split within one physical part."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from anomalib_lite._validation import check_number
+from anomalib_lite.datasets.base import (
+    Dataset,
+    Sample,
+    as_path,
+    check_directory,
+    list_images,
+    load_mask,
+    split_normal,
+    subdirectories,
+)
+from anomalib_lite.errors import InvalidValueError, MissingPathError
+
+_PART = re.compile(r"kos\d+")
+_LABEL = "_label"
+
+
+class KolektorSDD(Dataset):
+    """KolektorSDD: 399 photographs of 50 commutators, gray, 500 wide and about 1,250 high.
+
+    ::
+
+        <root>/kos01/Part0.jpg
+                     Part0_label.bmp
+
+    Each ``kosNN`` is one physical part, photographed all around. Parts are split, and not images,
+    as in the data set's paper: no part is on both sides.
+
+    Parameters
+    ----------
+    root : str or PathLike
+        The directory that holds ``kos01``, ``kos02`` and so on.
+    test_size : float, default=1/3
+        Share of the parts that is kept for testing, in (0, 1); at least one. The paper has three
+        folds, hence the default.
+    random_state : int, RandomState or None, default=0
+        Chooses which. The same number gives the same split on every machine.
+
+    Attributes
+    ----------
+    name : str
+        ``"kolektor_sdd"``.
+    train : tuple of Sample
+        The normal images of the parts for training.
+    test : tuple of Sample
+        All images of the other parts. Kinds are ``"good"`` and ``"defect"``.
+    train_anomalous : tuple of Sample
+        The anomalous images of the parts for training: neither trained on nor tested on.
+    licence, source, citation : str
+        Licence of the images (non-commercial), where they come from, and what to cite.
+
+    Raises
+    ------
+    MissingPathError
+        If a directory is missing or empty, or an image has no mask, or a mask no image.
+    InvalidValueError
+        If there is only one part, ``test_size`` or ``random_state`` is outside of what is allowed,
+        two masks belong to one image, or the parts for training hold no normal image.
+    InvalidTypeError
+        If ``root`` is not a path.
+    ImageError
+        If a mask cannot be decoded.
+
+    Notes
+    -----
+    An image is anomalous if its mask is not all zero, so the masks are read here (not the images).
+    A normal image has no ``mask_path``.
+
+    About every part has one anomalous image. Those of the parts for training could be tested on
+    as well, but then these parts would be on both sides, with anomalous images alone: what tells
+    a part from another would help or hurt as much as what tells good from bad. They are at hand
+    as ``train_anomalous``. To test on all, average over several ``random_state``.
+
+    The authors also offer rectangles in place of the masks, in the same layout: pixel metrics
+    depend on which it is. Their code passes over ``kos21/Part7``; this class does not.
+
+    References
+    ----------
+    Tabernik, Šela, Skvarč and Skočaj, "Segmentation-based deep-learning approach for
+    surface-defect detection", Journal of Intelligent Manufacturing 31(3), 2020.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for part in ("kos01", "kos02", "kos03"):
+    ...         Path(root, part).mkdir()
+    ...         for i in range(4):
+    ...             Image.new("L", (5, 12)).save(Path(root, part, f"Part{i}.jpg"))
+    ...             label = Image.new("L", (5, 12), 255 if i == 3 else 0)
+    ...             label.save(Path(root, part, f"Part{i}_label.bmp"))
+    ...     ds = KolektorSDD(root)
+    >>> ds
+    KolektorSDD('kolektor_sdd': 6 train, 4 test (3 good, 1 defect), masks)
+    >>> len(ds.train_anomalous)
+    2
+    """
+
+    licence = "CC BY-NC-SA 4.0"
+    source = "https://www.vicos.si/resources/kolektorsdd"
+    citation = (
+        "Tabernik, Šela, Skvarč and Skočaj, Segmentation-based deep-learning approach for "
+        "surface-defect detection, Journal of Intelligent Manufacturing 31(3), 2020, "
+        "doi:10.1007/s10845-019-01476-x"
+    )
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        test_size: float = 1 / 3,
+        random_state: int | np.random.RandomState | None = 0,
+    ) -> None:
+        where = "KolektorSDD"
+        home = check_directory("root", as_path("root", root, where), where)
+        share = check_number("test_size", test_size, where, "(0, 1)")
+        train_parts, test_parts = split_normal(_find_parts(home), share, random_state, where)
+        known = [sample for part in train_parts for sample in _read_part(part)]
+        test = [sample for part in test_parts for sample in _read_part(part)]
+        super().__init__("kolektor_sdd", [s for s in known if not s.label], test)
+        self.train_anomalous = tuple(s for s in known if s.label)
+
+
+def _find_parts(home: Path) -> list[Path]:
+    directories = subdirectories(home)
+    parts = [path for path in directories if _PART.fullmatch(path.name)]
+    if not parts:
+        raise MissingPathError(
+            "KolektorSDD: root must hold directories kos01, kos02 and so on, got "
+            f"{[path.name for path in directories]} in {home}. Pass the directory right above them."
+        )
+    if len(parts) < 2:
+        raise InvalidValueError(
+            "KolektorSDD: at least 2 parts must be there to be split, got "
+            f"{parts[0].name} alone in {home}. Add the others."
+        )
+    return parts
+
+
+def _read_part(part: Path) -> list[Sample]:
+    """The samples of one physical part, labelled by their masks."""
+    images: dict[str, Path] = {}
+    masks: dict[str, Path] = {}
+    for path in list_images(part.name, part, "KolektorSDD"):
+        name = path.stem.removesuffix(_LABEL)
+        group = images if name == path.stem else masks
+        if name in group:
+            raise InvalidValueError(
+                f"KolektorSDD: every image must have one file and one mask, got {group[name]} and "
+                f"{path}. Keep one of them."
+            )
+        group[name] = path
+    for name in sorted(images.keys() ^ masks.keys()):
+        there, missing = (images[name], "a mask") if name in images else (masks[name], "an image")
+        raise MissingPathError(
+            f"KolektorSDD: {there} must have {missing} beside it, got none. Without both it is not "
+            "known whether the part is good: add it, or remove this file."
+        )
+    return [_sample(images[name], masks[name]) for name in images]
+
+
+def _sample(image: Path, mask: Path) -> Sample:
+    if load_mask(mask).any():
+        return Sample(image, 1, "defect", mask)
+    return Sample(image, 0, "good")

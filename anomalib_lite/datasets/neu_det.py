@@ -1,0 +1,257 @@
+"""NEU-DET: hot-rolled steel strip with defects in boxes, and no normal images."""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import cached_property
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from anomalib_lite.datasets.base import Dataset, Sample, as_path, check_directory, list_images
+from anomalib_lite.errors import ImageError, InvalidValueError, MissingPathError
+
+KINDS = ("crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches")
+# Directories of images and of their annotations: as published, and as its mirrors divide it.
+_PUBLISHED = (("IMAGES", "ANNOTATIONS"),)
+_DIVIDED = (
+    ("train/images", "train/annotations"),
+    ("validation/images", "validation/annotations"),
+)
+
+
+class NEUDET(Dataset):
+    """NEU-DET: 1,800 photographs of hot-rolled steel strip, 300 of each of six kinds of defect.
+
+    ::
+
+        <root>/IMAGES/crazing_1.jpg
+               ANNOTATIONS/crazing_1.xml
+
+    The layout of its mirrors, ``<root>/{train,validation}/{images/<kind>,annotations}``, is read
+    too, as one data set. A part of the images is as good as all of them.
+
+    Parameters
+    ----------
+    root : str or PathLike
+        The directory that holds ``IMAGES`` and ``ANNOTATIONS``.
+
+    Attributes
+    ----------
+    name : str
+        ``"neu_det"``.
+    train : tuple of Sample
+        Empty: there are no normal images.
+    test : tuple of Sample
+        All images, sorted by path. The kind is the file name without its number:
+        ``"crazing"``, ``"inclusion"``, ``"patches"``, ``"pitted_surface"``,
+        ``"rolled-in_scale"`` or ``"scratches"``.
+    boxes : dict of Path to ndarray of shape (n, 4), int64
+        Where the defects are: x_min, y_min, x_max, y_max of each, by the path of the image.
+    licence, source, citation : str
+        Licence of the images (none is stated), where they come from, and what to cite.
+
+    Raises
+    ------
+    MissingPathError
+        If a directory is missing or empty, or an image has no annotation.
+    InvalidValueError
+        If a file name does not begin with one of the six kinds.
+    InvalidTypeError
+        If ``root`` is not a path.
+
+    Notes
+    -----
+    Train on good strip of your own. Boxes are no masks, since much inside of them is good steel:
+    there are no pixel metrics, and one asks instead whether the highest value of a heatmap lies
+    in a box (the pointing game). A box may show another kind of defect than its image is named
+    after.
+
+    References
+    ----------
+    Song and Yan, "A noise robust method based on completed local binary patterns for hot-rolled
+    steel strip surface defects", Applied Surface Science 285, 2013.
+
+    He, Song, Meng and Yan, "An End-to-End Steel Surface Defect Detection Approach via Fusing
+    Multiple Hierarchical Features", IEEE Transactions on Instrumentation and Measurement 69(4),
+    2020.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> xml = '''<annotation><size><width>200</width><height>100</height></size>
+    ...     <object><bndbox><xmin>1</xmin><ymin>11</ymin><xmax>40</xmax><ymax>30</ymax></bndbox>
+    ...     </object></annotation>'''
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     image, annotation = Path(root, "IMAGES/patches_7.jpg"), Path(root, "ANNOTATIONS")
+    ...     image.parent.mkdir()
+    ...     annotation.mkdir()
+    ...     Image.new("L", (200, 100)).save(image)
+    ...     _ = (annotation / "patches_7.xml").write_text(xml)
+    ...     ds = NEUDET(root)
+    ...     print(ds.boxes[ds.test[0].path])
+    [[ 0 10 40 30]]
+    >>> ds
+    NEUDET('neu_det': 0 train, 1 test (1 patches), no masks)
+    """
+
+    licence = "none stated"
+    source = "https://ieee-dataport.org/documents/neu-det"
+    citation = (
+        "Song and Yan, A noise robust method based on completed local binary patterns for "
+        "hot-rolled steel strip surface defects, Applied Surface Science 285, 2013, "
+        "doi:10.1016/j.apsusc.2013.09.002; "
+        "He et al., An End-to-End Steel Surface Defect Detection Approach via Fusing Multiple "
+        "Hierarchical Features, IEEE Transactions on Instrumentation and Measurement 69(4), 2020, "
+        "doi:10.1109/TIM.2019.2915404"
+    )
+    _test_only = True
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        home = check_directory("root", as_path("root", root, "NEUDET"), "NEUDET")
+        self._annotations: dict[Path, Path] = {}
+        for place, beside in _directories(home):
+            self._annotations |= _pairs(place, beside)
+        test = [Sample(path, 1, _kind(path)) for path in self._annotations]
+        super().__init__("neu_det", train=(), test=test)
+
+    # Read when first asked for: an anomaly detector is tested on scores without any box.
+    @cached_property
+    def boxes(self) -> dict[Path, npt.NDArray[np.int64]]:
+        """Where the defects are: x_min, y_min, x_max, y_max of each, by the path of the image.
+
+        Returns
+        -------
+        dict of Path to ndarray of shape (n, 4), int64
+            In pixels of the image, and of its heatmap, as Python counts: from 0, the ends not
+            included, so that ``heatmap[y_min:y_max, x_min:x_max]`` is the box.
+
+        Raises
+        ------
+        InvalidValueError
+            If a file is no annotation, a box is not inside of its image, or a file holds a
+            document type definition.
+        ImageError
+            If an image cannot be read.
+
+        Notes
+        -----
+        Files in the format of Pascal VOC count from 1 and include the ends. Boxes are scaled from
+        the size that the file states to that of the image (outwards to whole pixels): some mirrors
+        hold enlarged images beside the boxes of the original 200 x 200 pixels.
+        """
+        return {image: _read_boxes(file, image) for image, file in self._annotations.items()}
+
+
+def _directories(home: Path) -> list[tuple[Path, Path]]:
+    for layout in (_PUBLISHED, _DIVIDED):
+        found = [(home / a, home / b) for a, b in layout if (home / a).is_dir()]
+        if found:
+            return found
+    raise MissingPathError(
+        "NEUDET: root must hold the directories IMAGES and ANNOTATIONS, or train/images and "
+        f"train/annotations, got {home} without them. Pass the directory right above them."
+    )
+
+
+def _pairs(images: Path, annotations: Path) -> dict[Path, Path]:
+    """The annotation of each image."""
+    paths = list_images(images.name, images, "NEUDET", recursive=True)
+    check_directory(annotations.name, annotations, "NEUDET")
+    files = {path.stem: path for path in annotations.glob("*.xml")}
+    for path in paths:
+        if path.stem not in files:
+            raise MissingPathError(
+                f"NEUDET: the image {path} must have an annotation, got none at "
+                f"{annotations / path.stem}.xml. Add it, or remove the image."
+            )
+    return {path: files[path.stem] for path in paths}
+
+
+def _kind(path: Path) -> str:
+    kind, _, number = path.stem.rpartition("_")
+    if kind in KINDS and number.isdecimal():
+        return kind
+    raise InvalidValueError(
+        f"NEUDET: an image must be named after its kind, one of {list(KINDS)}, and a number, as "
+        f"in crazing_1.jpg, got {path}. Remove what does not belong to the data set."
+    )
+
+
+def _read_boxes(file: Path, image: Path) -> npt.NDArray[np.int64]:
+    """Boxes (n, 4) in pixels of the image, from 0, ends not included."""
+    root, (width, height) = _parse(file), _size(image)
+    size = _numbers(root.find("size"), ("width", "height"), file, low=1)
+    boxes = []
+    for entry in root.iterfind("object"):
+        box = _numbers(entry.find("bndbox"), ("xmin", "ymin", "xmax", "ymax"), file, low=0)
+        x_min, y_min, x_max, y_max = box
+        if not (x_min <= x_max <= size[0] and y_min <= y_max <= size[1]):
+            raise InvalidValueError(
+                f"NEUDET: a box must lie in the {size[0]:g} x {size[1]:g} pixels (width x height) "
+                f"that {file} states, got xmin, ymin, xmax, ymax = {box}. Correct the file."
+            )
+        left, right = _scaled(x_min, x_max, width, size[0])
+        top, bottom = _scaled(y_min, y_max, height, size[1])
+        boxes.append((left, top, right, bottom))
+    return np.array(boxes, np.int64).reshape(-1, 4)  # also where there are none
+
+
+def _scaled(first: float, last: float, pixels: int, stated: float) -> tuple[int, int]:
+    """Start and end in an image of so many pixels, from first to last of so many stated."""
+    # Some tools count from 0 in spite of the format; a box that begins there begins at the edge.
+    start = max(first - 1, 0)
+    return math.floor(start * pixels / stated), math.ceil(max(last, 1) * pixels / stated)
+
+
+def _parse(file: Path) -> ElementTree.Element:
+    """The root of an XML file; none that could do harm is parsed."""
+    # A decoded string is parsed as it stands, whatever encoding it declares, so what is searched
+    # here is what the parser sees. Without a document type no entity can be declared: none expands
+    # into gigabytes and none names another file. Only numbers are read, so a character of an
+    # unknown encoding may be replaced.
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    if "<!DOCTYPE" in text:
+        raise InvalidValueError(
+            f"NEUDET: {file} must hold no document type definition, got one. An annotation needs "
+            "none: remove it, unless the file comes from someone you do not trust."
+        )
+    try:
+        return ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise InvalidValueError(
+            f"NEUDET: {file} must be an XML file of boxes, got {error}. Unpack it again."
+        ) from error
+
+
+def _numbers(
+    parent: ElementTree.Element | None, names: tuple[str, ...], file: Path, *, low: float
+) -> tuple[float, ...]:
+    texts = [None if parent is None else parent.findtext(name) for name in names]
+    try:
+        numbers = tuple(float(text or "") for text in texts)
+        if all(low <= number < math.inf for number in numbers):
+            return numbers
+    except ValueError:
+        pass  # the same remedy
+    raise InvalidValueError(
+        f"NEUDET: {file} must state {', '.join(names)} as numbers of at least {low:g}, in the "
+        f"format of Pascal VOC, got {texts}. Correct the file, or unpack it again."
+    )
+
+
+def _size(image: Path) -> tuple[int, int]:
+    """Width and height, from the head of the file."""
+    try:
+        with Image.open(image) as opened:
+            return opened.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(
+            f"NEUDET: {image} must be a readable image, got {error}. Unpack it again."
+        ) from error
