@@ -61,6 +61,9 @@ STAGES_BESIDE = {
 BESIDE = STAGES_BESIDE | {
     ("_graph", "backbones"),
     ("_graph", "fusion"),
+    ("_lora_task", "backbones"),
+    ("_lora_task", "fusion"),
+    ("_lora_task", "gaussian"),
     ("report", "plotting"),
     ("cli", "demo"),
 }
