@@ -21,7 +21,8 @@ class Adapter:
     ----------
     factors : dict of str to (A, B)
         By the name of a layer with weights W of shape (m, n): A (rank, n) and B (m, rank),
-        both float32. The adapted layer has the weights W + B A; ``alpha / rank`` is in B.
+        both float32. The adapted layer has the weights W + B A: ``alpha / rank`` is in B, and
+        so is the share of what was learned that is kept.
     rank : int
     alpha : float
     history : list of dict

@@ -56,6 +56,7 @@ def always_better(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small a network has little to learn: let each epoch be the best, whatever it is."""
     areas = itertools.count()
     monkeypatch.setattr(Task, "validate", lambda self, *args: next(areas))
+    monkeypatch.setattr(lora, "SHARE", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,14 @@ def test_it_stops_when_nothing_gets_better(weights: Path, monkeypatch: pytest.Mo
     assert train(weights, epochs=2).sha256() == adapter.sha256()
     areas = iter([0.9, 0.6, 0.5, 0.8])
     assert train(weights, epochs=9).factors == {}  # the network as it was is best
+
+
+def test_a_share_of_it_is_kept(weights: Path, adapter: Adapter, monkeypatch: Any) -> None:
+    always_better(monkeypatch)
+    monkeypatch.setattr(lora, "SHARE", 0.25)
+    for name, (A, B) in train(weights, rank=4, alpha=8.0).factors.items():
+        np.testing.assert_array_equal(A, adapter.factors[name][0])
+        np.testing.assert_array_equal(B, adapter.factors[name][1] / 4)
 
 
 def test_patches_are_judged_by_their_share_of_the_mask() -> None:
