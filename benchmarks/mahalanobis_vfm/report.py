@@ -15,6 +15,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from PIL import Image
 from sklearn.metrics import roc_curve
 
@@ -181,7 +182,7 @@ def anomaly_scores(path: Path, arrays: dict[str, Any], variants: list[str]) -> N
 def roc_curves(
     path: Path, arrays: dict[str, Any], variants: list[str], runs: list[dict[str, Any]]
 ) -> None:
-    figure, axes = _grid(1, len(arrays), (3.6, 3.6))
+    figure, axes = _grid(1, len(arrays), (3.6, 4.0))
     for axis, (name, data) in zip(axes[0], arrays.items(), strict=True):
         for variant in variants:
             fpr, tpr, _ = roc_curve(data["labels"], data[f"{variant}.scores"])
@@ -208,7 +209,11 @@ def feature_analysis(path: Path, arrays: dict[str, Any], variants: list[str]) ->
                 x, y = data[f"{variant}.whole"][of], data[f"{variant}.patch"][of]
                 axis.scatter(x, y, s=7, color=color, alpha=0.6, lw=0, label=kind)
             axis.set(xscale="log", yscale="log")
-            axis.tick_params(labelsize=7, which="both")
+            for side in (axis.xaxis, axis.yaxis):
+                side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                side.set_major_formatter(ScalarFormatter())
+                side.set_minor_locator(NullLocator())
+            axis.tick_params(labelsize=7)
             axis.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(f"{name.replace('_', ' ')}\nfarthest patch", fontsize=9)
     for axis, variant in zip(axes[0], variants, strict=True):
