@@ -210,8 +210,8 @@ def _restore(
     parts = {}
     for name, part in dict(header.get("parts") or {}).items():
         own = _under(f"{name}.", arrays)
-        instead = [_for_part(name, value, part) for value in (backbone, weights)]
-        parts[name] = _restore(own, part, path, *instead, device)
+        network, file = (_for_part(name, value, part) for value in (backbone, weights))
+        parts[name] = _restore(own, part, path, network, file, device)
     try:
         cls = DETECTORS[header["detector"]]
         parameters, state, fitted_with = (
@@ -221,8 +221,9 @@ def _restore(
         )
         key = "gate" if cls is GatedCascade else "backbone"
         if cls is GatedCascade:
-            instead = [_for_part("gate", value, header) for value in (backbone, weights)]
-            backbone, weights = instead if fitted_with else (None, None)
+            backbone, weights = (_for_part("gate", value, header) for value in (backbone, weights))
+            if fitted_with is None:  # what was given is for the detector that is the gate
+                backbone = weights = None
         if backbone is not None:
             parameters[key] = backbone
         if weights is not None:
