@@ -65,8 +65,8 @@ def make(**parameters: Any) -> GatedCascade:
 
 def good(n: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    slope = np.linspace(90, 150, WIDTH)[:, None] + rng.normal(0, 6, (n, 1, 1, 1))
-    return (slope + rng.integers(-12, 13, (n, HEIGHT, WIDTH, 3))).astype(np.uint8)
+    slope = np.linspace(90, 150, WIDTH)[:, None] + rng.normal(0, 2, (n, 1, 1, 1))
+    return (slope + rng.integers(-3, 4, (n, HEIGHT, WIDTH, 3))).astype(np.uint8)
 
 
 def bad(n: int, seed: int = 1, contrast: float = 60) -> np.ndarray:
@@ -86,8 +86,8 @@ def fitted() -> GatedCascade:
 
 @pytest.fixture(scope="module")
 def labelled() -> GatedCascade:
-    images = np.concatenate([good(100), bad(60)])
-    return make(max_missed=0.1).fit(images, [0] * 100 + [1] * 60)
+    images = np.concatenate([good(100), bad(60, contrast=30)])
+    return make(max_missed=0.1, false_alarm_rate=0.3).fit(images, [0] * 100 + [1] * 60)
 
 
 def same(a: Any, b: Any) -> None:
@@ -103,14 +103,15 @@ def same(a: Any, b: Any) -> None:
 # --- Five faults of an earlier system -------------------------------------------------------
 
 
-def test_a_gate_is_not_trained_on_one_class(fitted: GatedCascade) -> None:
-    with pytest.raises(InvalidValueError, match="^GatedCascade: y has no normal image"):
+def test_a_gate_is_not_trained_on_one_class() -> None:
+    with pytest.raises(InvalidValueError, match=r"^GatedCascade: y has no normal image"):
         make().fit(good(20), [1] * 20)
     for y in (0, 1):
         with pytest.raises(InvalidValueError, match=r"^gate: .* needs both, got (9|0) normal"):
             Head.fit(np.ones((9, 2)), np.full(9, y), "balanced", "gate")
-    normal = fitted.calibration_probabilities_
-    anomalous = fitted.anomaly_probabilities_
+    cascade = make(gate="efficientnet_lite0", image_size=64).fit(good(100))  # without labels
+    normal = cascade.calibration_probabilities_
+    anomalous = cascade.anomaly_probabilities_
     y = np.repeat([0, 1], [len(normal), len(anomalous)])
     assert auroc(y, np.concatenate([normal, anomalous])) > 0.8
     assert np.ptp(normal) > 0.05  # not collapsed into one number
@@ -149,7 +150,7 @@ def test_what_is_named_is_what_runs() -> None:
     cascade = make(detector=padim).fit(images)
     assert type(cascade.detector_) is PaDiM
     assert "PaDiM" in repr(cascade)
-    order = np.random.RandomState(0).permutation(60)[:30]
+    order = np.random.RandomState(0).permutation(60)[:48]
     alone = clone(padim).fit(images[order])
     np.testing.assert_array_equal(cascade.detector_.score(bad(3)), alone.score(bad(3)))
     np.testing.assert_array_equal(cascade.anomaly_map(bad(3)), alone.anomaly_map(bad(3)))
@@ -377,7 +378,7 @@ def test_thresholds_can_be_given(fitted: GatedCascade) -> None:
 def test_held_out_images_are_held_out(labelled: GatedCascade) -> None:
     order = np.random.RandomState(0)
     normal, anomalous = order.permutation(100), 100 + order.permutation(60)
-    images = np.concatenate([good(100), bad(60)])
+    images = np.concatenate([good(100), bad(60, contrast=30)])
     assert len(labelled.calibration_probabilities_) == 20
     held = images[normal[80:]]
     np.testing.assert_array_equal(
@@ -402,8 +403,8 @@ def test_temperature_minimizes_the_entropy_of_smoothed_labels() -> None:
     smoothed = np.where(y == 1, (n + 1) / (n + 2), 1 / (402 - n))
 
     def loss(temperature: float) -> float:
-        p = 1 / (1 + np.exp(-z / temperature))
-        return float(-(smoothed * np.log(p) + (1 - smoothed) * np.log1p(-p)).mean())
+        against, in_favour = (np.logaddexp(0, sign * z / temperature) for sign in (1, -1))
+        return float((smoothed * in_favour + (1 - smoothed) * against).mean())
 
     grid = np.exp(np.linspace(-3, 5, 2000))
     best = grid[np.argmin([loss(t) for t in grid])]
@@ -427,9 +428,9 @@ def test_probabilities_never_change_the_order(kind: str) -> None:
 
 @pytest.mark.parametrize("calibration", ["temperature", "isotonic"])
 def test_probabilities_are_calibrated(calibration: str) -> None:
-    images = np.concatenate([good(300), bad(300, contrast=12)])
+    images = np.concatenate([good(300), bad(300, contrast=20)])
     cascade = make(calibration=calibration).fit(images, [0] * 300 + [1] * 300)
-    p = cascade.detect(np.concatenate([good(400, 8), bad(400, 9, contrast=12)])).probabilities
+    p = cascade.detect(np.concatenate([good(400, 8), bad(400, 9, contrast=20)])).probabilities
     y = np.repeat([0, 1], 400)
     for low, high in ((0, 0.5), (0.5, 1.01)):
         inside = (p >= low) & (p < high)
@@ -441,7 +442,7 @@ def test_gates_of_both_kinds(kind: str) -> None:
     gate: Any = (
         "efficientnet_lite0"
         if kind == "network"
-        else MahalanobisVFM(Small(), image_size=32, false_alarm_rate=0.2, **PLAIN)
+        else MahalanobisVFM(Small(), image_size=(32, 48), false_alarm_rate=0.2, **PLAIN)
     )
     cascade = make(gate=gate).fit(good(80))
     found = cascade.detect(np.concatenate([good(6, 9), bad(6, contrast=120)]))
@@ -469,7 +470,7 @@ def test_a_file_holds_it_to_the_bit(calibration: str, tmp_path: Path) -> None:
     assert again.routing_ == cascade.routing_
     assert again.class_weight == {0: 1, 1: 2.5}
     assert again.detector.get_params()["image_size"] == 48
-    assert again.set_thresholds(0.1, 0.9).routing_ == cascade.set_thresholds(0.1, 0.9).routing_
+    assert again.set_thresholds(0.1, 1.0).routing_ == cascade.set_thresholds(0.1, 1.0).routing_
     again.save(tmp_path / "again.safetensors")
     again.fit(good(80))
 
@@ -586,7 +587,7 @@ def test_bad_parameters_are_refused_by_fit(parameters: dict[str, Any], message: 
 
 
 def test_bad_images_and_labels_are_refused(fitted: GatedCascade, tmp_path: Path) -> None:
-    with pytest.raises(InvalidValueError, match="at least 8 normal images.*got 7"):
+    with pytest.raises(InvalidValueError, match=r"at least 8 normal images.*got 7"):
         make().fit(good(7))
     with pytest.raises(InvalidValueError, match="y has 1 anomalous image; fit needs at least 2"):
         make().fit(good(20), [0] * 19 + [1])
@@ -599,8 +600,8 @@ def test_bad_images_and_labels_are_refused(fitted: GatedCascade, tmp_path: Path)
         fitted.sweep(good(2), [0, 0], t_low=[0.5], t_high=[0.4])
     with pytest.raises(InvalidValueError, match="maps must be one of"):
         fitted.detect(good(1), maps="some")
-    with pytest.raises(ImageError, match="broken.png"):
-        (tmp_path / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(ImageError, match=r"broken\.png"):
         fitted.detect([tmp_path / "broken.png"])
     for ask in ("detect", "score", "predict", "anomaly_map", "decision_function", "score_samples"):
         with pytest.raises(NotFittedError, match="Call fit"):
@@ -620,7 +621,7 @@ def test_samples_labelled_anomalous_need_y(tmp_path: Path) -> None:
             Image.fromarray(image).save(tmp_path / kind / f"{i}.png")
     samples = list(Folder(tmp_path, anomalous="dark", name="plates").test)
     assert any(sample.label for sample in samples)
-    with pytest.raises(InvalidValueError, match="labelled anomalous. Pass their labels"):
+    with pytest.raises(InvalidValueError, match=r"labelled anomalous\. Pass their labels"):
         make().fit(samples)
 
 

@@ -295,7 +295,8 @@ class GatedCascade(BaseEstimator):
 
     def decision_function(self, images: Any) -> np.ndarray:
         """``threshold_ - score``: negative is anomalous, as in scikit-learn."""
-        return np.float32(self.threshold_) - self.score(images)
+        scores = self.score(images)
+        return np.float32(self.threshold_) - scores
 
     def sweep(
         self,
