@@ -90,6 +90,7 @@ def learn_cascade(
     gate.head = Head.fit(*_both(features[learn], bad), cascade.class_weight, _WHERE)
     X, y = _both(features[groups.check], check_bad)
     logits = gate.head.logits(X)
+    # It keeps the order, so t_low may be chosen by the same anomalies.
     gate.probability = Probability.fit(cascade.calibration, logits, y, cascade.class_weight)
     detector = _fit_detector(cascade, source.take(np.r_[groups.learn, groups.check]))
     found = detector.detect(source.take(groups.hold), maps=False)
