@@ -45,6 +45,8 @@ __all__ = [
 
 MAPS = ("escalated", "always")
 _WHERE = "GatedCascade"
+# Later layers than a heatmap needs: a gate must know that something is odd, not where.
+_STRIDES = (16, 32)
 # What a heatmap model that nobody gave has of the cascade.
 _SHARED = ("device", "dtype", "engine", "batch_size", "on_error", "max_pixels", "random_state")
 _FEWEST = 8
@@ -155,8 +157,9 @@ def _begin_gate(
 
 def open_gate(cascade: GatedCascade, **instead: Any) -> AnyBackbone:
     """The gate's backbone as the parameters describe it, but for what is given ``instead``."""
-    options = {
+    options: dict[str, Any] = {
         "weights": cascade.weights,
+        "strides": _STRIDES,
         "device": cascade.device,
         "dtype": cascade.dtype,
         "engine": cascade.engine,

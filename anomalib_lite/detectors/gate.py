@@ -24,7 +24,7 @@ __all__ = ["CALIBRATIONS", "Gate", "Head", "Probability", "check_class_weight", 
 
 CALIBRATIONS = ("temperature", "isotonic")
 # Of the logistic regression: features are many and images few.
-_C = 0.1
+_C = 0.01
 
 
 def pooled_features(

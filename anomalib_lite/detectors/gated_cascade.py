@@ -41,8 +41,8 @@ class GatedCascade(BaseEstimator):
     ----------
     gate : str, torch.nn.Module or BaseDetector, default="efficientnet_lite0"
         A backbone, as in :class:`~anomalib_lite.PatchCore`, whose frozen features (mean and
-        maximum over all positions) a logistic regression judges; or an unfitted detector, whose
-        score it judges.
+        maximum over all positions, of the layers of stride 16 and 32) a logistic regression
+        judges; or an unfitted detector, whose score it judges.
     detector : BaseDetector, optional
         The heatmap model, unfitted; by default ``PatchCore()`` with the device, engine, batch size
         and the like of the cascade.
