@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from anomalib_lite.detectors.gated_cascade import GatedCascade as GatedCascade
     from anomalib_lite.detectors.mahalanobis_vfm import MahalanobisVFM as MahalanobisVFM
     from anomalib_lite.detectors.padim import PaDiM as PaDiM
     from anomalib_lite.detectors.patchcore import PatchCore as PatchCore
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "GatedCascade": "anomalib_lite.detectors.gated_cascade",
     "MahalanobisVFM": "anomalib_lite.detectors.mahalanobis_vfm",
     "PaDiM": "anomalib_lite.detectors.padim",
     "PatchCore": "anomalib_lite.detectors.patchcore",
@@ -31,7 +33,7 @@ _HOME = {
     "load": "anomalib_lite.persistence",
 }
 
-__all__ = ["MahalanobisVFM", "MemoryBank", "PaDiM", "PatchCore", "evaluate", "load"]
+__all__ = ["GatedCascade", "MahalanobisVFM", "MemoryBank", "PaDiM", "PatchCore", "evaluate", "load"]
 
 
 def __getattr__(name: str) -> object:

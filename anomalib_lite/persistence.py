@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import re
 import sys
-import uuid
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 import anomalib_lite
 from anomalib_lite._adapter import Adapter
+from anomalib_lite._model_file import serialize, write
 from anomalib_lite._validation import closest
 from anomalib_lite.detectors.base import BaseDetector
+from anomalib_lite.detectors.cascade_fitting import open_gate
+from anomalib_lite.detectors.cascade_state import get_state, plain_parameters, restore_cascade
+from anomalib_lite.detectors.gated_cascade import GatedCascade
 from anomalib_lite.detectors.mahalanobis_vfm import MahalanobisVFM
 from anomalib_lite.detectors.padim import PaDiM
 from anomalib_lite.detectors.patchcore import PatchCore
@@ -26,14 +31,14 @@ from anomalib_lite.errors import (
     MissingPathError,
     ModelFileError,
     NotFittedError,
-    OutputError,
 )
 
 __all__ = ["FORMAT_VERSION", "load", "save"]
 
 FORMAT_VERSION = 1
 
-DETECTORS: dict[str, type[BaseDetector]] = {
+DETECTORS: dict[str, type[BaseDetector] | type[GatedCascade]] = {
+    "GatedCascade": GatedCascade,
     "MahalanobisVFM": MahalanobisVFM,
     "PaDiM": PaDiM,
     "PatchCore": PatchCore,
@@ -41,17 +46,21 @@ DETECTORS: dict[str, type[BaseDetector]] = {
 
 _KEY = "anomalib_lite"  # of our JSON among the file's metadata
 _BACKBONE = "backbone."  # prefix of the backbone's tensors, where they are included
+_WEIGHT = re.compile(r"(gate\.|detector\.)?backbone\.")  # also of the parts of a cascade
 _ADAPTER = "adapter."  # and of what LoRA has learned
 
 
 def save(
-    detector: BaseDetector, path: str | os.PathLike[str], *, include_backbone: bool = False
+    detector: BaseDetector | GatedCascade,
+    path: str | os.PathLike[str],
+    *,
+    include_backbone: bool = False,
 ) -> None:
     """Write a fitted detector; the same as ``detector.save(path)``.
 
     Parameters
     ----------
-    detector : BaseDetector
+    detector : BaseDetector or GatedCascade
         Fitted.
     path : str or Path
         Written under another name beside its place, then renamed over it.
@@ -77,7 +86,8 @@ def save(
     ``calibration_scores`` (n,) and the detector's arrays: for PatchCore ``embeddings`` (M, D)
     float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``; for PaDiM
     ``mean`` (P, d) and ``factors`` (P, d (d + 1) / 2), float32, and ``components``; those of an
-    adapter begin with ``adapter.``.
+    adapter begin with ``adapter.``. A cascade has the header of each of its detectors under
+    ``parts``, and their tensors after ``detector.`` and ``gate.``.
 
     Examples
     --------
@@ -95,35 +105,48 @@ def save(
     name = type(detector).__name__
     if not hasattr(detector, "threshold_"):
         raise NotFittedError(f"{name}: not fitted yet. Call fit(images) before save.")
-    arrays, state = detector._get_state()
-    arrays["calibration_scores"] = detector.calibration_scores_
+    tensors, header = _describe(detector, include_backbone)
+    write(serialize(tensors, {_KEY: json.dumps(header)}), Path(path), name)
+
+
+def _describe(detector: Any, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a file has of a detector: tensors by name, and JSON."""
+    name, parts = type(detector).__name__, {}
+    parameters = detector.get_params(False)
+    if isinstance(detector, GatedCascade):
+        arrays, state = get_state(detector)
+        backbone: AnyBackbone | None = detector.gate_.backbone
+        parts = {"detector": detector.detector_, "gate": detector.gate_.detector}
+        parameters = plain_parameters(detector)
+    else:
+        arrays, state = detector._get_state()
+        arrays["calibration_scores"] = detector.calibration_scores_
+        backbone = getattr(detector, "backbone_", None)
     tensors: dict[str, Any] = {key: np.ascontiguousarray(a) for key, a in arrays.items()}
-    backbone: AnyBackbone | None = getattr(detector, "backbone_", None)
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "library_version": anomalib_lite.__version__,
         "detector": name,
-        "parameters": {k: _to_json(k, v, name) for k, v in detector.get_params(False).items()},
+        "parameters": {k: _to_json(k, v, name) for k, v in parameters.items()},
         "backbone": None,
         "state": {"threshold": float(detector.threshold_), **state},
     }
+    if hasattr(detector, "skipped_"):
+        header["state"]["skipped"] = detector.skipped_
     if backbone is not None:
-        header["backbone"] = {
-            "layers": backbone.layers,
-            "stride": backbone.stride,
-            "mean": backbone.mean,
-            "std": backbone.std,
-            "dtype": detector.dtype_,
-            "engine": detector.engine_,
-            "sha256": backbone.sha256,
-        }
+        names = ("layers", "stride", "mean", "std", "engine", "sha256")
+        header["backbone"] = {key: getattr(backbone, key) for key in names}
+        header["backbone"]["dtype"] = str(backbone.dtype).removeprefix("torch.")
         if backbone.adapter is not None:
             factors, header["backbone"]["adapter"] = backbone.adapter.to_arrays()
             tensors |= {_ADAPTER + k: v for k, v in factors.items()}
-        header["state"]["skipped"] = detector.skipped_
         if include_backbone:
             tensors |= {_BACKBONE + k: v for k, v in backbone.original_state().items()}
-    _write(_serialize(tensors, {_KEY: json.dumps(header)}), Path(path), name)
+    for part, fitted in parts.items():
+        if fitted is not None:
+            own, header.setdefault("parts", {})[part] = _describe(fitted, include_backbone)
+            tensors |= {f"{part}.{key}": tensor for key, tensor in own.items()}
+    return tensors, header
 
 
 def load(
@@ -141,13 +164,14 @@ def load(
     backbone : torch.nn.Module, optional
         The module, if the detector was fitted with one of yours.
     weights : str or Path, optional
-        Where the weights file of the backbone lies here, if not where it lay when fitted.
+        Where the weights file of the backbone lies here, if not where it lay when fitted. Of a
+        cascade whose parts have several, both may be dicts with keys "gate" and "detector".
     device : str, optional
         Where to run here, if not as when fitted.
 
     Returns
     -------
-    BaseDetector
+    BaseDetector or GatedCascade
         Fitted; on the same machine its scores and maps are equal to the bit.
 
     Raises
@@ -171,6 +195,23 @@ def load(
     """
     path = Path(path)
     arrays, header = _read(path)
+    return _restore(arrays, header, path, backbone, weights, device)
+
+
+def _restore(
+    arrays: dict[str, Any],
+    header: dict[str, Any],
+    path: Path,
+    backbone: Any,
+    weights: Any,
+    device: str | None,
+) -> Any:
+    """The detector that :func:`_describe` took apart."""
+    parts = {}
+    for name, part in dict(header.get("parts") or {}).items():
+        own = _under(f"{name}.", arrays)
+        network, file = (_for_part(name, value, part) for value in (backbone, weights))
+        parts[name] = _restore(own, part, path, network, file, device)
     try:
         cls = DETECTORS[header["detector"]]
         parameters, state, fitted_with = (
@@ -178,24 +219,33 @@ def load(
             header["state"],
             header["backbone"],
         )
+        key = "gate" if cls is GatedCascade else "backbone"
+        if cls is GatedCascade:
+            backbone, weights = (_for_part("gate", value, header) for value in (backbone, weights))
+            if fitted_with is None:  # what was given is for the detector that is the gate
+                backbone = weights = None
         if backbone is not None:
-            parameters["backbone"] = backbone
+            parameters[key] = backbone
         if weights is not None:
             parameters["weights"] = str(weights)
         if device is not None:
             parameters["device"] = device
-        detector = cls(**parameters)
+        if cls is GatedCascade:
+            detector: Any = restore_cascade(parameters, arrays, state, parts)
+        else:
+            detector = cls(**parameters)
+            detector.calibration_scores_ = arrays["calibration_scores"]
+            detector._set_state(arrays, state)
         detector.threshold_ = float(state["threshold"])
-        detector.calibration_scores_ = arrays["calibration_scores"]
-        detector._set_state(arrays, state)
+        if "skipped" in state:
+            detector.skipped_ = [tuple(entry) for entry in state["skipped"]]
         if fitted_with is None:
             return detector
-        detector.skipped_ = [tuple(entry) for entry in state["skipped"]]
         layers, sha256 = list(fitted_with["layers"]), str(fitted_with["sha256"])
         adapter = fitted_with.get("adapter") and Adapter.from_arrays(
             _under(_ADAPTER, arrays), fitted_with["adapter"]
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelFileError(
             f"load: {path} does not describe a detector this version knows "
             f"({type(error).__name__}: {error}).{closest(header.get('detector'), DETECTORS)} "
@@ -206,9 +256,30 @@ def load(
     try:
         network = _open_backbone(detector, layers, sha256, included, adapter, path)
     except InvalidValueError as error:
-        if not included or detector.backbone is None:
+        if not included or getattr(detector, key) is None:
             raise
         raise ModelFileError(f"load: {path} is broken: {error}") from error
+    _check_same(network, fitted_with, path)
+    if cls is GatedCascade:
+        detector.gate_.backbone = network
+    else:
+        detector._take_backbone(network)
+    return detector
+
+
+def _for_part(name: str, given: Any, header: dict[str, Any]) -> Any:
+    """Of what was given to load a cascade, what is for one of its parts."""
+    if isinstance(given, Mapping):
+        return given.get(name)
+    parameters = header.get("parameters", {})
+    if isinstance(given, str | os.PathLike):  # a weights file
+        return given if parameters.get("weights") is not None else None
+    own = parameters.get("gate" if header.get("detector") == "GatedCascade" else "backbone")
+    return given if own is None else None
+
+
+def _check_same(network: AnyBackbone, fitted_with: dict[str, Any], path: Path) -> None:
+    sha256 = str(fitted_with["sha256"])
     if network.sha256 != sha256:
         raise ModelFileError(
             f"load: {path} was fitted with other backbone weights (SHA-256 {sha256[:12]}...) than "
@@ -222,8 +293,6 @@ def load(
                 f"load: {path} was fitted with {key} {then} of the backbone, here it is {here}. "
                 "Use the version of timm, or the module, that it was fitted with."
             )
-    detector._take_backbone(network)
-    return detector
 
 
 def _under(prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
@@ -231,20 +300,23 @@ def _under(prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_backbone(
-    detector: BaseDetector,
+    detector: Any,
     layers: list[str],
     sha256: str,
     included: dict[str, Any],
     adapter: Adapter | None,
     path: Path,
 ) -> AnyBackbone:
-    if detector.backbone is None:
+    is_cascade = isinstance(detector, GatedCascade)
+    given = detector.gate if is_cascade else detector.backbone
+    if given is None:
         raise InvalidValueError(
             f"load: {path} was fitted with a module of your own. Pass it: "
             "load(path, backbone=module)."
         )
-    return detector._open_backbone(
-        weights=None if _is_of_torch(detector.backbone, "nn.Module") else detector.weights,
+    open_it = partial(open_gate, detector) if is_cascade else detector._open_backbone
+    network: AnyBackbone = open_it(
+        weights=None if _is_of_torch(given, "nn.Module") else detector.weights,
         # As fitted, whatever this version of timm would choose.
         layers=layers or None,
         adapter=adapter,
@@ -253,6 +325,7 @@ def _open_backbone(
         sha256=None if included else sha256,
         where="load",
     )
+    return network
 
 
 def _is_of_torch(value: object, name: str) -> bool:
@@ -280,36 +353,6 @@ def _to_json(name: str, value: object, where: str) -> object:
     )
 
 
-def _serialize(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
-    if not any(key.startswith(_BACKBONE) for key in tensors):
-        from safetensors.numpy import save as save_arrays
-
-        return save_arrays(tensors, metadata)
-    import torch  # weights may be of types that numpy does not have
-    from safetensors.torch import save as save_tensors
-
-    return save_tensors({key: torch.as_tensor(t) for key, t in tensors.items()}, metadata)
-
-
-def _write(content: bytes, path: Path, where: str) -> None:
-    # Beside its place: renaming is atomic only within one file system.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{where}: cannot write {path}: {error}. Choose a directory that exists and can be "
-            "written to."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if path.is_dir():
         raise MissingPathError(f"load: {path} is a directory. Give the model file that fit wrote.")
@@ -320,12 +363,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             metadata = file.metadata() or {}
             header = json.loads(metadata.get(_KEY, "null"))
             names = list(file.keys())
-            arrays = {k: file.get_tensor(k) for k in names if not k.startswith(_BACKBONE)}
+            arrays = {k: file.get_tensor(k) for k in names if not _WEIGHT.match(k)}
         if any(a.dtype.isbuiltin != 1 for a in arrays.values()):  # such as another's bfloat16
             raise TypeError("a number type that numpy does not have")
         if len(arrays) < len(names):
             with safe_open(path, "pt") as file:
-                arrays |= {k: file.get_tensor(k) for k in names if k.startswith(_BACKBONE)}
+                arrays |= {k: file.get_tensor(k) for k in names if _WEIGHT.match(k)}
     except (SafetensorError, json.JSONDecodeError, OSError, TypeError) as error:
         raise ModelFileError(
             f"load: {path} is cut short or not a model file ({error}). Copy it again from where "

@@ -24,11 +24,12 @@ import torch
 from PIL import Image
 from scipy.stats import beta
 
-from anomalib_lite import MahalanobisVFM, PaDiM, PatchCore, errors, load, plotting
+from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, errors, load, plotting
 from anomalib_lite._arguments import make_parser
 from anomalib_lite.backbones import EMBEDDED, _default_layers
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.cli import main
+from anomalib_lite.detectors.routing import anomalies_needed
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, DOCS, EXAMPLES = ROOT / "anomalib_lite", ROOT / "docs", ROOT / "examples"
@@ -199,7 +200,8 @@ def test_each_module_has_its_page() -> None:
     modules = {path.stem for path in PACKAGE.glob("*.py")}
     modules |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     public = {TOLD_ELSEWHERE.get(name, name) for name in modules if not name.startswith("_")}
-    pages = {path.stem for path in DOCS.glob("*.md")} - {"index", "quickstart", "scaling", "speed"}
+    no_module = {"index", "quickstart", "scaling", "speed", "gated_cascade"}
+    pages = {path.stem for path in DOCS.glob("*.md")} - no_module
     assert public - pages == set()
     assert pages - public == set(), "a page of no module"
 
@@ -252,9 +254,16 @@ def test_numbers_of_images() -> None:
         assert percent == round(100 * beta(1, n).ppf(0.95), digits)
 
 
-@pytest.mark.parametrize("detector", [PatchCore, PaDiM, MahalanobisVFM])
+def test_numbers_of_anomalies() -> None:
+    for max_missed, held_out, labelled in table("gated_cascade.md", "`max_missed`"):
+        assert int(held_out) == anomalies_needed(float(max_missed))
+        assert int(labelled) == 2 * int(held_out)
+
+
+@pytest.mark.parametrize("detector", [PatchCore, PaDiM, MahalanobisVFM, GatedCascade])
 def test_every_parameter_is_explained(detector: Any) -> None:
-    text = (DOCS / "detectors.md").read_text(encoding="utf-8")
+    page = "gated_cascade.md" if detector is GatedCascade else "detectors.md"
+    text = (DOCS / page).read_text(encoding="utf-8")
     for name, parameter in inspect.signature(detector).parameters.items():
         default = parameter.default
         shown = f'"{default}"' if isinstance(default, str) else str(default)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Detections"]
+__all__ = ["CascadeDetections", "Detections"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +35,28 @@ class Detections:
     maps: Any
     names: list[str]
     skipped: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CascadeDetections(Detections):
+    """What a :class:`~anomalib_lite.GatedCascade` says of each image.
+
+    ``scores`` lie in [0, 1]. ``maps`` has the heatmap model's heatmaps, in its own units, and None
+    for each image that it did not see.
+
+    Attributes
+    ----------
+    routes : ndarray of shape (N,), str
+        Who decided: ``"gate_normal"``, ``"gate_anomalous"``, ``"detector"``; or ``"skipped"``.
+    probabilities : ndarray of shape (N,), float64
+        The gate's, of an anomaly; NaN for an image that was skipped.
+    """
+
+    routes: np.ndarray = field(default_factory=lambda: np.empty(0, "<U14"))
+    probabilities: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    @property
+    def heatmap_call_rate(self) -> float:
+        """Share of the images, without those skipped, that the heatmap model had to decide."""
+        seen = self.routes[self.routes != "skipped"]
+        return float(np.mean(seen == "detector")) if seen.size else float("nan")

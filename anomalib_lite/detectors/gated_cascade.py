@@ -1,0 +1,399 @@
+"""GatedCascade: a small network decides what is easy, a heatmap model the rest."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator
+
+from anomalib_lite._validation import check_choice
+from anomalib_lite.detectors.cascade_fitting import (
+    MAPS,
+    check_parameters,
+    check_thresholds,
+    classes,
+    labels_of,
+    learn_cascade,
+)
+from anomalib_lite.detectors.detections import CascadeDetections
+from anomalib_lite.detectors.embeddings import stack
+from anomalib_lite.detectors.routing import Routing, calibrate_routing, lowest_probability
+from anomalib_lite.detectors.sweep import Sweep, sweep_routings
+from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
+from anomalib_lite.images import ImageSource
+
+__all__ = ["GatedCascade"]
+
+_WHERE = "GatedCascade"
+_REMEDY = "Give more labelled anomalies, raise max_missed, or set t_low."
+
+
+class GatedCascade(BaseEstimator):
+    """A cheap gate decides about clear images, a heatmap model about the rest.
+
+    Parameters
+    ----------
+    gate : str, torch.nn.Module or BaseDetector, default="efficientnet_lite0"
+        A backbone, as in :class:`~anomalib_lite.PatchCore`, whose frozen features (mean and
+        maximum over all positions, of the layers of stride 16 and 32) a logistic regression
+        judges; or an unfitted detector, whose score it judges.
+    detector : BaseDetector, optional
+        The heatmap model, unfitted; by default ``PatchCore()`` with the device, engine, batch size
+        and the like of the cascade.
+    t_low, t_high : float, optional
+        In [0, 1]. The gate calls an image normal below ``t_low``, anomalous above ``t_high``, and
+        leaves it to the heatmap model between. By default both are chosen by ``fit``.
+    max_missed : float, default=0.01
+        Share of anomalous images that the gate may call normal, in (0, 1): ``t_low`` keeps it
+        with 95 % confidence, for anomalies such as those held out.
+    false_alarm_rate : float, default=0.01
+        Share of future normal images that gate and heatmap model together may call anomalous,
+        in (0, 1).
+    calibration : {"temperature", "isotonic"}, default="temperature"
+        How the gate's output becomes a probability, on held-out images.
+    class_weight : {"balanced"}, dict or None, default="balanced"
+        Of the classes 0 (normal) and 1 in the gate, as in scikit-learn.
+    maps : {"escalated", "always"}, default="escalated"
+        For which images :meth:`detect` makes heatmaps: those that the heatmap model decides, or
+        all, which costs what the heatmap model alone would.
+    weights : str or Path, optional
+        Weights file of the gate's backbone, if ``gate`` is a timm name.
+    image_size : int or (int, int), default=128
+        Of the gate; the heatmap model has its own.
+    device, dtype, engine, batch_size, on_error, max_pixels, verbose
+        Of the gate, as in :class:`~anomalib_lite.PatchCore`; detectors that are given have their
+        own.
+    random_state : int, RandomState or None, default=0
+        Seed of what is held out, and of synthetic anomalies.
+
+    Attributes
+    ----------
+    detector_ : BaseDetector
+        The fitted heatmap model.
+    gate_ : Gate
+        The fitted gate: its ``backbone`` or ``detector``, its ``head``, its ``probability``.
+    routing_ : Routing
+        ``t_low``, ``t_high`` and the ``threshold`` of the heatmap model.
+    threshold_ : float
+        0.5. An image with a larger score is called anomalous.
+    calibration_probabilities_, calibration_detector_scores_ : ndarray of shape (n,), float64
+        Of the normal images held out for the thresholds.
+    anomaly_probabilities_ : ndarray of shape (m,), float64
+        Of the anomalies held out for ``t_low``.
+    skipped_ : list of (str, str)
+        Name and reason of each training image left out.
+
+    Notes
+    -----
+    Half of the normal images at most, as many as ``false_alarm_rate`` needs, are held out for the
+    thresholds. The heatmap model is fitted on the others; so is the gate, but for a quarter of
+    them that calibrate its probability and, where there are no labels, give the synthetic
+    anomalies that ``t_low`` is chosen by. Why the rate holds is told at ``calibrate_routing``, the
+    formula of the score at ``Routing``, both in :mod:`anomalib_lite.detectors.routing`.
+
+    Cascades of classifiers of growing cost: Viola and Jones, "Rapid object detection using a
+    boosted cascade of simple features", CVPR 2001.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from anomalib_lite import GatedCascade, PatchCore
+    >>> rng = np.random.default_rng(0)
+    >>> good = rng.integers(100, 140, (60, 64, 96, 3), dtype=np.uint8)
+    >>> bad = good[:1].copy()
+    >>> bad[0, 20:40, 30:60] = 255
+    >>> heatmaps = PatchCore(image_size=64)
+    >>> cascade = GatedCascade(
+    ...     detector=heatmaps, image_size=64, max_missed=0.2, false_alarm_rate=0.1
+    ... )
+    >>> found = cascade.fit(good).detect(bad)
+    >>> bool(found.labels[0]), bool(found.scores[0] > 0.5)
+    (True, True)
+    """
+
+    def __init__(
+        self,
+        gate: Any = "efficientnet_lite0",
+        detector: Any = None,
+        *,
+        t_low: float | None = None,
+        t_high: float | None = None,
+        max_missed: float = 0.01,
+        false_alarm_rate: float = 0.01,
+        calibration: str = "temperature",
+        class_weight: Any = "balanced",
+        maps: str = "escalated",
+        weights: str | Path | None = None,
+        image_size: int | tuple[int, int] = 128,
+        device: str = "auto",
+        dtype: str = "auto",
+        engine: str = "auto",
+        batch_size: int = 32,
+        on_error: str = "raise",
+        max_pixels: int = 100_000_000,
+        random_state: Any = 0,
+        verbose: int = 0,
+    ) -> None:
+        self.gate = gate
+        self.detector = detector
+        self.t_low = t_low
+        self.t_high = t_high
+        self.max_missed = max_missed
+        self.false_alarm_rate = false_alarm_rate
+        self.calibration = calibration
+        self.class_weight = class_weight
+        self.maps = maps
+        self.weights = weights
+        self.image_size = image_size
+        self.device = device
+        self.dtype = dtype
+        self.engine = engine
+        self.batch_size = batch_size
+        self.on_error = on_error
+        self.max_pixels = max_pixels
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, images: Any, y: Any = None) -> Self:
+        """Train the gate, fit the heatmap model, and calibrate both together.
+
+        Parameters
+        ----------
+        images
+            As in :meth:`PatchCore.fit <anomalib_lite.PatchCore.fit>`; at least 8 normal ones.
+        y : array of shape (N,), optional
+            0 for normal, 1 for anomalous. The gate learns to tell them apart; the heatmap model
+            is fitted on normal images alone. Without ``y``, or without anomalies in it, they are
+            made from the normal images by :class:`~anomalib_lite.synthetic.SyntheticAnomalies`.
+
+        Returns
+        -------
+        GatedCascade
+            Itself; in case of an error as it was.
+
+        Raises
+        ------
+        AnomalibLiteError
+            For a parameter or an image that cannot be used, or for too few images.
+
+        Warns
+        -----
+        CalibrationWarning
+            If there are too few normal images for ``false_alarm_rate``, or too few anomalies for
+            ``max_missed``.
+        """
+        check_parameters(self)
+        source = ImageSource(images, max_pixels=self.max_pixels, where=_WHERE)
+        fitted = learn_cascade(self, source, *classes(images, y, len(source)))
+        routing = self._route(fitted, self.t_low, self.t_high)
+        self.__dict__.update(fitted, routing_=routing, threshold_=0.5)
+        return self
+
+    def set_thresholds(self, t_low: float | None = None, t_high: float | None = None) -> Self:
+        """Take other thresholds of the gate, without fitting again.
+
+        Parameters
+        ----------
+        t_low, t_high : float, optional
+            As the parameters of the class, which they become; None is automatic. The threshold of
+            the heatmap model follows, so that ``false_alarm_rate`` holds.
+
+        Returns
+        -------
+        GatedCascade
+            Itself.
+
+        Raises
+        ------
+        NotFittedError
+            Before :meth:`fit`.
+        InvalidValueError
+            Unless 0 <= t_low <= t_high <= 1.
+        """
+        self._check_fitted()
+        check_thresholds(t_low, t_high)
+        self.routing_ = self._route(vars(self), t_low, t_high)
+        self.t_low, self.t_high = t_low, t_high
+        return self
+
+    def detect(self, images: Any, *, maps: str | bool | None = None) -> CascadeDetections:
+        """Scores, labels, routes and heatmaps.
+
+        Parameters
+        ----------
+        images
+            As in :meth:`fit`.
+        maps : {"escalated", "always"} or bool, optional
+            For which images heatmaps are wanted: False is none, True is ``"always"``. By default
+            what the parameter ``maps`` of the class says.
+
+        Returns
+        -------
+        CascadeDetections
+
+        Raises
+        ------
+        NotFittedError
+            Before :meth:`fit`.
+        AnomalibLiteError
+            For an image that cannot be used, unless ``on_error="skip"``: its score is NaN then,
+            and its label True.
+        """
+        self._check_fitted()
+        wanted = self.maps if maps is None else maps
+        if isinstance(wanted, bool):
+            wanted = "always" if wanted else "none"
+        check_choice("maps", wanted, (*MAPS, "none"), _WHERE)
+        source = ImageSource(images, max_pixels=self.max_pixels, where=_WHERE)
+        features, skipped = self.gate_.features(source, self)
+        probabilities = self.gate_.probabilities(features)
+        routes = self.routing_.routes(probabilities)
+        to_see = np.flatnonzero(routes != "skipped" if wanted == "always" else routes == "detector")
+        detector_scores = np.full(len(source), np.nan)
+        heatmaps: list[Any] = [None] * len(source)
+        if len(to_see):
+            found = self.detector_.detect(source.take(to_see), maps=wanted != "none")
+            detector_scores[to_see] = found.scores
+            for k, i in enumerate(to_see if wanted != "none" else ()):
+                heatmaps[i] = found.maps[k]
+            skipped += [(int(to_see[i]), reason) for i, reason in found.skipped]
+        scores = self.routing_.scores(probabilities, detector_scores)
+        return CascadeDetections(
+            scores=scores,
+            labels=~(scores <= self.threshold_),  # NaN is not known to be good
+            maps=None if wanted == "none" else stack(heatmaps),
+            names=source.names,
+            skipped=sorted(skipped),
+            routes=routes,
+            probabilities=probabilities,
+        )
+
+    def score(self, images: Any) -> np.ndarray:
+        """(N,) float32 in [0, 1], higher is more anomalous; called anomalous above 0.5."""
+        return self.detect(images, maps=False).scores
+
+    def anomaly_map(self, images: Any) -> Any:
+        """Heatmaps of all images: (N, H, W) float32, or a list where sizes differ.
+
+        In the units of the heatmap model, which runs on every image for this.
+        """
+        return self.detect(images, maps="always").maps
+
+    def predict(self, images: Any) -> np.ndarray:
+        """+1 for normal, -1 for anomalous (or skipped), as in scikit-learn: (N,) int64."""
+        return np.where(self.detect(images, maps=False).labels, -1, 1)
+
+    def score_samples(self, images: Any) -> np.ndarray:
+        """The negative of :meth:`score`: scikit-learn's direction, higher is more normal."""
+        return -self.score(images)
+
+    def decision_function(self, images: Any) -> np.ndarray:
+        """``threshold_ - score``: negative is anomalous, as in scikit-learn."""
+        scores = self.score(images)
+        return np.float32(self.threshold_) - scores
+
+    def sweep(
+        self,
+        images: Any,
+        y: Any,
+        *,
+        t_low: Sequence[float] = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
+        t_high: Sequence[float] = (0.5, 0.7, 0.9, 0.95, 0.99, 1),
+    ) -> Sweep:
+        """What this cascade would do at other thresholds of its gate.
+
+        Parameters
+        ----------
+        images
+            As in :meth:`fit`; not those that it was fitted on.
+        y : array of shape (N,)
+            0 for normal, 1 for anomalous.
+        t_low, t_high : sequences of float in [0, 1]
+            All pairs with ``t_low <= t_high`` are judged. Each has the threshold of the heatmap
+            model that :meth:`set_thresholds` would give it.
+
+        Returns
+        -------
+        Sweep
+
+        Raises
+        ------
+        NotFittedError, AnomalibLiteError
+            As :meth:`detect`; images skipped are left out.
+        """
+        self._check_fitted()
+        source = ImageSource(images, max_pixels=self.max_pixels, where=_WHERE)
+        truth = labels_of(y, len(source))
+        pairs = [(low, high) for low in t_low for high in t_high if low <= high]
+        if not pairs:
+            raise InvalidValueError(
+                f"{_WHERE}: t_low and t_high must have a pair with t_low <= t_high, got {t_low!r} "
+                f"and {t_high!r}."
+            )
+        for pair in pairs:
+            check_thresholds(*pair)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CalibrationWarning)  # one a pair would say nothing
+            routings = [self._route(vars(self), low, high) for low, high in pairs]
+        started = time.perf_counter()
+        p = self.gate_.probabilities(self.gate_.features(source, self)[0])
+        gate_done = time.perf_counter()
+        usable = np.flatnonzero(~np.isnan(p))
+        s = np.full(len(p), np.nan)
+        if len(usable):
+            s[usable] = self.detector_.detect(source.take(usable), maps=False).scores
+        detector_done = time.perf_counter()
+        kept = ~np.isnan(s)
+        if not kept.any():
+            raise InvalidValueError(f"{_WHERE}: sweep could use none of {len(p)} images.")
+        gate_ms = 1000 * (gate_done - started) / len(p)
+        detector_ms = 1000 * (detector_done - gate_done) / len(usable)
+        return sweep_routings(
+            routings, p[kept], s[kept], truth[kept], gate_ms=gate_ms, detector_ms=detector_ms
+        )
+
+    def save(self, path: str | os.PathLike[str], *, include_backbone: bool = False) -> None:
+        """Write everything into one safetensors file; see :func:`anomalib_lite.load`.
+
+        Parameters
+        ----------
+        path : str or Path
+        include_backbone : bool, default=False
+            Put the weights of the gate's and the heatmap model's backbones into the file too.
+
+        Raises
+        ------
+        NotFittedError
+            Before :meth:`fit`.
+        OutputError
+            If the file cannot be written.
+        """
+        from anomalib_lite.persistence import save  # it knows all detectors, so it comes after
+
+        save(self, path, include_backbone=include_backbone)
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "routing_"):
+            raise NotFittedError(f"{_WHERE}: not fitted yet. Call fit(images) first.")
+
+    def _route(
+        self, fitted: Mapping[str, Any], t_low: float | None, t_high: float | None
+    ) -> Routing:
+        """The routing for thresholds that are given or, where they are None, found."""
+        low = t_low
+        if low is None:
+            low = lowest_probability(fitted["anomaly_probabilities_"], self.max_missed, _REMEDY)
+        return calibrate_routing(
+            fitted["calibration_probabilities_"],
+            fitted["calibration_detector_scores_"],
+            self.false_alarm_rate,
+            t_low=low,
+            t_high=t_high,
+            low_is_given=t_low is not None,
+        )

@@ -1,0 +1,255 @@
+"""Gate probabilities and heatmap scores -> routes, and one score in [0, 1].
+
+What a cascade decides by, as arithmetic on arrays: no images, no networks.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binom
+
+from anomalib_lite.errors import CalibrationWarning
+
+__all__ = ["ROUTES", "Routing", "anomalies_needed", "calibrate_routing", "lowest_probability"]
+
+ROUTES = ("gate_normal", "gate_anomalous", "detector")
+# Of the share of anomalies that is lost.
+CONFIDENCE = 0.95
+# Of the false alarms allowed, what the gate may make by itself. The heatmap model sees more, so
+# it gets most of them.
+_GATE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who decides about an image, and how the decision becomes a score.
+
+    Attributes
+    ----------
+    t_low, t_high : float
+        In [0, 1]: of the gate's probability.
+    threshold : float
+        Of the heatmap model's score, in its own units.
+    scale : float
+        In the same units, above 0: how far above the threshold is far.
+
+    Notes
+    -----
+    With the gate's probability p, the heatmap model's score s and :math:`z = (s - \\tau) / c`,
+    c the ``scale``, the score of an image is
+
+    .. math::
+        p / (4 t_{low}) & \\quad p < t_{low} \\text{: in } [0, 1/4) \\\\
+        1/2 + z / (4 + 4 |z|) & \\quad \\text{between: in } (1/4, 3/4) \\\\
+        1 - (1 - p) / (4 - 4 t_{high}) & \\quad p > t_{high} \\text{: in } (3/4, 1]
+
+    so it exceeds 1/2 exactly if the image is called anomalous, it grows with what decided, and
+    what the gate was sure of lies outside of what it was not sure of.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> routing = Routing(t_low=0.2, t_high=0.9, threshold=10.0, scale=2.0)
+    >>> p, s = np.array([0.1, 0.5, 0.5, 0.95]), np.array([99.0, 8.0, 12.0, 0.0])
+    >>> routing.routes(p).tolist()
+    ['gate_normal', 'detector', 'detector', 'gate_anomalous']
+    >>> routing.scores(p, s).tolist()
+    [0.125, 0.375, 0.625, 0.875]
+    """
+
+    t_low: float
+    t_high: float
+    threshold: float
+    scale: float
+
+    def routes(self, probabilities: np.ndarray) -> np.ndarray:
+        """(N,) -> (N,) of :data:`ROUTES`; ``"skipped"`` where the probability is NaN."""
+        routes = np.full(len(probabilities), "detector", dtype="<U14")
+        routes[probabilities < self.t_low] = "gate_normal"
+        routes[probabilities > self.t_high] = "gate_anomalous"
+        routes[np.isnan(probabilities)] = "skipped"
+        return routes
+
+    def scores(self, probabilities: np.ndarray, detector_scores: np.ndarray) -> np.ndarray:
+        """(N,) and (N,) -> (N,) float32; the second counts where the route is the detector's."""
+        p = np.asarray(probabilities, np.float64)
+        z = (np.asarray(detector_scores, np.float64) - self.threshold) / self.scale
+        scores = 0.5 + z / (4 + 4 * np.abs(z))
+        low, high = p < self.t_low, p > self.t_high
+        scores[low] = p[low] / (4 * self.t_low)
+        scores[high] = 1 - (1 - p[high]) / (4 - 4 * self.t_high)
+        scores[np.isnan(p)] = np.nan
+        return np.asarray(scores, np.float32)
+
+
+def anomalies_needed(max_missed: float) -> int:
+    """Smallest number of held-out anomalies that can show that at most this share is lost.
+
+    Parameters
+    ----------
+    max_missed : float
+        In (0, 1).
+
+    Returns
+    -------
+    int
+        The least n for which n anomalies, none of them lost, bound the share with 95 %
+        confidence: :math:`(1 - q)^n \\le 0.05`.
+
+    Examples
+    --------
+    >>> anomalies_needed(0.01), anomalies_needed(0.1)
+    (299, 29)
+    """
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-max_missed) - 1e-9)
+
+
+def lowest_probability(probabilities: np.ndarray, max_missed: float, remedy: str) -> float:
+    """The largest ``t_low`` below which at most ``max_missed`` of all anomalies lie.
+
+    Parameters
+    ----------
+    probabilities : array of shape (n,)
+        Of anomalies that the gate did not learn from.
+    max_missed : float
+        In (0, 1).
+    remedy : str
+        What to do about too few, for the warning.
+
+    Returns
+    -------
+    float
+        0 if there are too few to show anything: then no image is called normal by the gate.
+
+    Warns
+    -----
+    CalibrationWarning
+        If there are too few, with how many are needed.
+
+    Notes
+    -----
+    Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of the
+    binomial", Biometrika 1934: of n anomalies, the k-th smallest probability is returned with the
+    largest k for which k - 1 lost ones of n still bound the share below ``max_missed``. Over the
+    draw of the n, more than that share is lost in at most 5 % of all cases, whatever the
+    distribution.
+
+    Examples
+    --------
+    >>> lowest_probability([0.1 + 0.01 * i for i in range(29)], 0.1, "")
+    0.1
+    >>> lowest_probability([0.1 + 0.01 * i for i in range(46)], 0.1, "")
+    0.11
+    """
+    ordered = np.sort(np.asarray(probabilities, np.float64))
+    n, needed = len(ordered), anomalies_needed(max_missed)
+    if n < needed:
+        warnings.warn(
+            f"max_missed={max_missed:g} needs {needed} held-out anomalies to be shown, got {n}; "
+            f"t_low is 0, so the gate calls no image normal. {remedy}",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+        return 0.0
+    # P(at most k lost) where the share that is lost were max_missed.
+    as_few = binom.cdf(np.arange(n), n, max_missed) <= 1 - CONFIDENCE + 1e-12
+    return float(ordered[np.count_nonzero(as_few) - 1])
+
+
+def calibrate_routing(
+    probabilities: np.ndarray,
+    detector_scores: np.ndarray,
+    false_alarm_rate: float,
+    *,
+    t_low: float,
+    t_high: float | None = None,
+    low_is_given: bool = False,
+) -> Routing:
+    """Thresholds with which the cascade as a whole keeps ``false_alarm_rate``.
+
+    Parameters
+    ----------
+    probabilities, detector_scores : arrays of shape (n,)
+        Of held-out normal images, by the gate and by the heatmap model.
+    false_alarm_rate : float
+        In (0, 1).
+    t_low : float
+        Chosen without these images.
+    t_high : float, optional
+        Used as it is. By default chosen here.
+    low_is_given : bool, default=False
+        Where both thresholds would cross: whether ``t_low`` stays, and ``t_high`` gives way.
+
+    Returns
+    -------
+    Routing
+
+    Warns
+    -----
+    CalibrationWarning
+        If there are too few images for the rate, or a ``t_high`` that was given spends all of it.
+
+    Notes
+    -----
+    Of n + 1 exchangeable normal images, :math:`a = \\lfloor (n + 1) \\alpha \\rfloor` may be
+    called anomalous. The gate gets :math:`a_g = \\lfloor a / 4 \\rfloor` of them: ``t_high`` is
+    the :math:`a_g`-th largest probability, or 1 where it gets none. The threshold is the
+    :math:`(a - a_g)`-th largest score among the images that are left to the heatmap model. Were
+    each of the n + 1 images judged by thresholds from the n others, the gate could exceed its
+    ``t_high`` for the :math:`a_g` most probable ones alone. For all others the images above
+    ``t_high`` are the same, so at most :math:`a - a_g` of them have a score above the threshold.
+    Hence a future normal image is called anomalous with a probability of at most
+    :math:`a / (n + 1) \\le \\alpha`, as in
+    :func:`~anomalib_lite.calibration.conformal_threshold`.
+
+    The threshold is at least the median score of all n images: where the gate lets hardly any
+    normal image through, the few that it does say nothing of what is anomalous. That can only
+    lower the rate.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> p, s = np.arange(99) / 100, np.arange(99.0)[::-1]
+    >>> calibrate_routing(p, s, 0.1, t_low=0.3)
+    Routing(t_low=0.3, t_high=0.97, threshold=61.0, scale=12.0)
+    """
+    p, s = np.asarray(probabilities, np.float64), np.asarray(detector_scores, np.float64)
+    allowed = math.floor((len(p) + 1) * false_alarm_rate + 1e-9)
+    if t_high is None:
+        by_gate = int(_GATE_SHARE * allowed)
+        t_high = float(np.sort(p)[-by_gate]) if by_gate else 1.0
+        if low_is_given:
+            t_high = max(t_high, t_low)
+    else:
+        by_gate = int(np.count_nonzero(p > t_high))
+    if not low_is_given:
+        t_low = min(t_low, t_high)
+    by_detector = allowed - by_gate
+    if by_detector < 1:
+        _warn(len(p), by_gate, false_alarm_rate)
+    escalated = (p >= t_low) & (p <= t_high)
+    median = float(np.median(s))
+    seen = np.sort(np.where(escalated, s, -np.inf))
+    threshold = max(float(seen[-max(1, by_detector)]), median)
+    # The distance from what is usual to what is not; where there is none, anything will do.
+    scale = (threshold - median) or abs(threshold) or 1.0
+    return Routing(float(t_low), float(t_high), threshold, scale)
+
+
+def _warn(n: int, by_gate: int, false_alarm_rate: float) -> None:
+    reason = f"needs {math.ceil(1 / false_alarm_rate - 1 - 1e-9)} normal images, got {n}"
+    if by_gate:
+        reason = (
+            f"is spent by t_high alone, above which {by_gate} of {n} held-out normal images lie"
+        )
+    warnings.warn(
+        f"false_alarm_rate={false_alarm_rate:g} {reason}; the heatmap model's threshold is the "
+        f"largest of their scores, and the rate {(by_gate + 1) / (n + 1):.3g} at best. Fit on "
+        "more images, ask for a higher rate, or set a higher t_high.",
+        CalibrationWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,731 @@
+"""GatedCascade: routes, thresholds and their guarantees, the public contract."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import beta, binom
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score, precision_score, recall_score
+from torch import Tensor, nn
+
+from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, load
+from anomalib_lite.datasets import Folder, MVTecAD
+from anomalib_lite.detectors.gate import Head, Probability
+from anomalib_lite.detectors.routing import (
+    Routing,
+    anomalies_needed,
+    calibrate_routing,
+    lowest_probability,
+)
+from anomalib_lite.detectors.sweep import sweep_routings
+from anomalib_lite.errors import (
+    AnomalibLiteError,
+    CalibrationWarning,
+    ImageError,
+    InvalidTypeError,
+    InvalidValueError,
+    ModelFileError,
+    NotFittedError,
+)
+from anomalib_lite.evaluation import evaluate
+from anomalib_lite.images import ImageSource
+from anomalib_lite.metrics import auroc, average_precision
+
+HEIGHT, WIDTH = 48, 80
+PLAIN: dict[str, Any] = {"device": "cpu", "dtype": "float32", "engine": "torch"}
+
+
+class Small(nn.Module):
+    """The pixels of each 4 x 4 square: the same bits in any batch and thread."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.pixel_unshuffle(x, 4)[:, ::3]  # (B, 16, h, w)
+
+
+def heatmaps(**parameters: Any) -> PatchCore:
+    options = {"backbone": Small(), "image_size": 48, "false_alarm_rate": 0.2}
+    return PatchCore(**(options | PLAIN | parameters))
+
+
+def make(**parameters: Any) -> GatedCascade:
+    options = {"gate": Small(), "image_size": 48, "max_missed": 0.2, "false_alarm_rate": 0.1}
+    detector = {} if "detector" in parameters else {"detector": heatmaps()}
+    return GatedCascade(**(options | PLAIN | detector | parameters))
+
+
+def good(n: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    slope = np.linspace(90, 150, WIDTH)[:, None] + rng.normal(0, 2, (n, 1, 1, 1))
+    return (slope + rng.integers(-3, 4, (n, HEIGHT, WIDTH, 3))).astype(np.uint8)
+
+
+def bad(n: int, seed: int = 1, contrast: float = 60) -> np.ndarray:
+    images = good(n, seed).astype(float)
+    images[:, 8:20, 48:68] += contrast * np.random.default_rng(seed).uniform(0.2, 1, (n, 1, 1, 1))
+    return np.clip(images, 0, 255).astype(np.uint8)
+
+
+def mixed(n: int = 20, seed: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([good(n, seed), bad(n, seed + 1)]), np.repeat([0, 1], n)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> GatedCascade:
+    return make().fit(good(100))
+
+
+@pytest.fixture(scope="module")
+def labelled() -> GatedCascade:
+    images = np.concatenate([good(100), bad(60, contrast=30)])
+    return make(max_missed=0.1, false_alarm_rate=0.3).fit(images, [0] * 100 + [1] * 60)
+
+
+def same(a: Any, b: Any) -> None:
+    np.testing.assert_array_equal(a.scores, b.scores)
+    np.testing.assert_array_equal(a.routes, b.routes)
+    np.testing.assert_array_equal(a.probabilities, b.probabilities)
+    for one, other in zip(a.maps, b.maps, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_array_equal(one, other)
+
+
+# --- Five faults of an earlier system -------------------------------------------------------
+
+
+def test_a_gate_is_not_trained_on_one_class() -> None:
+    with pytest.raises(InvalidValueError, match=r"^GatedCascade: y has no normal image"):
+        make().fit(good(20), [1] * 20)
+    for y in (0, 1):
+        with pytest.raises(InvalidValueError, match=r"^gate: .* needs both, got (9|0) normal"):
+            Head.fit(np.ones((9, 2)), np.full(9, y), "balanced", "gate")
+    cascade = make(gate="efficientnet_lite0", image_size=64).fit(good(100))  # without labels
+    normal = cascade.calibration_probabilities_
+    anomalous = cascade.anomaly_probabilities_
+    y = np.repeat([0, 1], [len(normal), len(anomalous)])
+    assert auroc(y, np.concatenate([normal, anomalous])) > 0.8
+    assert np.ptp(normal) > 0.05  # not collapsed into one number
+
+
+def test_scores_do_not_depend_on_the_other_images(labelled: GatedCascade) -> None:
+    images, _ = mixed()
+    whole = labelled.detect(images)
+    assert set(whole.routes) == {"gate_normal", "detector", "gate_anomalous"}
+    order = np.random.default_rng(0).permutation(len(images))
+    np.testing.assert_array_equal(labelled.score(images[order]), whole.scores[order])
+    for start, end in ((0, 1), (1, 4), (4, 40)):
+        part = labelled.detect(images[start:end])
+        np.testing.assert_array_equal(part.scores, whole.scores[start:end])
+        np.testing.assert_array_equal(part.routes, whole.routes[start:end])
+    again = copy.deepcopy(labelled)
+    again.batch_size = 3
+    np.testing.assert_array_equal(again.score(images), whole.scores)
+
+
+def test_what_is_uncertain_is_not_anomalous_for_that(fitted: GatedCascade) -> None:
+    open_wide = copy.deepcopy(fitted).set_thresholds(0.0, 1.0)
+    images, y = mixed(60)
+    found = open_wide.detect(images, maps=False)
+    assert (found.routes == "detector").all()
+    expected = fitted.detector_.score(images) > open_wide.routing_.threshold
+    np.testing.assert_array_equal(found.labels, expected)
+    # 40 held-out images, of which 4 may exceed: so rarely are more than 18 of 60 new ones.
+    assert found.labels[y == 0].sum() <= 18
+    assert found.labels[y == 1].mean() > 0.5
+
+
+def test_what_is_named_is_what_runs() -> None:
+    images = good(60)
+    padim = PaDiM(Small(), image_size=(48, 80), n_components=8, false_alarm_rate=0.2, **PLAIN)
+    cascade = make(detector=padim).fit(images)
+    assert type(cascade.detector_) is PaDiM
+    assert "PaDiM" in repr(cascade)
+    order = np.random.RandomState(0).permutation(60)[:48]
+    alone = clone(padim).fit(images[order])
+    np.testing.assert_array_equal(cascade.detector_.score(bad(3)), alone.score(bad(3)))
+    np.testing.assert_array_equal(cascade.anomaly_map(bad(3)), alone.anomaly_map(bad(3)))
+    assert not hasattr(padim, "threshold_")
+    for wrong in ("padim", PaDiM, make(), LogisticRegression()):
+        with pytest.raises(InvalidTypeError, match="detector must be a detector such as PaDiM"):
+            make(detector=wrong).fit(images)
+    for wrong in (None, 3, PatchCore, make()):
+        with pytest.raises(InvalidTypeError, match="gate must be the name of a backbone"):
+            make(gate=wrong).fit(images)
+    with pytest.raises(AnomalibLiteError, match="mobilenetv3_smal"):
+        make(gate="mobilenetv3_smal").fit(images)
+
+
+def test_classes_weigh_the_same_by_default() -> None:
+    assert GatedCascade().class_weight == "balanced"
+    rng = np.random.default_rng(0)
+    X = np.concatenate([rng.normal(0, 1, (400, 2)), rng.normal(1, 1, (20, 2))])
+    y = np.repeat([0, 1], [400, 20])
+    balanced, plain = (Head.fit(X, y, weight, "") for weight in ("balanced", None))
+    assert (balanced.logits(X[400:]) > 0).mean() > 0.7
+    assert (plain.logits(X[400:]) > 0).mean() < 0.3
+    by_hand = Head.fit(X, y, {0: 420 / 800, 1: 420 / 40}, "")
+    np.testing.assert_allclose(balanced.weights, by_hand.weights, rtol=1e-6)
+    images, labels = np.concatenate([good(60), bad(8)]), [0] * 60 + [1] * 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        ours, other = (make(class_weight=w).fit(images, labels) for w in ("balanced", None))
+    assert ours.gate_.head.bias != other.gate_.head.bias
+
+
+# --- Routes and scores ----------------------------------------------------------------------
+
+
+def test_routes_and_scores_fit_together() -> None:
+    routing = Routing(t_low=0.2, t_high=0.8, threshold=5.0, scale=2.0)
+    p = np.array([0.0, 0.1, 0.2, 0.2, 0.5, 0.8, 0.8, 0.9, 1.0, np.nan])
+    s = np.array([9.0, 9.0, 0.0, 4.9, 5.0, 5.1, 99.0, 0.0, 0.0, np.nan])
+    routes, scores = routing.routes(p), routing.scores(p, s)
+    assert routes.tolist() == ["gate_normal"] * 2 + ["detector"] * 5 + ["gate_anomalous"] * 2 + [
+        "skipped"
+    ]
+    assert scores.dtype == np.float32
+    assert np.isnan(scores[-1])
+    assert (np.diff(scores[:-1]) > 0).all()  # also across the routes
+    assert scores[4] == 0.5
+    assert scores[0] == 0
+    assert scores[8] == 1
+    assert (scores[:4] < 0.5).all()
+    assert (scores[5:9] > 0.5).all()
+    assert np.isnan(routing.scores(np.array([0.5]), np.array([np.nan]))[0])
+
+
+@pytest.mark.parametrize(("t_low", "t_high"), [(0, 0), (0, 1), (1, 1), (0.5, 0.5)])
+def test_thresholds_at_the_ends(t_low: float, t_high: float) -> None:
+    p = np.linspace(0, 1, 11)
+    scores = Routing(t_low, t_high, 1.0, 1.0).scores(p, np.full(11, 0.5))
+    assert np.isfinite(scores).all()
+    np.testing.assert_array_equal(scores > 0.5, p > t_high)
+
+
+def test_every_route_is_taken(labelled: GatedCascade) -> None:
+    images, _ = mixed()
+    found = labelled.detect(images)
+    escalated = found.routes == "detector"
+    assert found.heatmap_call_rate == escalated.mean()
+    assert 0 < found.heatmap_call_rate < 1
+    assert [m is not None for m in found.maps] == escalated.tolist()
+    np.testing.assert_array_equal(found.labels, found.scores > 0.5)
+    assert not found.labels[found.routes == "gate_normal"].any()
+    assert found.labels[found.routes == "gate_anomalous"].all()
+    scores = labelled.detector_.score(images)
+    over = scores[escalated] > labelled.routing_.threshold
+    np.testing.assert_array_equal(found.labels[escalated], over)
+    assert (np.diff(found.scores[escalated][np.argsort(scores[escalated])]) >= 0).all()
+
+
+def test_all_questions_agree(labelled: GatedCascade) -> None:
+    images, _ = mixed()
+    found = labelled.detect(images)
+    np.testing.assert_array_equal(labelled.score(images), found.scores)
+    np.testing.assert_array_equal(labelled.predict(images), np.where(found.labels, -1, 1))
+    np.testing.assert_array_equal(labelled.score_samples(images), -found.scores)
+    np.testing.assert_array_equal(labelled.decision_function(images), 0.5 - found.scores)
+    maps = labelled.anomaly_map(images)
+    np.testing.assert_array_equal(maps, labelled.detector_.anomaly_map(images))
+    always = labelled.detect(images, maps="always")
+    np.testing.assert_array_equal(always.maps, maps)
+    np.testing.assert_array_equal(always.scores, found.scores)
+    assert always.heatmap_call_rate == found.heatmap_call_rate
+    assert labelled.detect(images, maps=False).maps is None
+    by_default = copy.deepcopy(labelled).set_params(maps="always").detect(images)
+    np.testing.assert_array_equal(by_default.maps, maps)
+
+
+def test_the_heatmap_model_sees_escalated_images_alone(
+    labelled: GatedCascade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, _ = mixed()
+    cascade, seen = copy.deepcopy(labelled), []
+    detect = cascade.detector_.detect
+
+    def count(source: Any, **options: Any) -> Any:
+        seen.append(len(source))
+        return detect(source, **options)
+
+    monkeypatch.setattr(cascade.detector_, "detect", count)
+    found = cascade.detect(images)
+    assert seen == [int((found.routes == "detector").sum())]
+    cascade.set_thresholds(0.5, 0.5)
+    seen.clear()
+    assert cascade.detect(images).heatmap_call_rate == 0
+    assert seen == []
+
+
+# --- Guarantees -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.25])
+@pytest.mark.parametrize("t_low", [0.0, 0.3, 0.9])
+def test_the_false_alarm_rate_is_kept_exactly(rate: float, t_low: float, ties: bool) -> None:
+    """Of n + 1 images, each judged by thresholds from the others, no more are alarms than may be.
+
+    As any of them is as likely to be the new one, this is the guarantee, without any luck.
+    """
+    rng = np.random.default_rng(0)
+    n = 100
+    for _ in range(20):
+        p = rng.beta(1, 3, n + 1)
+        s = rng.gamma(2, 3, n + 1) + 5 * p
+        if ties:
+            p, s = np.round(p, 1), np.round(s)
+        alarms = 0
+        for i in range(n + 1):
+            others = np.arange(n + 1) != i
+            routing = calibrate_routing(p[others], s[others], rate, t_low=t_low)
+            alarms += int(routing.scores(p[i : i + 1], s[i : i + 1])[0] > 0.5)
+        assert alarms <= math.floor((n + 1) * rate + 1e-9)
+        if not ties and t_low == 0 and rate > 0.02:
+            assert alarms >= math.floor((n + 1) * rate) - 3  # nor is the rate left unused
+
+
+@pytest.mark.parametrize("t_high", [0.6, 0.95])
+def test_the_rate_is_kept_with_a_given_t_high(t_high: float) -> None:
+    rng = np.random.default_rng(1)
+    p, s = rng.beta(1, 6, 101), rng.gamma(2, 3, 101)
+    allowed = 15
+    assert np.count_nonzero(p > t_high) < allowed - 1
+    alarms = 0
+    for i in range(101):
+        others = np.arange(101) != i
+        routing = calibrate_routing(p[others], s[others], 0.15, t_low=0.05, t_high=t_high)
+        assert routing.t_high == t_high
+        alarms += int(routing.scores(p[i : i + 1], s[i : i + 1])[0] > 0.5)
+    assert alarms <= allowed
+
+
+@pytest.mark.parametrize("max_missed", [0.01, 0.05, 0.2])
+def test_few_anomalies_are_lost_with_the_confidence_promised(max_missed: float) -> None:
+    needed = anomalies_needed(max_missed)
+    assert (1 - max_missed) ** needed <= 0.05 < (1 - max_missed) ** (needed - 1)
+    for n in (needed, needed + 1, 2 * needed, 5 * needed):
+        p = np.sort(np.random.default_rng(n).random(n))
+        k = int(np.flatnonzero(p == lowest_probability(p, max_missed, ""))[0]) + 1
+        # Of uniform probabilities t_low is Beta(k, n + 1 - k), and the share lost is t_low.
+        assert beta.sf(max_missed, k, n + 1 - k) <= 0.05 + 1e-9
+        assert beta.sf(max_missed, k + 1, n - k) > 0.05
+        # Clopper and Pearson's bound, from its definition.
+        assert beta.ppf(0.95, k, n - k + 1) <= max_missed + 1e-9
+        assert binom.cdf(k - 1, n, max_missed) <= 0.05 + 1e-9
+    shuffled = np.random.default_rng(0).permutation(p)
+    assert lowest_probability(shuffled, max_missed, "") == lowest_probability(p, max_missed, "")
+
+
+def test_too_few_anomalies_close_the_gate() -> None:
+    with pytest.warns(CalibrationWarning, match=r"0\.01 needs 299 held-out anomalies.*got 298"):
+        assert lowest_probability(np.full(298, 0.9), 0.01, "") == 0
+    images = np.concatenate([good(60), bad(10)])
+    with pytest.warns(CalibrationWarning, match=r"needs 14 held-out anomalies.*got 5.*labelled"):
+        cascade = make().fit(images, [0] * 60 + [1] * 10)
+    assert cascade.routing_.t_low == 0
+    assert "gate_normal" not in cascade.detect(images).routes
+
+
+def test_too_few_normal_images_are_told() -> None:
+    with pytest.warns(CalibrationWarning, match=r"0\.01 needs 99 normal images, got 20; the heat"):
+        cascade = make(false_alarm_rate=0.01).fit(good(40))
+    assert cascade.routing_.t_high == 1
+    s = cascade.calibration_detector_scores_
+    kept = cascade.calibration_probabilities_ >= cascade.routing_.t_low
+    assert cascade.routing_.threshold == max(s[kept].max(initial=-np.inf), np.median(s))
+    with pytest.warns(CalibrationWarning, match="is spent by t_high alone, above which 9 of 10"):
+        calibrate_routing(np.arange(10) / 10, np.arange(10), 0.2, t_low=0, t_high=0.05)
+
+
+def test_thresholds_do_not_cross() -> None:
+    p, s = np.arange(100) / 100, np.arange(100.0)
+    clipped = calibrate_routing(p, s, 0.2, t_low=0.99)
+    assert (clipped.t_low, clipped.t_high) == (0.95, 0.95)
+    given = calibrate_routing(p, s, 0.2, t_low=0.99, low_is_given=True)
+    assert (given.t_low, given.t_high) == (0.99, 0.99)
+    # A gate that lets hardly anything through: the few say nothing, so the median counts.
+    assert calibrate_routing(p, s[::-1], 0.02, t_low=0.99).threshold == np.median(s)
+
+
+def test_all_equal_scores_make_no_alarm() -> None:
+    routing = calibrate_routing(np.zeros(50), np.zeros(50), 0.1, t_low=0.0)
+    assert routing.scores(np.zeros(1), np.zeros(1))[0] <= 0.5
+    assert routing.scores(np.zeros(1), np.ones(1))[0] > 0.5
+
+
+def test_thresholds_can_be_given(fitted: GatedCascade) -> None:
+    cascade = make(t_low=0.3, t_high=0.7).fit(good(100))
+    assert (cascade.routing_.t_low, cascade.routing_.t_high) == (0.3, 0.7)
+    later = copy.deepcopy(fitted).set_thresholds(0.3, 0.7)
+    assert later.routing_ == cascade.routing_
+    assert later.get_params()["t_low"] == 0.3
+    assert later.set_thresholds().routing_ == fitted.routing_
+    with pytest.raises(InvalidValueError, match="t_low must not exceed t_high"):
+        later.set_thresholds(0.8, 0.2)
+    assert later.routing_ == fitted.routing_
+
+
+def test_held_out_images_are_held_out(labelled: GatedCascade) -> None:
+    order = np.random.RandomState(0)
+    normal, anomalous = order.permutation(100), 100 + order.permutation(60)
+    images = np.concatenate([good(100), bad(60, contrast=30)])
+    assert len(labelled.calibration_probabilities_) == 20
+    held = images[normal[80:]]
+    np.testing.assert_array_equal(
+        labelled.detect(held).probabilities, labelled.calibration_probabilities_
+    )
+    np.testing.assert_array_equal(
+        labelled.detect(images[anomalous[30:]]).probabilities, labelled.anomaly_probabilities_
+    )
+    alone = heatmaps().fit(images[normal[:80]])
+    np.testing.assert_array_equal(alone.score(held), labelled.calibration_detector_scores_)
+
+
+# --- The gate -------------------------------------------------------------------------------
+
+
+def test_temperature_minimizes_the_entropy_of_smoothed_labels() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 400)
+    z = 8 * (rng.normal(size=400) + y - 0.5)  # far too sure of itself
+    fitted = Probability.fit("temperature", z, y, None)
+    n = y.sum()
+    smoothed = np.where(y == 1, (n + 1) / (n + 2), 1 / (402 - n))
+
+    def loss(temperature: float) -> float:
+        against, in_favour = (np.logaddexp(0, sign * z / temperature) for sign in (1, -1))
+        return float((smoothed * in_favour + (1 - smoothed) * against).mean())
+
+    grid = np.exp(np.linspace(-3, 5, 2000))
+    best = grid[np.argmin([loss(t) for t in grid])]
+    assert fitted.temperature == pytest.approx(best, rel=0.01)
+    assert fitted.temperature > 5
+    separated = Probability.fit("temperature", np.where(y == 1, 50.0, -50.0), y, None)
+    assert 0.5 < separated(np.array([50.0]))[0] < 1
+
+
+@pytest.mark.parametrize("kind", ["temperature", "isotonic"])
+def test_probabilities_never_change_the_order(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 300)
+    fitted = Probability.fit(kind, rng.normal(size=300) + y, y, "balanced")
+    p = fitted(np.linspace(-9, 9, 500))
+    assert (np.diff(p) >= 0).all()
+    assert p.min() >= 0
+    assert p.max() <= 1
+    assert np.isnan(fitted(np.array([np.nan]))[0])
+
+
+@pytest.mark.parametrize("calibration", ["temperature", "isotonic"])
+def test_probabilities_are_calibrated(calibration: str) -> None:
+    images = np.concatenate([good(300), bad(300, contrast=20)])
+    cascade = make(calibration=calibration).fit(images, [0] * 300 + [1] * 300)
+    p = cascade.detect(np.concatenate([good(400, 8), bad(400, 9, contrast=20)])).probabilities
+    y = np.repeat([0, 1], 400)
+    for low, high in ((0, 0.5), (0.5, 1.01)):
+        inside = (p >= low) & (p < high)
+        assert abs(p[inside].mean() - y[inside].mean()) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["network", "detector"])
+def test_gates_of_both_kinds(kind: str) -> None:
+    gate: Any = (
+        "efficientnet_lite0"
+        if kind == "network"
+        else MahalanobisVFM(Small(), image_size=(32, 48), false_alarm_rate=0.2, **PLAIN)
+    )
+    cascade = make(gate=gate).fit(good(80))
+    found = cascade.detect(np.concatenate([good(6, 9), bad(6, contrast=120)]))
+    assert auroc([0] * 6 + [1] * 6, found.scores) > 0.9
+    assert (cascade.gate_.backbone is None) == (kind == "detector")
+    assert (cascade.gate_.detector is None) == (kind == "network")
+
+
+# --- Files, copies, scikit-learn ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calibration", ["temperature", "isotonic"])
+def test_a_file_holds_it_to_the_bit(calibration: str, tmp_path: Path) -> None:
+    cascade = make(calibration=calibration, class_weight={0: 1, 1: 2.5}).fit(good(80))
+    cascade.threshold_ = 0.45
+    cascade.save(tmp_path / "line3.safetensors")
+    with pytest.raises(InvalidValueError, match="a module of your own"):
+        load(tmp_path / "line3.safetensors")
+    images, _ = mixed()
+    for backbone in (Small(), {"gate": Small(), "detector": Small()}):
+        again = load(tmp_path / "line3.safetensors", backbone=backbone)
+        same(again.detect(images), cascade.detect(images))
+        same(again.detect(images, maps="always"), cascade.detect(images, maps="always"))
+    assert again.threshold_ == 0.45
+    assert again.routing_ == cascade.routing_
+    assert again.class_weight == {0: 1, 1: 2.5}
+    assert again.detector.get_params()["image_size"] == 48
+    assert again.set_thresholds(0.1, 1.0).routing_ == cascade.set_thresholds(0.1, 1.0).routing_
+    again.save(tmp_path / "again.safetensors")
+    again.fit(good(80))
+
+
+def test_a_file_with_everything_in_it(tmp_path: Path) -> None:
+    detector = heatmaps(backbone="efficientnet_lite0")
+    gate = heatmaps(backbone="efficientnet_lite0", image_size=32)
+    images, _ = mixed(4)
+    for number, options in enumerate(({"gate": gate}, {"gate": "efficientnet_lite0"})):
+        cascade = make(detector=detector, **options).fit(good(60))
+        for included in (False, True):
+            path = tmp_path / f"{number}{included}.safetensors"
+            cascade.save(path, include_backbone=included)
+            again = load(path)
+            same(again.detect(images), cascade.detect(images))
+            assert type(again.gate) is type(options["gate"])
+        assert repr(again) == repr(cascade)
+
+
+def test_the_default_heatmap_model_comes_back(tmp_path: Path) -> None:
+    cascade = make(gate="efficientnet_lite0", detector=None).fit(good(40))
+    assert type(cascade.detector_) is PatchCore
+    assert cascade.detector_.engine == "torch"
+    cascade.save(tmp_path / "line3.safetensors")
+    again = load(tmp_path / "line3.safetensors")
+    assert again.detector is None
+    same(again.detect(bad(2)), cascade.detect(bad(2)))
+
+
+def test_broken_files_are_refused(fitted: GatedCascade, tmp_path: Path) -> None:
+    path = tmp_path / "line3.safetensors"
+    fitted.save(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ModelFileError, match="is cut short"):
+        load(path, backbone=Small())
+    with pytest.raises(NotFittedError, match="Call fit"):
+        make().save(path)
+    fitted.save(path)
+
+    class Other(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+    with pytest.raises(ModelFileError, match="other backbone weights"):
+        load(path, backbone={"gate": Other(), "detector": Small()})
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
+def test_copies_answer_alike(labelled: GatedCascade, copied: Any) -> None:
+    images, _ = mixed(6)
+    same(copied(labelled).detect(images), labelled.detect(images))
+
+
+def test_it_is_an_estimator(fitted: GatedCascade) -> None:
+    fresh = clone(fitted)
+    assert not hasattr(fresh, "routing_")
+    assert not hasattr(fresh.detector, "threshold_")
+    assert fresh.detector is not fitted.detector
+    fresh.set_params(detector__coreset_ratio=0.5, max_missed=0.3)
+    assert fresh.get_params()["detector__coreset_ratio"] == 0.5
+    assert fitted.get_params()["detector__coreset_ratio"] == 0.1
+    with pytest.raises(ValueError, match="Invalid parameter"):
+        fresh.set_params(detector__coreset=0.5, t_lo=0.3)
+    again = clone(fitted).fit(good(100))
+    np.testing.assert_array_equal(again.score(bad(3)), fitted.score(bad(3)))
+
+
+def test_it_is_evaluated_as_other_detectors_are(tmp_path: Path, labelled: GatedCascade) -> None:
+    from PIL import Image
+
+    for kind, images in (("good", good(20, 7)), ("dark", bad(6, 8))):
+        (tmp_path / kind).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / kind / f"{i}.png")
+    dataset = Folder(tmp_path, anomalous="dark", name="plates")
+    report = evaluate(labelled, dataset)
+    assert report.detector == "GatedCascade"
+    assert report.threshold == 0.5
+    assert report.metrics["image_auroc"] > 0.8
+
+
+# --- Bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"t_low": -0.1}, r"t_low must be a number in \[0, 1\]"),
+        ({"t_high": 1.5}, r"t_high must be a number in \[0, 1\]"),
+        ({"t_low": True}, "t_low must be a number"),
+        ({"t_low": 0.6, "t_high": 0.5}, "t_low must not exceed t_high"),
+        ({"max_missed": 0}, "max_missed must be a number"),
+        ({"false_alarm_rate": 1}, "false_alarm_rate must be a number"),
+        ({"calibration": "temprature"}, "Did you mean 'temperature'"),
+        ({"class_weight": "balance"}, "Did you mean 'balanced'"),
+        ({"class_weight": 3}, "class_weight must be 'balanced', None or a dict"),
+        ({"class_weight": {0: 1}}, "for each of the classes 0 and 1"),
+        ({"class_weight": {0: 1, 1: -1}}, "a number above 0"),
+        ({"maps": "all"}, "maps must be one of"),
+        ({"weights": "file.safetensors"}, "weights go with the name"),
+        ({"engine": "tensorflow"}, "engine must be one of"),
+        ({"on_error": "ignore"}, "on_error must be one of"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"max_pixels": 0}, "max_pixels must be"),
+        ({"image_size": 3}, "image_size must be"),
+        ({"random_state": "x"}, "random_state must be"),
+    ],
+)
+def test_bad_parameters_are_refused_by_fit(parameters: dict[str, Any], message: str) -> None:
+    kinds = (InvalidValueError, InvalidTypeError)
+    with pytest.raises(kinds, match=f"^GatedCascade: .*{message}"):
+        make(**parameters).fit(good(20))
+
+
+def test_bad_images_and_labels_are_refused(fitted: GatedCascade, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match=r"at least 8 normal images.*got 7"):
+        make().fit(good(7))
+    with pytest.raises(InvalidValueError, match="y has 1 anomalous image; fit needs at least 2"):
+        make().fit(good(20), [0] * 19 + [1])
+    for y in ([0] * 19, [0] * 19 + [2], [[0] * 20]):
+        with pytest.raises(InvalidValueError, match="y must hold 20 labels"):
+            make().fit(good(20), y)
+        with pytest.raises(InvalidValueError, match="y must hold 20 labels"):
+            fitted.sweep(good(20), y)
+    with pytest.raises(InvalidValueError, match="must have a pair with t_low <= t_high"):
+        fitted.sweep(good(2), [0, 0], t_low=[0.5], t_high=[0.4])
+    with pytest.raises(InvalidValueError, match="maps must be one of"):
+        fitted.detect(good(1), maps="some")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        fitted.detect([tmp_path / "broken.png"])
+    for ask in ("detect", "score", "predict", "anomaly_map", "decision_function", "score_samples"):
+        with pytest.raises(NotFittedError, match="Call fit"):
+            getattr(make(), ask)(good(1))
+    with pytest.raises(NotFittedError, match="Call fit"):
+        make().set_thresholds(0.1, 0.2)
+    with pytest.raises(NotFittedError, match="Call fit"):
+        make().sweep(good(1), [0])
+
+
+def test_samples_labelled_anomalous_need_y(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for kind in ("good", "dark"):
+        (tmp_path / kind).mkdir()
+        for i, image in enumerate(good(12)):
+            Image.fromarray(image).save(tmp_path / kind / f"{i}.png")
+    samples = list(Folder(tmp_path, anomalous="dark", name="plates").test)
+    assert any(sample.label for sample in samples)
+    with pytest.raises(InvalidValueError, match=r"labelled anomalous\. Pass their labels"):
+        make().fit(samples)
+
+
+def test_a_failed_fit_changes_nothing(labelled: GatedCascade, tmp_path: Path) -> None:
+    cascade = copy.deepcopy(labelled)
+    before = dict(vars(cascade))
+    with pytest.raises(InvalidValueError, match="does not exist"):
+        cascade.fit([*good(20), tmp_path / "gone.png"])
+    cascade.detector.set_params(coreset_ratio=7)
+    with pytest.raises(InvalidValueError, match="coreset_ratio"):
+        cascade.fit(good(20))
+    assert vars(cascade) == before
+
+
+def test_what_cannot_be_read_is_skipped(tmp_path: Path) -> None:
+    gone = tmp_path / "gone.png"
+    cascade = make(on_error="skip").fit([gone, *good(60), gone])
+    assert cascade.skipped_ == [(str(gone), f"GatedCascade: {gone} does not exist.")] * 2
+    plain = [*good(3, 4), *bad(3)]
+    found = cascade.detect([*plain[:3], gone, *plain[3:]])
+    assert found.routes[3] == "skipped"
+    assert np.isnan(found.scores[3])
+    assert found.labels[3]
+    assert [index for index, _ in found.skipped] == [3]
+    expected = cascade.detect(plain)
+    np.testing.assert_array_equal(np.delete(found.scores, 3), expected.scores)
+    assert found.heatmap_call_rate == expected.heatmap_call_rate
+    nothing = cascade.detect([gone])
+    assert nothing.labels.all()
+    assert np.isnan(nothing.heatmap_call_rate)
+    with pytest.raises(InvalidValueError, match="too few of 20 images could be used"):
+        make(on_error="skip").fit([gone] * 20)
+
+
+# --- Sweeps ---------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_to_fit_anew_for_each_pair(fitted: GatedCascade) -> None:
+    images, y = mixed()
+    lows, highs = [0.0, 0.2, 0.6], [0.2, 0.5, 1.0]
+    table = fitted.sweep(images, y, t_low=lows, t_high=highs)
+    pairs = [(low, high) for low in lows for high in highs if low <= high]
+    assert [(row["t_low"], row["t_high"]) for row in table.rows] == pairs
+    for row in table.rows:
+        one = clone(fitted).set_params(t_low=row["t_low"], t_high=row["t_high"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CalibrationWarning)
+            found = one.fit(good(100)).detect(images, maps=False)
+        alarm = found.labels
+        assert row["accuracy"] == np.mean(alarm == y)
+        assert row["recall"] == recall_score(y, alarm)
+        assert row["f1"] == pytest.approx(f1_score(y, alarm))
+        if alarm.any():
+            assert row["precision"] == precision_score(y, alarm)
+        assert row["false_alarm_rate"] == alarm[y == 0].mean()
+        assert row["auroc"] == auroc(y, found.scores)
+        assert row["ap"] == average_precision(y, found.scores)
+        assert row["heatmap_call_rate"] == found.heatmap_call_rate
+        assert row["recall_lost"] == np.mean(found.routes[y == 1] == "gate_normal")
+        assert row["ms_per_image"] > 0
+    assert fitted.get_params()["t_low"] is None
+
+
+def test_the_front_has_no_row_that_is_beaten(fitted: GatedCascade) -> None:
+    images, y = mixed()
+    table = fitted.sweep(images, y)
+    points = [(row["heatmap_call_rate"], row["recall"]) for row in table.rows]
+    for row in table.rows:
+        calls, recall = row["heatmap_call_rate"], row["recall"]
+        beaten = any(c <= calls and r >= recall and (c, r) != (calls, recall) for c, r in points)
+        assert row["pareto"] == (not beaten)
+    calls_of = [row["heatmap_call_rate"] for row in table.pareto]
+    assert calls_of == sorted(calls_of)
+    assert len(table.pareto) >= 1
+
+
+def test_one_class_has_no_auroc() -> None:
+    routing = Routing(0.2, 0.8, 1.0, 1.0)
+    p, s = np.array([0.1, 0.5]), np.array([0.5, 0.5])
+    for label in (0, 1):
+        [row] = sweep_routings([routing], p, s, np.full(2, label), gate_ms=1, detector_ms=1).rows
+        assert math.isnan(row["auroc"])
+        assert math.isnan(row["ap"])
+        assert math.isnan(row["recall"]) == (label == 0)
+        assert math.isnan(row["false_alarm_rate"]) == (label == 1)
+        assert math.isnan(row["precision"])
+
+
+# --- Photographs ----------------------------------------------------------------------------
+
+
+def test_magnetic_tiles(data_dir: Path) -> None:
+    if not (data_dir / "magnetic_tile").is_dir():
+        pytest.skip(f"no photographs of magnetic tiles in {data_dir}")
+    dataset = MVTecAD(data_dir, "magnetic_tile")
+    normal = [s for s in dataset.test if not s.label][:12]
+    anomalous = [s for s in dataset.test if s.label][:: len(dataset.test) // 12][:12]
+    detector = PatchCore(image_size=64, false_alarm_rate=0.2)
+    cascade = GatedCascade(
+        detector=detector, image_size=64, max_missed=0.2, false_alarm_rate=0.2, engine="torch"
+    ).fit(list(dataset.train)[:60])
+    found = cascade.detect([*normal, *anomalous])
+    assert auroc([0] * len(normal) + [1] * len(anomalous), found.scores) > 0.7
+    sizes = [ImageSource([sample])[0].shape[:2] for sample in (*normal, *anomalous)]
+    for heatmap, size, route in zip(found.maps, sizes, found.routes, strict=True):
+        assert (heatmap is None) == (route != "detector")
+        assert heatmap is None or heatmap.shape == size
