@@ -16,6 +16,7 @@ __all__ = ["serialize", "write"]
 
 
 def serialize(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
+    """The content of a file; torch is imported only for tensors that numpy does not have."""
     if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
         from safetensors.numpy import save as save_arrays
 
@@ -27,6 +28,7 @@ def serialize(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
 
 
 def write(content: bytes, path: Path, where: str) -> None:
+    """Write all of it, or leave what was there; OutputError if that cannot be done."""
     # Beside its place: renaming is atomic only within one file system.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
