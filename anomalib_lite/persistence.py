@@ -18,7 +18,7 @@ import anomalib_lite
 from anomalib_lite._adapter import Adapter
 from anomalib_lite._model_file import serialize, write
 from anomalib_lite._validation import closest
-from anomalib_lite.detectors.base import BaseDetector
+from anomalib_lite.detectors.base import Answers, BaseDetector
 from anomalib_lite.detectors.cascade_fitting import open_gate
 from anomalib_lite.detectors.cascade_state import get_state, plain_parameters, restore_cascade
 from anomalib_lite.detectors.gated_cascade import GatedCascade
@@ -51,7 +51,7 @@ _ADAPTER = "adapter."  # and of what LoRA has learned
 
 
 def save(
-    detector: BaseDetector | GatedCascade,
+    detector: Answers,
     path: str | os.PathLike[str],
     *,
     include_backbone: bool = False,
@@ -156,7 +156,7 @@ def load(
     weights: str | os.PathLike[str] | None = None,
     device: str | None = None,
 ) -> Any:
-    """Read a detector that :meth:`~anomalib_lite.detectors.base.BaseDetector.save` wrote.
+    """Read a detector that :meth:`~anomalib_lite.detectors.base.Answers.save` wrote.
 
     Parameters
     ----------

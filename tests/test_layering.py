@@ -68,10 +68,7 @@ BESIDE = STAGES_BESIDE | {
     ("cli", "demo"),
 }
 # save is a method; what writes files must know all detectors, so it comes after them.
-LAZY = {
-    ("detectors.base", "save", "persistence"),
-    ("detectors.gated_cascade", "save", "persistence"),
-}
+LAZY = {("detectors.base", "save", "persistence")}
 
 TORCH = {
     *("images", "backbones", "fusion", "lora", "export", "coreset", "memory_bank", "gaussian"),

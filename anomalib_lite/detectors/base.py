@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,19 +19,17 @@ from anomalib_lite.engines import AnyBackbone, open_backbone
 from anomalib_lite.errors import InvalidValueError, NotFittedError
 from anomalib_lite.images import ImageSource, iter_batches
 
-__all__ = ["BaseDetector"]
+__all__ = ["Answers", "BaseDetector"]
 
 
-class BaseDetector(Learner):
-    """Base of all detectors: a subclass says how to fit on embeddings and how to score them.
+class Answers(ABC):
+    """What every detector answers, all of it from one ``detect(images)``."""
 
-    Subclasses store the parameters that :class:`~anomalib_lite.PatchCore` documents, and
-    implement the abstract methods; :meth:`_check_parameters` and those that have a body below
-    where they have something to add.
-    """
+    threshold_: float
 
-    # Of which stages the embeddings are, unless ``layers`` says.
-    _strides: tuple[int, ...] = (8, 16)
+    @abstractmethod
+    def detect(self, images: Any, *, maps: Any = True) -> Detections:
+        """Scores, labels and, if wanted, heatmaps."""
 
     def score(self, images: Any) -> np.ndarray:
         """How anomalous each image is: higher is more anomalous.
@@ -47,7 +45,8 @@ class BaseDetector(Learner):
         Returns
         -------
         ndarray of shape (N,), float32
-            Raw units (a distance); an image is called anomalous above ``threshold_``.
+            An image is called anomalous above ``threshold_``. Raw units (a distance); of a
+            cascade, in [0, 1].
 
         Raises
         ------
@@ -76,7 +75,7 @@ class BaseDetector(Learner):
         NotFittedError, AnomalibLiteError
             As :meth:`score`.
         """
-        return self.detect(images).maps
+        return self.detect(images, maps=True).maps
 
     def predict(self, images: Any) -> np.ndarray:
         """+1 for normal, -1 for anomalous (or skipped), as in scikit-learn: (N,) int64."""
@@ -96,6 +95,41 @@ class BaseDetector(Learner):
         """
         scores = self.score(images)
         return np.float32(self.threshold_) - scores
+
+    def save(self, path: str | os.PathLike[str], *, include_backbone: bool = False) -> None:
+        """Write everything that scoring needs into one safetensors file.
+
+        Parameters
+        ----------
+        path : str or Path
+            Written beside its place under another name, then renamed: a crash leaves an older
+            file whole.
+        include_backbone : bool, default=False
+            Put the weights of the backbone (of a cascade, of both) into the file too, so that it
+            can be loaded where they are not to be had (no network, no weights file).
+
+        Raises
+        ------
+        NotFittedError
+            Before :meth:`fit`.
+        OutputError
+            If the file cannot be written.
+        """
+        from anomalib_lite.persistence import save  # it knows all detectors, so it comes after
+
+        save(self, path, include_backbone=include_backbone)
+
+
+class BaseDetector(Answers, Learner):
+    """Base of all detectors: a subclass says how to fit on embeddings and how to score them.
+
+    Subclasses store the parameters that :class:`~anomalib_lite.PatchCore` documents, and
+    implement the abstract methods; :meth:`_check_parameters` and those that have a body below
+    where they have something to add.
+    """
+
+    # Of which stages the embeddings are, unless ``layers`` says.
+    _strides: tuple[int, ...] = (8, 16)
 
     def detect(self, images: Any, *, maps: bool = True) -> Detections:
         """Scores, heatmaps and labels, from one pass through the backbone.
@@ -164,29 +198,6 @@ class BaseDetector(Learner):
                 f"{type(self).__name__}: not fitted yet. Call fit_embeddings(E) or fit(images)."
             )
         return self._image_scores(check_embeddings(E, type(self).__name__, self.n_features_))
-
-    def save(self, path: str | os.PathLike[str], *, include_backbone: bool = False) -> None:
-        """Write everything that scoring needs into one safetensors file.
-
-        Parameters
-        ----------
-        path : str or Path
-            Written beside its place under another name, then renamed: a crash leaves an older
-            file whole.
-        include_backbone : bool, default=False
-            Put the weights of the backbone into the file too, so that it can be loaded where
-            they are not to be had (no network, no weights file).
-
-        Raises
-        ------
-        NotFittedError
-            Before :meth:`fit`.
-        OutputError
-            If the file cannot be written.
-        """
-        from anomalib_lite.persistence import save  # it knows all detectors, so it comes after
-
-        save(self, path, include_backbone=include_backbone)
 
     @abstractmethod
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from sklearn.base import BaseEstimator
 
 from anomalib_lite._validation import check_choice
+from anomalib_lite.detectors.base import Answers
 from anomalib_lite.detectors.cascade_fitting import (
     MAPS,
     check_parameters,
@@ -34,7 +34,7 @@ _WHERE = "GatedCascade"
 _REMEDY = "Give more labelled anomalies, raise max_missed, or set t_low."
 
 
-class GatedCascade(BaseEstimator):
+class GatedCascade(Answers, BaseEstimator):
     """A cheap gate decides about clear images, a heatmap model about the rest.
 
     Parameters
@@ -274,30 +274,6 @@ class GatedCascade(BaseEstimator):
             probabilities=probabilities,
         )
 
-    def score(self, images: Any) -> np.ndarray:
-        """(N,) float32 in [0, 1], higher is more anomalous; called anomalous above 0.5."""
-        return self.detect(images, maps=False).scores
-
-    def anomaly_map(self, images: Any) -> Any:
-        """Heatmaps of all images: (N, H, W) float32, or a list where sizes differ.
-
-        In the units of the heatmap model, which runs on every image for this.
-        """
-        return self.detect(images, maps="always").maps
-
-    def predict(self, images: Any) -> np.ndarray:
-        """+1 for normal, -1 for anomalous (or skipped), as in scikit-learn: (N,) int64."""
-        return np.where(self.detect(images, maps=False).labels, -1, 1)
-
-    def score_samples(self, images: Any) -> np.ndarray:
-        """The negative of :meth:`score`: scikit-learn's direction, higher is more normal."""
-        return -self.score(images)
-
-    def decision_function(self, images: Any) -> np.ndarray:
-        """``threshold_ - score``: negative is anomalous, as in scikit-learn."""
-        scores = self.score(images)
-        return np.float32(self.threshold_) - scores
-
     def sweep(
         self,
         images: Any,
@@ -357,26 +333,6 @@ class GatedCascade(BaseEstimator):
         return sweep_routings(
             routings, p[kept], s[kept], truth[kept], gate_ms=gate_ms, detector_ms=detector_ms
         )
-
-    def save(self, path: str | os.PathLike[str], *, include_backbone: bool = False) -> None:
-        """Write everything into one safetensors file; see :func:`anomalib_lite.load`.
-
-        Parameters
-        ----------
-        path : str or Path
-        include_backbone : bool, default=False
-            Put the weights of the gate's and the heatmap model's backbones into the file too.
-
-        Raises
-        ------
-        NotFittedError
-            Before :meth:`fit`.
-        OutputError
-            If the file cannot be written.
-        """
-        from anomalib_lite.persistence import save  # it knows all detectors, so it comes after
-
-        save(self, path, include_backbone=include_backbone)
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "routing_"):
