@@ -12,6 +12,7 @@ import numpy as np
 from sklearn.base import clone
 from sklearn.utils import check_random_state
 
+from anomalib_lite._moments import Moments
 from anomalib_lite._validation import (
     check_choice,
     check_image_size,
@@ -22,7 +23,15 @@ from anomalib_lite._validation import (
 )
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.gate import CALIBRATIONS, Gate, Head, Probability, check_class_weight
+from anomalib_lite.detectors.gate import (
+    CALIBRATIONS,
+    Gate,
+    Head,
+    Probability,
+    Whitening,
+    check_class_weight,
+    embed_images,
+)
 from anomalib_lite.detectors.patchcore import PatchCore
 from anomalib_lite.detectors.routing import anomalies_needed
 from anomalib_lite.engines import ENGINES, AnyBackbone, open_backbone
@@ -50,8 +59,13 @@ _STRIDES = (16, 32)
 # What a heatmap model that nobody gave has of the cascade.
 _SHARED = ("device", "dtype", "engine", "batch_size", "on_error", "max_pixels", "random_state")
 _FEWEST = 8
-# Synthetic anomalies to learn from, at least and at most; to hold out, at most; in memory.
-_TO_LEARN, _MOST_HELD_OUT, _AT_ONCE = (64, 512), 1000, 32
+# Synthetic anomalies to learn from, at least and at most.
+_TO_LEARN = (64, 512)
+# To hold out, four times as many as are needed, which lets 0.6 of max_missed be lost in place of
+# 0.33, but no more than this for the sake of it.
+_MANY = 2000
+# In memory.
+_AT_ONCE = 32
 
 
 @dataclass
@@ -61,8 +75,8 @@ class _Groups:
     learn: np.ndarray  # normal: the gate and the heatmap model
     check: np.ndarray  # normal: the gate's probability; the heatmap model
     hold: np.ndarray  # normal: the thresholds
-    learn_bad: np.ndarray  # anomalous: the gate
-    check_bad: np.ndarray  # anomalous: the gate's probability, and t_low
+    learn_bad: np.ndarray  # labelled anomalous: the gate
+    check_bad: np.ndarray  # labelled anomalous: the gate's probability, and t_low; if enough
 
     def keep(self, usable: np.ndarray) -> None:
         """Leave out the images that turned out not to be usable."""
@@ -75,26 +89,36 @@ def learn_cascade(
 ) -> dict[str, Any]:
     """What ``fit`` finds out, by the names of the fitted attributes; the thresholds come after."""
     random = check_random_state(cascade.random_state)
-    groups = _split(normal, anomalous, cascade.false_alarm_rate, random)
+    groups = _split(normal, anomalous, cascade, random)
     seeds = random.randint(2**31, size=2)
     gate, judged = _begin_gate(cascade, source, groups.learn)
     features, skipped = gate.features(source, cascade)
     groups.keep(np.isfinite(features).all(axis=1))
     _check_enough(groups, source, skipped, labelled=len(anomalous) > 0)
     learn = np.intersect1d(groups.learn, judged)
-    bad, check_bad = features[groups.learn_bad], features[groups.check_bad]
-    if not len(anomalous):
-        low, high = _TO_LEARN
-        n_learn = min(max(2 * len(groups.learn), low), high)
-        n_check = min(2 * anomalies_needed(cascade.max_missed), _MOST_HELD_OUT)
-        bad = _synthetic(cascade, gate, source.take(groups.learn), n_learn, int(seeds[0]))
-        check_bad = _synthetic(cascade, gate, source.take(groups.check), n_check, int(seeds[1]))
-    gate.head = Head.fit(*_both(features[learn], bad), cascade.class_weight, _WHERE)
-    X, y = _both(features[groups.check], check_bad)
-    logits = gate.head.logits(X)
+    bad = [features[groups.learn_bad]] if len(groups.learn_bad) else []
+    if not len(groups.check_bad):
+        n = int(np.clip(2 * len(learn), *_TO_LEARN))
+        made = _synthetic(source.take(learn), n, int(seeds[0]))
+        bad.append(np.concatenate([gate.features(images, cascade)[0] for images in made]))
+    gate.head = Head.fit(features[learn], bad, cascade.class_weight, _WHERE)
+    detector = _fit_detector(cascade, source.take(np.r_[groups.learn, groups.check]))
+    if len(groups.check_bad):
+        bad_features = features[groups.check_bad]
+        bad_scores = detector.detect(source.take(groups.check_bad), maps=False).scores
+    else:
+        needed = anomalies_needed(cascade.max_missed)
+        n = max(needed, min(4 * needed, _MANY))
+        parts = [
+            (gate.features(images, cascade)[0], detector.detect(images, maps=False).scores)
+            for images in _synthetic(source.take(groups.check), n, int(seeds[1]))
+        ]
+        bad_features, bad_scores = (np.concatenate(part) for part in zip(*parts, strict=True))
+    seen_bad = np.isfinite(bad_scores)
+    logits = gate.head.logits(np.concatenate([features[groups.check], bad_features]))
+    y = np.repeat([0, 1], [len(groups.check), len(bad_features)])
     # It keeps the order, so t_low may be chosen by the same anomalies.
     gate.probability = Probability.fit(cascade.calibration, logits, y, cascade.class_weight)
-    detector = _fit_detector(cascade, source.take(np.r_[groups.learn, groups.check]))
     found = detector.detect(source.take(groups.hold), maps=False)
     seen = np.isfinite(found.scores)
     if not seen.any():
@@ -107,29 +131,28 @@ def learn_cascade(
         "detector_": detector,
         "calibration_probabilities_": gate.probabilities(features[groups.hold])[seen],
         "calibration_detector_scores_": np.asarray(found.scores[seen], np.float64),
-        "anomaly_probabilities_": gate.probabilities(check_bad),
+        "anomaly_probabilities_": gate.probabilities(bad_features)[seen_bad],
+        "anomaly_detector_scores_": np.asarray(bad_scores[seen_bad], np.float64),
         "skipped_": [(source.names[i], reason) for i, reason in sorted(skipped)],
     }
 
 
 def _split(
-    normal: np.ndarray, anomalous: np.ndarray, rate: float, random: np.random.RandomState
+    normal: np.ndarray, anomalous: np.ndarray, cascade: GatedCascade, random: np.random.RandomState
 ) -> _Groups:
     if len(normal) < _FEWEST:
         raise InvalidValueError(
             f"{_WHERE}: fit needs at least {_FEWEST} normal images, to learn from and to hold out, "
             f"got {len(normal)}. Give more."
         )
-    if len(anomalous) == 1:
-        raise InvalidValueError(
-            f"{_WHERE}: y has 1 anomalous image; fit needs at least 2, to learn from and to hold "
-            "out. Give more, or leave out y: anomalies are then made from the normal images."
-        )
     n = len(normal)
     normal, anomalous = random.permutation(normal), random.permutation(anomalous)
-    n_hold = min(max(calibration_size(rate), n // 5), n // 2)
+    n_hold = min(max(calibration_size(cascade.false_alarm_rate), n // 5), n // 2)
     n_learn = n - n_hold - (n - n_hold) // 4
+    # Where half of the labelled anomalies could show nothing, they are of more use in learning.
     half = (len(anomalous) + 1) // 2
+    if len(anomalous) - half < anomalies_needed(cascade.max_missed):
+        half = len(anomalous)
     return _Groups(
         learn=normal[:n_learn],
         check=normal[n_learn : n - n_hold],
@@ -146,7 +169,8 @@ def _begin_gate(
     if not isinstance(cascade.gate, BaseDetector):
         backbone = open_gate(cascade)
         check_image_size(cascade.image_size, _WHERE, stride=backbone.stride)
-        return Gate(backbone=backbone), learn
+        whitening = Whitening.fit(_moments(backbone, source.take(learn), cascade))
+        return Gate(backbone=backbone, whitening=whitening), learn
     # The scores of images that it was fitted on would be too low.
     half = len(learn) // 2
     with warnings.catch_warnings():
@@ -171,7 +195,7 @@ def open_gate(cascade: GatedCascade, **instead: Any) -> AnyBackbone:
 def _check_enough(
     groups: _Groups, source: ImageSource, skipped: list[tuple[int, str]], *, labelled: bool
 ) -> None:
-    needed = ["learn", "check", "hold"] + (["learn_bad", "check_bad"] if labelled else [])
+    needed = ["learn", "check", "hold"] + (["learn_bad"] if labelled else [])
     for name in needed:
         if not len(getattr(groups, name)):
             raise InvalidValueError(
@@ -180,19 +204,26 @@ def _check_enough(
             )
 
 
-def _synthetic(
-    cascade: GatedCascade, gate: Gate, normal: ImageSource, n: int, seed: int
-) -> np.ndarray:
-    """Features of ``n`` anomalies made from normal images."""
-    made: Iterator[Any] = SyntheticAnomalies(random_state=seed).iterate(normal, n)
-    parts = []
+def _moments(backbone: AnyBackbone, normal: ImageSource, cascade: GatedCascade) -> Moments:
+    """Sums over the patches of all images that can be used."""
+    moments: Moments | None = None
+    skipped: list[tuple[int, str]] = []
+    for _, E in embed_images(backbone, normal, cascade, skipped):
+        moments = moments or Moments(E.shape[3])
+        moments.add(E.reshape(-1, E.shape[3]))
+    if moments is None:
+        raise InvalidValueError(
+            f"{_WHERE}: none of {len(normal)} images to learn from could be used; the first: "
+            f"{skipped[0][1]}"
+        )
+    return moments
+
+
+def _synthetic(normal: ImageSource, n: int, seed: int) -> Iterator[ImageSource]:
+    """``n`` anomalies made from normal images, some at a time."""
+    made = SyntheticAnomalies(random_state=seed).iterate(normal, n)
     while images := [anomaly.image for anomaly in islice(made, _AT_ONCE)]:
-        parts.append(gate.features(ImageSource(images, where=_WHERE), cascade)[0])
-    return np.concatenate(parts)
-
-
-def _both(good: np.ndarray, bad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate([good, bad]), np.repeat([0, 1], [len(good), len(bad)])
+        yield ImageSource(images, where=_WHERE)
 
 
 def _fit_detector(cascade: GatedCascade, normal: ImageSource) -> Any:

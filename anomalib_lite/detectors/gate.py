@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,85 +15,120 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from tqdm import tqdm
 
+from anomalib_lite._moments import Moments
 from anomalib_lite._validation import check_choice
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
+from anomalib_lite.gaussian import Gaussian
 from anomalib_lite.images import ImageSource, iter_batches
 
-__all__ = ["CALIBRATIONS", "Gate", "Head", "Probability", "check_class_weight", "pooled_features"]
+__all__ = [
+    "CALIBRATIONS",
+    "Gate",
+    "Head",
+    "Probability",
+    "Whitening",
+    "check_class_weight",
+    "embed_images",
+]
 
 CALIBRATIONS = ("temperature", "isotonic")
 # Of the logistic regression: features are many and images few.
 _C = 0.01
+# Share of an image's patches that its farthest are.
+_FARTHEST = 0.05
 
 
-def pooled_features(
-    backbone: AnyBackbone,
-    source: ImageSource,
-    *,
-    image_size: int | tuple[int, int],
-    batch_size: int,
-    on_error: str,
-    verbose: int = 0,
-) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """Mean and maximum over all positions of the patch embeddings of each image.
+def embed_images(
+    backbone: AnyBackbone, source: ImageSource, options: Any, skipped: list[tuple[int, str]]
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Positions of B images and patch embeddings (B, h, w, D), batch by batch.
 
     Parameters
     ----------
     backbone : Backbone or CompiledBackbone
-        Gives embeddings (B, h, w, D).
-    source, image_size, batch_size, on_error
-        As :func:`~anomalib_lite.images.iter_batches` has them.
-    verbose : int, default=0
-        Above 0, a progress bar in a terminal.
-
-    Returns
-    -------
-    features : ndarray of shape (N, 2 D), float32
-        A row of NaN for an image that was skipped.
+    source : ImageSource
+    options
+        Has ``image_size``, ``batch_size``, ``on_error`` and ``verbose``, as a cascade has.
     skipped : list of (int, str)
-        Position and reason.
+        Position and reason of what cannot be used are added to it.
 
     Raises
     ------
     AnomalibLiteError
-        For an image that cannot be used, unless it is skipped; for features that are not finite.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from anomalib_lite.engines import open_backbone
-    >>> backbone = open_backbone("efficientnet_lite0", engine="torch", device="cpu")
-    >>> source = ImageSource(np.zeros((3, 64, 96, 3), np.uint8))
-    >>> pooled_features(backbone, source, image_size=64, batch_size=2, on_error="raise")[0].shape
-    (3, 304)
+        For an image that cannot be used, unless it is skipped; for embeddings that are not finite.
     """
-    features: np.ndarray | None = None
-    skipped: list[tuple[int, str]] = []
-    quiet = None if verbose else True
+    quiet = None if options.verbose else True  # None: in a terminal only
     with tqdm(total=len(source), desc="gate", unit="image", leave=False, disable=quiet) as bar:
         for batch in iter_batches(
             source,
-            image_size=image_size,
+            image_size=options.image_size,
             stride=backbone.stride,
-            batch_size=batch_size,
-            on_error=on_error,
+            batch_size=options.batch_size,
+            on_error=options.on_error,
             skipped=skipped,
         ):
-            E = backbone.embed(batch.pixels)  # (B, h, w, D)
-            pooled = np.concatenate([E.mean(axis=(1, 2)), E.max(axis=(1, 2))], axis=1)
-            if not np.isfinite(pooled).all():
+            E = backbone.embed(batch.pixels)
+            if not np.isfinite(E).all():
                 raise InvalidValueError(
                     f"{source.where}: the gate's backbone gives NaN or infinity in "
                     f"{backbone.dtype}. Use dtype='float32'."
                 )
-            if features is None:
-                features = np.full((len(source), pooled.shape[1]), np.nan, np.float32)
-            features[batch.indices] = pooled
-            bar.update(len(pooled))
-    if features is None:  # not one could be used
-        features = np.full((len(source), 1), np.nan, np.float32)
-    return features, skipped
+            yield batch.indices, E
+            bar.update(len(E))
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """How far patches are from those of normal images, and in which directions.
+
+    Attributes
+    ----------
+    center : ndarray of shape (D,), float32
+    factor : ndarray of shape (D, D), float32
+        Of normal patches x, ``(x - center) @ factor`` has mean 0 and nearly no correlation.
+
+    Notes
+    -----
+    Of an image with whitened patches :math:`w_i` and distances :math:`d_i = |w_i|`, these numbers
+    are kept: the largest distance, the mean of the largest 5 %, the mean and the standard
+    deviation of all; the root mean square of each direction of w; the mean w of the 5 % that are
+    farthest. The d are Mahalanobis distances, of a Gaussian fitted as in Rippel, Mertens and
+    Merhof, "Modeling the distribution of normal data in pre-trained deep features for anomaly
+    detection", ICPR 2021. They say that something is unusual, whatever it is, the w say what.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from anomalib_lite._moments import Moments
+    >>> E = np.random.default_rng(0).normal(size=(8, 4, 6, 5)).astype("float32")
+    >>> moments = Moments(5)
+    >>> moments.add(E.reshape(-1, 5))
+    >>> Whitening.fit(moments).summaries(E).shape
+    (8, 14)
+    """
+
+    center: np.ndarray
+    factor: np.ndarray
+
+    @classmethod
+    def fit(cls, normal: Moments) -> Whitening:
+        """From what normal patches (n, D) add up to."""
+        gaussian = Gaussian().fit_moments(normal)
+        factor = np.linalg.cholesky(gaussian.precision_)
+        return cls(gaussian.location_.astype(np.float32), factor.astype(np.float32))
+
+    def summaries(self, E: np.ndarray) -> np.ndarray:
+        """(B, h, w, D) -> (B, 2 D + 4) float32, of each image what Notes says, in that order."""
+        # One by one: the bits of a matrix product depend on how many rows there are.
+        return np.stack([self._summary(e.reshape(-1, len(self.center))) for e in E])
+
+    def _summary(self, patches: np.ndarray) -> np.ndarray:
+        w = (patches - self.center) @ self.factor
+        d = np.sqrt(np.einsum("nd,nd->n", w, w))
+        far = np.argsort(-d, kind="stable")[: max(1, round(_FARTHEST * len(d)))]
+        numbers = [d[far[0]], d[far].mean(), d.mean(), d.std()]
+        return np.concatenate([numbers, np.sqrt((w**2).mean(axis=0)), w[far].mean(axis=0)])
 
 
 @dataclass(frozen=True)
@@ -110,16 +145,19 @@ class Head:
     bias: float
 
     @classmethod
-    def fit(cls, X: np.ndarray, y: np.ndarray, class_weight: Any, where: str) -> Head:
+    def fit(
+        cls, normal: np.ndarray, anomalous: Sequence[np.ndarray], class_weight: Any, where: str
+    ) -> Head:
         """Logistic regression on standardized features.
 
         Parameters
         ----------
-        X : ndarray of shape (N, d)
-        y : ndarray of shape (N,)
-            0 for normal, 1 for anomalous.
+        normal : ndarray of shape (n, d)
+        anomalous : sequence of ndarrays of shape (m, d)
+            Kinds of anomalies, such as labelled and synthetic ones. However many there are of
+            each, all kinds count the same.
         class_weight : "balanced", dict or None
-            As in scikit-learn.
+            As in scikit-learn, of the classes 0 and 1.
         where : str
             Who asks; the first word of error messages.
 
@@ -131,23 +169,27 @@ class Head:
         Examples
         --------
         >>> import numpy as np
-        >>> X = np.array([[0.0], [1.0], [4.0], [5.0]])
-        >>> head = Head.fit(X, np.array([0, 0, 1, 1]), "balanced", "example")
-        >>> (head.logits(X) > 0).tolist()
-        [False, False, True, True]
+        >>> normal, anomalous = np.array([[0.0], [1.0]]), np.array([[4.0], [5.0]])
+        >>> head = Head.fit(normal, [anomalous], "balanced", "example")
+        >>> (head.logits(np.array([[1.0], [4.0]])) > 0).tolist()
+        [False, True]
         """
-        counts = np.bincount(np.asarray(y, int), minlength=2)
-        if 0 in counts:
+        sizes = [len(kind) for kind in anomalous if len(kind)]
+        if not len(normal) or not sizes:
             raise InvalidValueError(
                 f"{where}: a gate learns to tell normal images from anomalous ones and needs both, "
-                f"got {counts[0]} normal and {counts[1]} anomalous. Give images of both in y, or "
-                "leave out y: anomalies are then made from the normal images."
+                f"got {len(normal)} normal and {sum(sizes)} anomalous. Give images of both in y, "
+                "or leave out y: anomalies are then made from the normal images."
             )
-        scaler = StandardScaler().fit(np.asarray(X, np.float64))
-        line = LogisticRegression(C=_C, class_weight=class_weight, max_iter=5000)
-        line.fit(scaler.transform(np.asarray(X, np.float64)), y)
-        weights = line.coef_[0] / scaler.scale_
-        return cls(weights, float(line.intercept_[0] - scaler.mean_ @ weights))
+        X = np.concatenate([normal, *anomalous]).astype(np.float64)
+        y = np.repeat([0, 1], [len(normal), sum(sizes)])
+        weights = compute_sample_weight(class_weight, y)
+        shares = np.repeat([sum(sizes) / (len(sizes) * m) for m in sizes], sizes)
+        weights[len(normal) :] *= shares
+        scaler = StandardScaler().fit(X)
+        line = LogisticRegression(C=_C, max_iter=5000).fit(scaler.transform(X), y, weights)
+        slopes = line.coef_[0] / scaler.scale_
+        return cls(slopes, float(line.intercept_[0] - scaler.mean_ @ slopes))
 
     def logits(self, X: np.ndarray) -> np.ndarray:
         """(N, d) -> (N,) float64, above 0 where an anomaly is likelier; NaN for rows of NaN."""
@@ -223,7 +265,9 @@ class Gate:
     Attributes
     ----------
     backbone : Backbone or CompiledBackbone, optional
-        What gives the features of an image, see :func:`pooled_features`;
+        Gives the patches of an image, and
+    whitening : Whitening
+        what is kept of them;
     detector : BaseDetector, optional
         or what gives its score, which then is the only feature.
     head : Head
@@ -231,6 +275,7 @@ class Gate:
     """
 
     backbone: Any = None
+    whitening: Any = None
     detector: Any = None
     head: Any = None
     probability: Any = None
@@ -238,6 +283,8 @@ class Gate:
     def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """What a file must hold of it beside its backbone or detector: arrays, and JSON."""
         arrays = {"gate_weights": self.head.weights}
+        if self.whitening is not None:
+            arrays |= {"gate_center": self.whitening.center, "gate_factor": self.whitening.factor}
         if self.probability.kind == "isotonic":
             arrays |= {"gate_x": self.probability.x, "gate_y": self.probability.y}
         state = {
@@ -257,23 +304,38 @@ class Gate:
             if x.ndim != 1 or x.shape != y.shape or not len(x):
                 raise ValueError(f"isotonic corners have shapes {x.shape} and {y.shape}")
             probability = Probability("isotonic", x=x, y=y)
-        return cls(head=head, probability=probability)
+        whitening = None
+        if "gate_center" in arrays:
+            center, factor = (
+                np.asarray(arrays[f"gate_{k}"], np.float32) for k in ("center", "factor")
+            )
+            if (
+                factor.shape != (len(center), len(center))
+                or len(head.weights) != 2 * len(center) + 4
+            ):
+                raise ValueError(
+                    f"the gate's center and factor have shapes {center.shape} and {factor.shape}"
+                )
+            whitening = Whitening(center, factor)
+        return cls(whitening=whitening, head=head, probability=probability)
 
     def features(
         self, source: ImageSource, options: Any
     ) -> tuple[np.ndarray, list[tuple[int, str]]]:
         """(N, d) float32, rows of NaN for skipped images, and these; ``options`` is a cascade."""
         if self.detector is not None:
-            found = self.detector.detect(source, maps=False)
-            return found.scores[:, None], list(found.skipped)
-        return pooled_features(
-            self.backbone,
-            source,
-            image_size=options.image_size,
-            batch_size=options.batch_size,
-            on_error=options.on_error,
-            verbose=options.verbose,
-        )
+            judged = self.detector.detect(source, maps=False)
+            return judged.scores[:, None], list(judged.skipped)
+        found: np.ndarray | None = None
+        skipped: list[tuple[int, str]] = []
+        for indices, E in embed_images(self.backbone, source, options, skipped):
+            rows = self.whitening.summaries(E)
+            if found is None:
+                found = np.full((len(source), rows.shape[1]), np.nan, np.float32)
+            found[indices] = rows
+        if found is None:  # not one could be used
+            found = np.full((len(source), 1), np.nan, np.float32)
+        return found, skipped
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """(N, d) -> (N,) float64 in [0, 1]; NaN for rows of NaN."""

@@ -31,7 +31,7 @@ from anomalib_lite.images import ImageSource
 __all__ = ["GatedCascade"]
 
 _WHERE = "GatedCascade"
-_REMEDY = "Give more labelled anomalies, raise max_missed, or set t_low."
+_REMEDY = "Raise max_missed, or set t_low."
 
 
 class GatedCascade(Answers, BaseEstimator):
@@ -64,7 +64,7 @@ class GatedCascade(Answers, BaseEstimator):
         all, which costs what the heatmap model alone would.
     weights : str or Path, optional
         Weights file of the gate's backbone, if ``gate`` is a timm name.
-    image_size : int or (int, int), default=128
+    image_size : int or (int, int), default=160
         Of the gate; the heatmap model has its own.
     device, dtype, engine, batch_size, on_error, max_pixels, verbose
         Of the gate, as in :class:`~anomalib_lite.PatchCore`; detectors that are given have their
@@ -84,8 +84,8 @@ class GatedCascade(Answers, BaseEstimator):
         0.5. An image with a larger score is called anomalous.
     calibration_probabilities_, calibration_detector_scores_ : ndarray of shape (n,), float64
         Of the normal images held out for the thresholds.
-    anomaly_probabilities_ : ndarray of shape (m,), float64
-        Of the anomalies held out for ``t_low``.
+    anomaly_probabilities_, anomaly_detector_scores_ : ndarray of shape (m,), float64
+        Of the anomalies held out for ``t_low``: labelled ones, or else synthetic ones.
     skipped_ : list of (str, str)
         Name and reason of each training image left out.
 
@@ -130,7 +130,7 @@ class GatedCascade(Answers, BaseEstimator):
         class_weight: Any = "balanced",
         maps: str = "escalated",
         weights: str | Path | None = None,
-        image_size: int | tuple[int, int] = 128,
+        image_size: int | tuple[int, int] = 160,
         device: str = "auto",
         dtype: str = "auto",
         engine: str = "auto",
@@ -342,14 +342,12 @@ class GatedCascade(Answers, BaseEstimator):
         self, fitted: Mapping[str, Any], t_low: float | None, t_high: float | None
     ) -> Routing:
         """The routing for thresholds that are given or, where they are None, found."""
+        normal = fitted["calibration_probabilities_"], fitted["calibration_detector_scores_"]
         low = t_low
         if low is None:
-            low = lowest_probability(fitted["anomaly_probabilities_"], self.max_missed, _REMEDY)
-        return calibrate_routing(
-            fitted["calibration_probabilities_"],
-            fitted["calibration_detector_scores_"],
-            self.false_alarm_rate,
-            t_low=low,
-            t_high=t_high,
-            low_is_given=t_low is not None,
-        )
+            anomalous = fitted["anomaly_probabilities_"], fitted["anomaly_detector_scores_"]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CalibrationWarning)  # once is enough: below
+                routing = calibrate_routing(*normal, self.false_alarm_rate, t_high=t_high)
+            low = lowest_probability(*anomalous, routing, self.max_missed, _REMEDY)
+        return calibrate_routing(*normal, self.false_alarm_rate, t_low=low, t_high=t_high)

@@ -14,7 +14,13 @@ from scipy.stats import binom
 
 from anomalib_lite.errors import CalibrationWarning
 
-__all__ = ["ROUTES", "Routing", "anomalies_needed", "calibrate_routing", "lowest_probability"]
+__all__ = [
+    "ROUTES",
+    "Routing",
+    "anomalies_needed",
+    "calibrate_routing",
+    "lowest_probability",
+]
 
 ROUTES = ("gate_normal", "gate_anomalous", "detector")
 # Of the share of anomalies that is lost.
@@ -108,13 +114,95 @@ def anomalies_needed(max_missed: float) -> int:
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-max_missed) - 1e-9)
 
 
-def lowest_probability(probabilities: np.ndarray, max_missed: float, remedy: str) -> float:
-    """The largest ``t_low`` below which at most ``max_missed`` of all anomalies lie.
+def calibrate_routing(
+    probabilities: np.ndarray,
+    detector_scores: np.ndarray,
+    false_alarm_rate: float,
+    *,
+    t_low: float = 0.0,
+    t_high: float | None = None,
+) -> Routing:
+    r"""Thresholds with which the cascade as a whole keeps ``false_alarm_rate``.
 
     Parameters
     ----------
-    probabilities : array of shape (n,)
-        Of anomalies that the gate did not learn from.
+    probabilities, detector_scores : arrays of shape (n,)
+        Of normal images that neither model learned from, by the gate and by the heatmap model.
+    false_alarm_rate : float
+        In (0, 1).
+    t_low : float, default=0
+        Chosen in whatever way.
+    t_high : float, optional
+        Used as it is. By default chosen here, and at least ``t_low``.
+
+    Returns
+    -------
+    Routing
+
+    Warns
+    -----
+    CalibrationWarning
+        If there are too few images for the rate, or a ``t_high`` that was given spends all of it.
+
+    Notes
+    -----
+    Of n + 1 exchangeable normal images, :math:`a = \lfloor (n + 1) \alpha \rfloor` may be
+    called anomalous. The gate gets :math:`a_g = \lfloor a / 4 \rfloor` of them: ``t_high`` is
+    the :math:`a_g`-th largest probability, or 1 where it gets none. The threshold is the
+    :math:`(a - a_g)`-th largest score among the images that are not above ``t_high``. Were
+    each of the n + 1 images judged by thresholds from the n others, the gate could exceed its
+    ``t_high`` for the :math:`a_g` most probable ones alone. For all others the images above
+    ``t_high`` are the same, so at most :math:`a - a_g` of them have a score above the threshold.
+    Hence a future normal image is called anomalous with a probability of at most
+    :math:`a / (n + 1) \le \alpha`, as in
+    :func:`~anomalib_lite.calibration.conformal_threshold`. What the gate calls normal, and the
+    heatmap model would not, only lowers that: so ``t_low`` may depend on the same images.
+
+    The threshold is at least the median score of all n images: where the gate lets hardly any
+    normal image through, the few that it does say nothing of what is anomalous.
+
+    Examples
+    --------
+    >>> p, s = np.arange(99) / 100, np.arange(99.0)[::-1]
+    >>> calibrate_routing(p, s, 0.1, t_low=0.3)
+    Routing(t_low=0.3, t_high=0.97, threshold=91.0, scale=42.0)
+    """
+    p, s = np.asarray(probabilities, np.float64), np.asarray(detector_scores, np.float64)
+    allowed = math.floor((len(p) + 1) * false_alarm_rate + 1e-9)
+    if t_high is None:
+        by_gate = int(_GATE_SHARE * allowed)
+        t_high = max(t_low, float(np.sort(p)[-by_gate])) if by_gate else 1.0
+    else:
+        by_gate = int(np.count_nonzero(p > t_high))
+    by_detector = allowed - by_gate
+    if by_detector < 1:
+        _warn(len(p), by_gate, false_alarm_rate)
+    median = float(np.median(s))
+    seen = np.sort(np.where(p <= t_high, s, -np.inf))
+    threshold = max(float(seen[-max(1, by_detector)]), median)
+    # The distance from what is usual to what is not; where there is none, anything will do.
+    scale = (threshold - median) or abs(threshold) or 1.0
+    return Routing(float(t_low), float(t_high), threshold, scale)
+
+
+def lowest_probability(
+    probabilities: np.ndarray,
+    detector_scores: np.ndarray,
+    routing: Routing,
+    max_missed: float,
+    remedy: str = "",
+) -> float:
+    """The largest ``t_low`` by which at most ``max_missed`` of all anomalies are lost.
+
+    Lost is an anomaly that the gate calls normal and the heatmap model would have called
+    anomalous. One that neither of them sees is not lost by the gate.
+
+    Parameters
+    ----------
+    probabilities, detector_scores : arrays of shape (n,)
+        Of anomalies that neither model learned from, by the gate and by the heatmap model.
+    routing : Routing
+        Has the heatmap model's threshold, and ``t_high``, which is not exceeded.
     max_missed : float
         In (0, 1).
     remedy : str
@@ -133,20 +221,23 @@ def lowest_probability(probabilities: np.ndarray, max_missed: float, remedy: str
     Notes
     -----
     Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of the
-    binomial", Biometrika 1934: of n anomalies, the k-th smallest probability is returned with the
-    largest k for which k - 1 lost ones of n still bound the share below ``max_missed``. Over the
-    draw of the n, more than that share is lost in at most 5 % of all cases, whatever the
-    distribution.
+    binomial", Biometrika 1934: of n anomalies, k may be lost, the largest k that still bounds the
+    share below ``max_missed``; the (k + 1)-th smallest probability of those that the heatmap model
+    finds is returned, or the largest of all if it finds no more than k. Over the draw of the n,
+    more than that share is lost in at most 5 % of all cases, whatever the distribution.
 
     Examples
     --------
-    >>> lowest_probability([0.1 + 0.01 * i for i in range(29)], 0.1, "")
-    0.1
-    >>> lowest_probability([0.1 + 0.01 * i for i in range(46)], 0.1, "")
+    >>> import numpy as np
+    >>> routing = Routing(t_low=0.0, t_high=1.0, threshold=3.0, scale=1.0)
+    >>> p = 0.1 + 0.01 * np.arange(46)
+    >>> lowest_probability(p, np.full(46, 5.0), routing, 0.1)  # of 46, one may be lost
     0.11
+    >>> lowest_probability(p, np.repeat([1.0, 5.0], [16, 30]), routing, 0.1)  # 16 nobody finds
+    0.27
     """
-    ordered = np.sort(np.asarray(probabilities, np.float64))
-    n, needed = len(ordered), anomalies_needed(max_missed)
+    p, s = np.asarray(probabilities, np.float64), np.asarray(detector_scores, np.float64)
+    n, needed = len(p), anomalies_needed(max_missed)
     if n < needed:
         warnings.warn(
             f"max_missed={max_missed:g} needs {needed} held-out anomalies to be shown, got {n}; "
@@ -157,87 +248,10 @@ def lowest_probability(probabilities: np.ndarray, max_missed: float, remedy: str
         return 0.0
     # P(at most k lost) where the share that is lost were max_missed.
     as_few = binom.cdf(np.arange(n), n, max_missed) <= 1 - CONFIDENCE + 1e-12
-    return float(ordered[np.count_nonzero(as_few) - 1])
-
-
-def calibrate_routing(
-    probabilities: np.ndarray,
-    detector_scores: np.ndarray,
-    false_alarm_rate: float,
-    *,
-    t_low: float,
-    t_high: float | None = None,
-    low_is_given: bool = False,
-) -> Routing:
-    """Thresholds with which the cascade as a whole keeps ``false_alarm_rate``.
-
-    Parameters
-    ----------
-    probabilities, detector_scores : arrays of shape (n,)
-        Of held-out normal images, by the gate and by the heatmap model.
-    false_alarm_rate : float
-        In (0, 1).
-    t_low : float
-        Chosen without these images.
-    t_high : float, optional
-        Used as it is. By default chosen here.
-    low_is_given : bool, default=False
-        Where both thresholds would cross: whether ``t_low`` stays, and ``t_high`` gives way.
-
-    Returns
-    -------
-    Routing
-
-    Warns
-    -----
-    CalibrationWarning
-        If there are too few images for the rate, or a ``t_high`` that was given spends all of it.
-
-    Notes
-    -----
-    Of n + 1 exchangeable normal images, :math:`a = \\lfloor (n + 1) \\alpha \\rfloor` may be
-    called anomalous. The gate gets :math:`a_g = \\lfloor a / 4 \\rfloor` of them: ``t_high`` is
-    the :math:`a_g`-th largest probability, or 1 where it gets none. The threshold is the
-    :math:`(a - a_g)`-th largest score among the images that are left to the heatmap model. Were
-    each of the n + 1 images judged by thresholds from the n others, the gate could exceed its
-    ``t_high`` for the :math:`a_g` most probable ones alone. For all others the images above
-    ``t_high`` are the same, so at most :math:`a - a_g` of them have a score above the threshold.
-    Hence a future normal image is called anomalous with a probability of at most
-    :math:`a / (n + 1) \\le \\alpha`, as in
-    :func:`~anomalib_lite.calibration.conformal_threshold`.
-
-    The threshold is at least the median score of all n images: where the gate lets hardly any
-    normal image through, the few that it does say nothing of what is anomalous. That can only
-    lower the rate.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> p, s = np.arange(99) / 100, np.arange(99.0)[::-1]
-    >>> calibrate_routing(p, s, 0.1, t_low=0.3)
-    Routing(t_low=0.3, t_high=0.97, threshold=61.0, scale=12.0)
-    """
-    p, s = np.asarray(probabilities, np.float64), np.asarray(detector_scores, np.float64)
-    allowed = math.floor((len(p) + 1) * false_alarm_rate + 1e-9)
-    if t_high is None:
-        by_gate = int(_GATE_SHARE * allowed)
-        t_high = float(np.sort(p)[-by_gate]) if by_gate else 1.0
-        if low_is_given:
-            t_high = max(t_high, t_low)
-    else:
-        by_gate = int(np.count_nonzero(p > t_high))
-    if not low_is_given:
-        t_low = min(t_low, t_high)
-    by_detector = allowed - by_gate
-    if by_detector < 1:
-        _warn(len(p), by_gate, false_alarm_rate)
-    escalated = (p >= t_low) & (p <= t_high)
-    median = float(np.median(s))
-    seen = np.sort(np.where(escalated, s, -np.inf))
-    threshold = max(float(seen[-max(1, by_detector)]), median)
-    # The distance from what is usual to what is not; where there is none, anything will do.
-    scale = (threshold - median) or abs(threshold) or 1.0
-    return Routing(float(t_low), float(t_high), threshold, scale)
+    allowed = np.count_nonzero(as_few) - 1
+    found = np.sort(p[s > routing.threshold])
+    t_low = found[allowed] if len(found) > allowed else p.max()
+    return float(min(t_low, routing.t_high))
 
 
 def _warn(n: int, by_gate: int, false_alarm_rate: float) -> None:
