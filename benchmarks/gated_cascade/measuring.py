@@ -15,8 +15,8 @@ from anomalib_lite.metrics import auroc, average_precision
 # t_high = t_low, as if an image below t_low were called normal before t_high is looked at.
 SOURCE_LOW = [float(x) for x in np.linspace(0.001, 0.05, 11).round(4)]
 SOURCE_HIGH = [float(x) for x in np.linspace(0.01, 0.5, 8).round(2)]
-# Over all that a calibrated probability can be: 8 x 8 = 64 pairs.
-WIDE_LOW = [0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5]
+# Over all that a calibrated probability can be: 12 x 8 = 96 pairs.
+WIDE_LOW = [0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]
 WIDE_HIGH = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
 GRIDS = {"source": (SOURCE_LOW, SOURCE_HIGH), "wide": (WIDE_LOW, WIDE_HIGH)}
 # Share of anomalous images on a line.

@@ -17,33 +17,61 @@ from anomalib_lite.plotting import contact_sheet, overlay
 ROUTES = ("gate_normal", "detector", "gate_anomalous")
 _COLORS = {"source": "#d55e00", "wide": "#0072b2"}
 _GRID_NAMES = {"source": "the source's grid", "wide": "wide grid"}
+_WHO = {
+    "gate_normal": "normal by the gate",
+    "detector": "by the heatmap model",
+    "gate_anomalous": "anomalous by the gate",
+}
 # Of each route: so many normal, anomalous and foreign images.
 _SHOWN = 2
 
 
-def samples(model: Any, splits: dict[str, Any], answers: dict[str, Any], title: str) -> Any:
+def samples(model: Any, splits: dict[str, Any], answers: dict[str, Any], name: str) -> Image.Image:
     """Some images of each route, with a heatmap where there is one."""
-    tiles, captions = [], []
     routing = getattr(model, "routing_", None)
     threshold = model.threshold_ if routing is None else routing.threshold
+    sheets = []
     for route in ROUTES:
+        tiles, captions = [], []
         for split, label in (("test_mix", 0), ("test_mix", 1), ("neu_test", 1)):
             found = answers[split]
-            of_route = np.flatnonzero((found.routes == route) & (found.y == label))
-            for i in of_route[
-                np.linspace(0, len(of_route) - 1, min(_SHOWN, len(of_route)), dtype=int)
-            ]:
+            places = np.flatnonzero((found.routes == route) & (found.y == label))
+            n = min(_SHOWN, len(places))
+            for i in places[np.linspace(0, len(places) - 1, n, dtype=int)]:
                 sample = splits[split][i]
-                photo = Image.open(sample.path).convert("RGB")
+                tile = Image.open(sample.path).convert("RGB")
                 if route == "detector":
-                    photo = overlay(photo, model.detect([sample]).maps[0], threshold=threshold)
-                p = "" if routing is None else f"p {found.probabilities[i]:.3f}, "
-                verdict = "anomalous" if found.alarms[i] else "normal"
-                tiles.append(photo)
-                captions.append(
-                    f"{route}: {verdict} ({p}score {found.scores[i]:.3g}). Truth: {sample.kind}"
+                    tile = overlay(tile, model.detect([sample]).maps[0], threshold=threshold)
+                tiles.append(tile)
+                captions.append(_caption(found, i, sample.kind))
+        if tiles:
+            title = f"{name}: {_WHO[route]}, {_called(answers, route)}"
+            sheets.append(
+                contact_sheet(
+                    tiles, columns=3 * _SHOWN, captions=captions, title=title, tile_size=(200, 200)
                 )
-    return contact_sheet(tiles, columns=2 * 3, captions=captions, title=title, tile_size=(200, 200))
+            )
+    page = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        page.paste(sheet, (0, top))
+        top += sheet.height
+    return page
+
+
+def _caption(found: Any, i: int, kind: str) -> str:
+    verdict = "anomalous" if found.alarms[i] else "normal"
+    p = found.probabilities[i]
+    probability = "" if np.isnan(p) else f", p {p:.3f}"
+    return f"{kind}: called {verdict}{probability}, score {found.scores[i]:.3g}"
+
+
+def _called(answers: dict[str, Any], route: str) -> str:
+    shares = (
+        f"{np.mean(answers[split].routes == route):.0%} of {split}"
+        for split in ("test_mix", "neu_test")
+    )
+    return ", ".join(shares)
 
 
 def confusion(path: Path, runs: list[dict[str, Any]], names: list[str]) -> None:
@@ -85,17 +113,18 @@ def sweeps(path: Path, rows: list[dict[str, Any]], alone: dict[str, float], titl
             limit = [r for r in some if r["within_limit"]]
             above = [r for r in some if not r["within_limit"]]
             axis.scatter(*_points(above), s=22, facecolors="none", edgecolors=color, alpha=0.6)
-            axis.scatter(*_points(limit), s=22, color=color, alpha=0.6, lw=0)
+            label = _GRID_NAMES[grid]
+            axis.scatter(*_points(limit), s=22, color=color, alpha=0.6, lw=0, label=label)
             front = sorted(_points([r for r in some if r["pareto"]], together=True))
-            if front:
-                label = f"{_GRID_NAMES[grid]}: Pareto front"
-                axis.plot(*zip(*front, strict=True), color=color, lw=1.2, marker=".", label=label)
+            axis.step(
+                [x for x, _ in front], [y for _, y in front], where="post", color=color, lw=1.2
+            )
         chosen = [r for r in of_split if r["grid"] == "automatic"]
         axis.scatter(
             *_points(chosen), marker="*", s=190, color="black", label="automatic", zorder=5
         )
-        axis.scatter([1], [alone[split]], marker="D", s=45, color="#009e73", zorder=4,
-                     label="heatmap model alone")  # fmt: skip
+        green = {"marker": "D", "s": 45, "color": "#009e73", "zorder": 4}
+        axis.scatter([1], [alone[split]], label="heatmap model alone", **green)
         axis.set(xlabel="heatmap calls (share of images)", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         axis.set_title(split, fontsize=10)
         axis.grid(color="#e5e5e5", lw=0.6)

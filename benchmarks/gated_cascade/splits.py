@@ -61,7 +61,8 @@ def draw_splits(
     parts = [_mixed(material, {s.path for s in labelled}) for material in materials]
     splits = {name: [s for part in parts for s in part[name]] for name in parts[0]}
     splits["labelled"] = labelled
-    splits["neu_test"] = list(NEUDET(neu if neu is not None else data / "neu_det").test)
+    foreign = NEUDET(neu if neu is not None else data / "neu_det")
+    splits["neu_test"] = [replace(s, kind=f"{foreign.name}/{s.kind}") for s in foreign.test]
     splits["train_normal"] = _thin(splits["train_normal"], n_train)
     for name in SPLITS:
         splits[name] = _limited(splits[name], n_test)
