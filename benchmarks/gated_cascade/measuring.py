@@ -15,10 +15,9 @@ from anomalib_lite.metrics import auroc, average_precision
 # t_high = t_low, as if an image below t_low were called normal before t_high is looked at.
 SOURCE_LOW = [float(x) for x in np.linspace(0.001, 0.05, 11).round(4)]
 SOURCE_HIGH = [float(x) for x in np.linspace(0.01, 0.5, 8).round(2)]
-# Over all that a calibrated probability can be: 12 x 8 = 96 pairs.
-WIDE_LOW = [0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]
-WIDE_HIGH = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
-GRIDS = {"source": (SOURCE_LOW, SOURCE_HIGH), "wide": (WIDE_LOW, WIDE_HIGH)}
+# Over all that a gate says: quantiles of its probabilities on val_mix, beside 0 and 1.
+OWN_LOW = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+OWN_HIGH = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98]
 # Share of anomalous images on a line.
 ON_A_LINE = 0.05
 # Images a call: their heatmaps are in memory at once.
@@ -132,25 +131,35 @@ def stream(
     return found
 
 
+def grids(probabilities: np.ndarray) -> dict[str, list[tuple[float, float]]]:
+    """Pairs of t_low and t_high: the source's, and those of a gate with these probabilities."""
+    low = [0.0, *np.quantile(probabilities, OWN_LOW).tolist()]
+    high = [*np.quantile(probabilities, OWN_HIGH).tolist(), 1.0]
+    return {
+        "source": [(a, b) for a in SOURCE_LOW for b in SOURCE_HIGH],
+        "own": [(a, b) for a in low for b in high if a <= b],
+    }
+
+
 def sweep(
-    cascade: GatedCascade, samples: list[Any], answers: Answers, most_false: float
+    cascade: GatedCascade,
+    samples: list[Any],
+    answers: Answers,
+    pairs: dict[str, list[tuple[float, float]]],
+    most_false: float,
 ) -> list[dict[str, Any]]:
-    """A row for each pair of both grids, and one for the automatic thresholds.
+    """A row for each pair of each of the :func:`grids`, and one for the automatic thresholds.
 
     ``pareto`` is among the pairs of a grid with at most ``most_false`` false alarms: to call
     everything anomalous needs no heatmap and misses nothing.
     """
     y = [s.label for s in samples]
-    lows = sorted({*SOURCE_LOW, *WIDE_LOW})
-    table = cascade.sweep(samples, y, t_low=lows, t_high=sorted({*lows, *SOURCE_HIGH, *WIDE_HIGH}))
-    by_pair = {(row["t_low"], row["t_high"]): row for row in table.rows}
     rows = []
-    for grid, (some_low, some_high) in GRIDS.items():
-        chosen = [
-            {"grid": grid} | by_pair[low, max(low, high)] | {"t_high": high}
-            for low in some_low
-            for high in some_high
-        ]
+    for grid, asked in pairs.items():
+        low, high = (sorted(set(values)) for values in zip(*asked, strict=True))
+        table = cascade.sweep(samples, y, t_low=low, t_high=sorted({*low, *high}))
+        by_pair = {(row["t_low"], row["t_high"]): row for row in table.rows}
+        chosen = [{"grid": grid} | by_pair[a, max(a, b)] | {"t_high": b} for a, b in asked]
         allowed = [row for row in chosen if row["false_alarm_rate"] <= most_false]
         for row in chosen:
             row["within_limit"] = few = row["false_alarm_rate"] <= most_false

@@ -15,8 +15,8 @@ from PIL import Image
 from anomalib_lite.plotting import contact_sheet, overlay
 
 ROUTES = ("gate_normal", "detector", "gate_anomalous")
-_COLORS = {"source": "#d55e00", "wide": "#0072b2"}
-_GRID_NAMES = {"source": "the source's grid", "wide": "wide grid"}
+_COLORS = {"source": "#d55e00", "own": "#0072b2"}
+_GRID_NAMES = {"source": "the source's grid", "own": "grid of the gate's quantiles"}
 _WHO = {
     "gate_normal": "normal by the gate",
     "detector": "by the heatmap model",

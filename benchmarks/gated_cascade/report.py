@@ -206,9 +206,9 @@ def sweep_section(sweeps: dict[str, list[dict[str, Any]]]) -> list[str]:
         *_aligned(rows),
         f"Reported by the source: {REPORTED_SWEEP}.",
         "",
-        "By val_mix: the pair of the wide grid with the fewest calls there, of those with no less "
-        "recall and no more false",
-        "alarms there than the automatic thresholds. What it does on test_mix, means over seeds:",
+        "By val_mix: of the pairs of the gate's own grid with no less recall there and no more "
+        "false alarms than the automatic",
+        "thresholds, the one with the fewest calls. What it does on test_mix, means over seeds:",
         *_aligned(chosen_rows(sweeps)),
     ]
 
@@ -244,7 +244,7 @@ def _fewest_calls(rows: list[dict[str, Any]], least: dict[str, Any]) -> dict[str
     fit = [
         r
         for r in rows
-        if r["grid"] == "wide"
+        if r["grid"] == "own"
         and r["recall"] >= least["recall"]
         and r["false_alarm_rate"] <= least["false_alarm_rate"]
     ]

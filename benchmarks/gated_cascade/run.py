@@ -58,6 +58,7 @@ def measure(names: list[str], seed: int, options: dict[str, Any], out: Path) -> 
             of_line = measuring.stream(answers[name], answers[alone], ms[name], ms[alone])
             head = {"experiment_id": name, "alone": alone, "seed": seed}
             found["streams"].append(head | of_line)
+            pairs = measuring.grids(answers[name]["val_mix"].probabilities)
             found["sweeps"][name] = [
                 {"seed": seed, "split": split} | row
                 for split in ("val_mix", "test_mix")
@@ -65,6 +66,7 @@ def measure(names: list[str], seed: int, options: dict[str, Any], out: Path) -> 
                     models[name],
                     splits[split],
                     answers[name][split],
+                    pairs,
                     2 * options["false_alarm_rate"],
                 )
             ]
