@@ -268,7 +268,7 @@ def _mean(values: list[Any]) -> float | None:
 def _finite(value: Any) -> Any:
     if not isinstance(value, float):
         return value
-    return None if np.isnan(value) else round(value, 4)
+    return None if np.isnan(value) else float(f"{value:.6g}")
 
 
 def _cell(value: Any, column: str) -> str:

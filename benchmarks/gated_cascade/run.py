@@ -34,7 +34,8 @@ def measure(names: list[str], seed: int, options: dict[str, Any], out: Path) -> 
     from splits import SPLITS, counts, draw_splits
 
     splits = draw_splits(seed, **options["sources"])
-    found: dict[str, Any] = {"counts": counts(splits), "runs": [], "streams": [], "sweeps": {}}
+    found: dict[str, Any] = {"counts": counts(splits), "runs": [], "streams": []}
+    found |= {"sweeps": {}, "notes": {}}
     models, answers = {}, {}
     for name in names:
         began = time.perf_counter()
@@ -47,7 +48,7 @@ def measure(names: list[str], seed: int, options: dict[str, Any], out: Path) -> 
             head = {"experiment_id": name, "split": split, "seed": seed}
             found["runs"].append(head | measuring.judge(answers[name][split]) | {"fit_s": fit_s})
         notes = [str(w.message) for w in said]
-        found.setdefault("notes", {})[name] = notes
+        found["notes"][name] = notes
         print(f"seed {seed}: {name} fitted in {fit_s:.0f} s", *notes, sep="\n  ", flush=True)
     ms = measuring.time_all(models, splits, options["rounds"])
     for run in found["runs"]:
@@ -102,7 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seeds, arguments.rounds = arguments.seeds[:1], 2
-        arguments.train, arguments.test = 60, 45
+        arguments.train, arguments.test = arguments.train or 60, arguments.test or 45
     if any("=" not in pair for pair in arguments.weights):
         parser.error(f"--weights takes NAME=FILE, got {arguments.weights}")
     options = {
