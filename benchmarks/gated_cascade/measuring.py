@@ -154,11 +154,11 @@ def sweep(
     everything anomalous needs no heatmap and misses nothing.
     """
     y = [s.label for s in samples]
+    low, high = ({pair[k] for asked in pairs.values() for pair in asked} for k in (0, 1))
+    table = cascade.sweep(samples, y, t_low=sorted(low), t_high=sorted(low | high))
+    by_pair = {(row["t_low"], row["t_high"]): row for row in table.rows}
     rows = []
     for grid, asked in pairs.items():
-        low, high = (sorted(set(values)) for values in zip(*asked, strict=True))
-        table = cascade.sweep(samples, y, t_low=low, t_high=sorted({*low, *high}))
-        by_pair = {(row["t_low"], row["t_high"]): row for row in table.rows}
         chosen = [{"grid": grid} | by_pair[a, max(a, b)] | {"t_high": b} for a, b in asked]
         allowed = [row for row in chosen if row["false_alarm_rate"] <= most_false]
         for row in chosen:

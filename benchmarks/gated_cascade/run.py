@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 DATA = Path(os.environ.get("ANOMALIB_LITE_DATA", HERE.parents[2] / "shared" / "data"))
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gated_cascade-output"))
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.seeds, arguments.rounds = arguments.seeds[:1], 2
+        arguments.seeds, arguments.rounds = arguments.seeds[:1], 1
         arguments.train, arguments.test = arguments.train or 60, arguments.test or 45
     if any("=" not in pair for pair in arguments.weights):
         parser.error(f"--weights takes NAME=FILE, got {arguments.weights}")
