@@ -109,7 +109,7 @@ def test_the_summary_has_all_experiments_and_splits(out: Path) -> None:
 
 
 def test_the_splits_are_disjoint_and_two_thirds_normal(data: Path) -> None:
-    splits = draw(data, seed=3)
+    splits, same, other = draw(data, 3, 3, 4)
     paths = [path for split in splits.values() for path, _ in split]
     assert len(set(paths)) == len(paths)
     assert not any(label for _, label in splits["train_normal"])
@@ -126,26 +126,26 @@ def test_the_splits_are_disjoint_and_two_thirds_normal(data: Path) -> None:
         for name in ("train_normal", "val_mix", "test_mix")
     ]
     assert all(a.isdisjoint(b) for a, b in zip(parts, parts[1:] + parts[:1], strict=True))
-    assert splits == draw(data, seed=3)
-    assert splits != draw(data, seed=4)
+    assert splits == same != other
 
 
-def draw(data: Path, seed: int) -> dict[str, list[tuple[Path, int]]]:
-    """Paths and labels, by split, as the benchmark's own module draws them."""
-    code = (
-        "import json, sys; from pathlib import Path; import splits; d = Path(sys.argv[1]); "
-        "found = splits.draw_splits(int(sys.argv[2]), data=d, kolektor=d / 'kolektor', "
-        "mvtec=d / 'mvtec'); "
-        "print(json.dumps({k: [(str(s.path), s.label) for s in v] for k, v in found.items()}))"
-    )
-    said = subprocess.run(
-        [sys.executable, "-c", code, str(data), str(seed)],
-        cwd=FOLDER,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    return {k: [(Path(p), y) for p, y in split] for k, split in json.loads(said).items()}
+def draw(data: Path, *seeds: int) -> list[dict[str, list[tuple[Path, int]]]]:
+    """Paths and labels, by split, as the benchmark's own module draws them for each seed."""
+    code = """
+import json, sys
+from pathlib import Path
+from splits import draw_splits
+d = Path(sys.argv[1])
+for seed in sys.argv[2:]:
+    found = draw_splits(int(seed), data=d, kolektor=d / "kolektor", mvtec=d / "mvtec")
+    print(json.dumps({k: [(str(s.path), s.label) for s in v] for k, v in found.items()}))
+"""
+    command = [sys.executable, "-c", code, str(data), *map(str, seeds)]
+    said = subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, text=True).stdout
+    return [
+        {k: [(Path(p), y) for p, y in split] for k, split in json.loads(line).items()}
+        for line in said.splitlines()
+    ]
 
 
 @pytest.mark.parametrize("name", CASCADES)
