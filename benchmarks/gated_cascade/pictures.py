@@ -94,7 +94,8 @@ def confusion(path: Path, runs: list[dict[str, Any]], names: list[str]) -> None:
                 color = "white" if shares[y, x] > 0.5 else "black"
                 axis.text(x, y, str(n), ha="center", va="center", color=color, fontsize=12)
             axis.set_xticks([0, 1], ["normal", "anom."], fontsize=8)
-            axis.set_yticks([0, 1], ["normal", "anom."], fontsize=8, rotation=90, va="center")
+            axis.set_yticks([])
+        row[0].set_yticks([0, 1], ["normal", "anom."], fontsize=8, rotation=90, va="center")
         row[0].set_ylabel(f"{split}: truth", fontsize=9)
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(broken(name), fontsize=8)
@@ -123,9 +124,9 @@ def sweeps(path: Path, rows: list[dict[str, Any]], alone: dict[str, float], titl
         axis.scatter(
             *_points(chosen), marker="*", s=190, color="black", label="automatic", zorder=5
         )
-        green = {"marker": "D", "s": 45, "color": "#009e73", "zorder": 4}
-        axis.scatter([1], [alone[split]], label="heatmap model alone", **green)
-        axis.set(xlabel="heatmap calls (share of images)", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        ring = {"marker": "o", "s": 260, "facecolors": "none", "edgecolors": "#009e73", "lw": 2}
+        axis.scatter([1], [alone[split]], label="heatmap model alone", zorder=4, **ring)
+        axis.set(xlabel="heatmap calls (share of images)", xlim=(-0.03, 1.04), ylim=(-0.03, 1.05))
         axis.set_title(split, fontsize=10)
         axis.grid(color="#e5e5e5", lw=0.6)
         axis.set_axisbelow(True)
