@@ -123,10 +123,34 @@ def test_the_splits_are_disjoint_and_two_thirds_normal(data: Path) -> None:
             assert labels == {0, 1}
     parts = [
         {path.parent.name for path, _ in splits[name] if "kolektor" in path.parts}
-        for name in ("train_normal", "val_mix", "test_mix")
+        for name in ("train_normal", "labelled", "val_mix", "test_mix")
     ]
-    assert all(a.isdisjoint(b) for a, b in zip(parts, parts[1:] + parts[:1], strict=True))
+    assert parts[2].isdisjoint(parts[3])
+    assert (parts[0] | parts[1]).isdisjoint(parts[2] | parts[3])
     assert splits == same != other
+
+
+def test_images_of_one_tile_stay_together(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for tile in range(40):
+        place = ("test/dent", "test/good", "train/good", "train/good")[tile % 4]
+        for light in range(1, 4):
+            name = f"exp{light}_num_{1000 * tile + 40 * light}"
+            write(tmp_path / "magnetic_tile" / place / f"{name}.jpg", wall(rng, 120))
+    write(tmp_path / "neu_det/IMAGES/crazing_1.jpg", wall(rng, 60))
+    (tmp_path / "neu_det/ANNOTATIONS").mkdir()
+    (tmp_path / "neu_det/ANNOTATIONS/crazing_1.xml").write_text(annotation((1, 1, 9, 9)))
+    (splits,) = draw(tmp_path, 0)
+    of = {
+        name: {int(path.stem.split("_")[-1]) // 1000 for path, _ in split}
+        for name, split in splits.items()
+        if name != "neu_test"
+    }
+    assert sum(map(len, of.values())) == len(set().union(*of.values()))
+    for name in ("val_mix", "test_mix"):
+        assert len(of[name]) > 4
+        normal = [1 - label for _, label in splits[name]]
+        assert np.mean(normal) == pytest.approx(0.66, abs=0.05)
 
 
 def draw(data: Path, *seeds: int) -> list[dict[str, list[tuple[Path, int]]]]:
@@ -137,7 +161,8 @@ from pathlib import Path
 from splits import draw_splits
 d = Path(sys.argv[1])
 for seed in sys.argv[2:]:
-    found = draw_splits(int(seed), data=d, kolektor=d / "kolektor", mvtec=d / "mvtec")
+    more = {name: d / name for name in ("kolektor", "mvtec") if (d / name).is_dir()}
+    found = draw_splits(int(seed), data=d, **more)
     print(json.dumps({k: [(str(s.path), s.label) for s in v] for k, v in found.items()}))
 """
     command = [sys.executable, "-c", code, str(data), *map(str, seeds)]

@@ -1,36 +1,46 @@
 """Data sets -> normal images to fit on, two mixed splits to judge by, and one of another material.
 
 In the mixed splits 66 % of the images are normal, of each material, as in the source system.
+All images of one physical part are on one side: they are near copies of each other.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from anomalib_lite.datasets import NEUDET, KolektorSDD, MVTecAD
+from anomalib_lite.datasets import NEUDET, Dataset, KolektorSDD, MVTecAD
 from anomalib_lite.datasets.base import Sample
+from anomalib_lite.errors import InvalidValueError
 
 SPLITS = ("val_mix", "test_mix", "neu_test")
+MIXED = ("test_mix", "val_mix")
 NORMAL_SHARE = 0.66
-N_LABELLED = 20
+N_LABELLED, LABELLED_A_PART = 20, 2
+# Magnetic tiles: a tile is photographed under several lights, and files are numbered as they were
+# taken. Numbers of one tile are some tens apart, those of the next tile hundreds or thousands.
+_TILE = re.compile(r"exp\d_num_(\d+)")
+_NEXT_TILE = 300
+
+Part = list[Sample]
 
 
 @dataclass
 class Material:
-    """Images of one material, for each side: to fit on, to validate by, to test by.
+    """Physical parts of one material.
 
-    ``spare`` are normal images to fit on that may go to the other sides where normal ones lack.
+    ``lendable`` is how many normal images may still leave those to fit on.
     """
 
-    train: list[Sample]
-    spare: list[Sample]
-    good: dict[str, list[Sample]]
-    bad: dict[str, list[Sample]]
+    train: list[Sample] = field(default_factory=list)
+    spare: list[Part] = field(default_factory=list)
+    sides: dict[str, list[Part]] = field(default_factory=lambda: {side: [] for side in MIXED})
+    lendable: int = 0
 
 
 def draw_splits(
@@ -51,97 +61,113 @@ def draw_splits(
     random = np.random.RandomState(seed)
     materials = []
     if kolektor is not None:
-        materials.append(_by_part(kolektor, random))
+        materials.append(_divide(KolektorSDD(kolektor), _folder, random))
     if mvtec is not None:
-        materials += [_category(MVTecAD(mvtec, c), random) for c in MVTecAD.categories(mvtec)]
+        for category in MVTecAD.categories(mvtec):
+            materials.append(_divide(MVTecAD(mvtec, category), str, random))
     if not materials:
-        materials.append(_category(MVTecAD(data, "magnetic_tile"), random))
-    held = [s for material in materials for s in material.bad["val_mix"]]
-    labelled = _thin(held, min(N_LABELLED, len(held) // 4))
-    parts = [_mixed(material, {s.path for s in labelled}) for material in materials]
-    splits = {name: [s for part in parts for s in part[name]] for name in parts[0]}
-    splits["labelled"] = labelled
+        tiles = MVTecAD(data, "magnetic_tile")
+        materials.append(_divide(tiles, _tiles(tiles), random))
+    labelled = _take_labelled(materials, random)
+    groups = [_mixed(material) for material in materials]
+    splits = {name: [s for group in groups for s in group[name]] for name in groups[0]}
     foreign = NEUDET(neu if neu is not None else data / "neu_det")
-    splits["neu_test"] = [replace(s, kind=f"{foreign.name}/{s.kind}") for s in foreign.test]
+    splits["neu_test"] = _named(foreign)
     splits["train_normal"] = _thin(splits["train_normal"], n_train)
     for name in SPLITS:
         splits[name] = _limited(splits[name], n_test)
-    return splits
+    return splits | {"labelled": labelled}
 
 
 def counts(splits: dict[str, list[Sample]]) -> dict[str, dict[str, int]]:
     """Normal and anomalous images of each split."""
     return {
-        name: {"normal": sum(s.label == 0 for s in split), "anomalous": sum(s.label for s in split)}
+        name: {"normal": _n_good(split), "anomalous": len(split) - _n_good(split)}
         for name, split in splits.items()
     }
 
 
-def _category(dataset: MVTecAD, random: np.random.RandomState) -> Material:
-    """Normal images for testing first; what lacks, from at most half of those for training."""
-    bad = _halves([s for s in dataset.test if s.label], random)
-    good = _halves([s for s in dataset.test if not s.label], random)
-    train = _shuffled(dataset.train, random)
-    return _named(dataset.name, train[len(train) // 2 :], train[: len(train) // 2], good, bad)
+def _folder(path: Path) -> str:
+    return str(path.parent)
 
 
-def _by_part(root: Path, random: np.random.RandomState) -> Material:
-    """Whole physical parts: half of them to fit on, a quarter each for the mixed splits."""
-    dataset = KolektorSDD(root)
-    every = [*dataset.train, *dataset.train_anomalous, *dataset.test]
-    parts = [str(p) for p in random.permutation(sorted({str(s.path.parent) for s in every}))]
-    n_train = len(parts) // 2
-    sides = [set(parts[:n_train]), set(parts[n_train::2]), set(parts[n_train + 1 :: 2])]
-    on = [[s for s in every if str(s.path.parent) in side] for side in sides]
-    train = [s for s in on[0] if not s.label]
-    mixed = dict(zip(("test_mix", "val_mix"), on[1:], strict=True))
-    good, bad = (
-        {name: _shuffled([s for s in side if s.label == y], random) for name, side in mixed.items()}
-        for y in (0, 1)
-    )
-    return _named(dataset.name, train, [], good, bad)
+def _tiles(dataset: Dataset) -> Callable[[Path], str]:
+    """Which tile an image shows, by its path."""
+    numbers: dict[int, list[Path]] = {}
+    for sample in _every(dataset):
+        found = _TILE.match(sample.path.name)
+        if found is None:
+            raise InvalidValueError(
+                "magnetic tiles must be named as they are published, as in exp1_num_4727.jpg, to "
+                f"tell one tile from the next, got {sample.path}."
+            )
+        numbers.setdefault(int(found[1]), []).append(sample.path)
+    ordered, tile = sorted(numbers), 0
+    tiles = dict.fromkeys(numbers[ordered[0]], "0")
+    for before, number in pairwise(ordered):
+        tile += number - before > _NEXT_TILE
+        tiles |= {path: str(tile) for path in numbers[number]}
+    return tiles.__getitem__
 
 
-def _named(
-    name: str,
-    train: list[Sample],
-    spare: list[Sample],
-    good: dict[str, list[Sample]],
-    bad: dict[str, list[Sample]],
+def _divide(
+    dataset: Dataset, part_of: Callable[[Path], str], random: np.random.RandomState
 ) -> Material:
-    def of(samples: list[Sample]) -> list[Sample]:
-        return [replace(s, kind=f"{name}/{s.kind}") for s in samples]
+    """Parts with anomalies by turns to either side; half of the normal images stay to fit on."""
+    parts: dict[str, Part] = {}
+    for sample in _named(dataset):
+        parts.setdefault(part_of(sample.path), []).append(sample)
+    shuffled = [parts[name] for name in random.permutation(sorted(parts))]
+    to_train = {s.path for s in dataset.train}
+    # Those of the data set's own test are lent first.
+    good = sorted(
+        (p for p in shuffled if _n_good(p) == len(p)), key=lambda p: p[0].path in to_train
+    )
+    bad = sorted(
+        (p for p in shuffled if _n_good(p) < len(p)), key=lambda p: max(s.kind for s in _bad(p))
+    )
+    material = Material(spare=good, lendable=sum(map(_n_good, shuffled)) // 2)
+    for i, part in enumerate(bad):
+        if _n_good(part) <= material.lendable:
+            material.lendable -= _n_good(part)
+            material.sides[MIXED[i % 2]].append(part)
+        else:
+            material.train += _good(part)
+    return material
 
-    sides = [{side: of(samples) for side, samples in group.items()} for group in (good, bad)]
-    return Material(of(train), of(spare), *sides)
+
+def _take_labelled(materials: list[Material], random: np.random.RandomState) -> list[Sample]:
+    """Anomalies of parts that leave ``val_mix`` for it, as many as a quarter of its anomalies."""
+    places = [(m, part) for m in materials for part in m.sides["val_mix"]]
+    most = min(N_LABELLED, sum(len(_bad(part)) for _, part in places) // 4)
+    labelled: list[Sample] = []
+    for i in random.permutation(len(places)):
+        material, part = places[i]
+        if len(labelled) < most:
+            labelled += _bad(part)[: min(LABELLED_A_PART, most - len(labelled))]
+            material.sides["val_mix"].remove(part)
+            material.train += _good(part)
+            material.lendable += _n_good(part)
+    return labelled
 
 
-def _halves(samples: Sequence[Sample], random: np.random.RandomState) -> dict[str, list[Sample]]:
-    """Every second of each kind to either side."""
-    ordered = _shuffled(samples, random)
-    return {"test_mix": ordered[0::2], "val_mix": ordered[1::2]}
-
-
-def _shuffled(samples: Sequence[Sample], random: np.random.RandomState) -> list[Sample]:
-    """In random order within each kind, kind after kind."""
-    order = random.permutation(len(samples))
-    return sorted((samples[i] for i in order), key=lambda s: s.kind)
-
-
-def _mixed(material: Material, labelled: set[Path]) -> dict[str, list[Sample]]:
+def _mixed(material: Material) -> dict[str, list[Sample]]:
     """As many images in the mixed splits as the normal ones allow, the rest to fit on."""
-    spare, parts = list(material.spare), {}
-    for left, side in ((2, "test_mix"), (1, "val_mix")):
-        lent = len(spare) // left
-        good = material.good[side] + spare[:lent]
-        bad = [s for s in material.bad[side] if s.path not in labelled]
-        n_bad = min(len(bad), int(len(good) / _good_for(1)))
-        n_good = min(len(good), round(_good_for(n_bad)))
-        n_own = min(n_good, len(material.good[side]))
-        parts[side] = _thin(material.good[side], n_own) + spare[: n_good - n_own]
-        parts[side] += _thin(bad, n_bad)
-        spare = spare[n_good - n_own :]
-    return {"train_normal": material.train + spare, **parts}
+    sides = {name: [s for part in parts for s in part] for name, parts in material.sides.items()}
+    train = list(material.train)
+    for part in material.spare:
+        missing = {name: _good_for(len(_bad(s))) - _n_good(s) for name, s in sides.items()}
+        name = max(missing, key=lambda name: missing[name])
+        if missing[name] > 0.5 and len(part) <= material.lendable:
+            material.lendable -= len(part)
+            sides[name] += part
+        else:
+            train += part
+    for name, samples in sides.items():
+        good, bad = _good(samples), _bad(samples)
+        n_bad = min(len(bad), round(len(good) / _good_for(1)))
+        sides[name] = _thin(good, round(_good_for(n_bad))) + _thin(bad, n_bad)
+    return {"train_normal": train, **sides}
 
 
 def _good_for(n_bad: int) -> float:
@@ -152,9 +178,8 @@ def _limited(samples: list[Sample], n: int | None) -> list[Sample]:
     """At most ``n``, with the share of normal images that there was."""
     if n is None or len(samples) <= n:
         return samples
-    bad = [s for s in samples if s.label]
-    n_bad = round(n * len(bad) / len(samples))
-    return _thin([s for s in samples if not s.label], n - n_bad) + _thin(bad, n_bad)
+    n_bad = round(n * len(_bad(samples)) / len(samples))
+    return _thin(_good(samples), n - n_bad) + _thin(_bad(samples), n_bad)
 
 
 def _thin(samples: list[Sample], n: int | None) -> list[Sample]:
@@ -164,6 +189,22 @@ def _thin(samples: list[Sample], n: int | None) -> list[Sample]:
     return [samples[i * len(samples) // n] for i in range(n)]
 
 
-def kinds(samples: Sequence[Sample]) -> dict[str, int]:
-    """How many of each kind."""
-    return dict(sorted(Counter(s.kind for s in samples).items()))
+def _every(dataset: Dataset) -> list[Sample]:
+    return [*dataset.train, *getattr(dataset, "train_anomalous", ()), *dataset.test]
+
+
+def _named(dataset: Dataset) -> list[Sample]:
+    """All samples, with the name of their data set before that of their kind."""
+    return [replace(s, kind=f"{dataset.name}/{s.kind}") for s in _every(dataset)]
+
+
+def _good(samples: Iterable[Sample]) -> list[Sample]:
+    return [s for s in samples if s.label == 0]
+
+
+def _bad(samples: Iterable[Sample]) -> list[Sample]:
+    return [s for s in samples if s.label == 1]
+
+
+def _n_good(samples: Iterable[Sample]) -> int:
+    return len(_good(samples))
