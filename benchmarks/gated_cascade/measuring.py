@@ -75,9 +75,9 @@ def time_all(models: dict[str, Any], splits: dict[str, list[Any]], rounds: int) 
         groups[f"test_mix {y}"] = [s for s in splits["test_mix"] if s.label == y]
     ms: dict[str, Any] = {name: {group: [] for group in groups} for name in models}
     for turn in range(rounds):
-        names = list(models)
-        for name in names if turn % 2 == 0 else names[::-1]:
-            for group, samples in groups.items():
+        names = list(models) if turn % 2 == 0 else list(models)[::-1]
+        for group, samples in groups.items():
+            for name in names:  # one soon after the other, so that they share what else is going on
                 ms[name][group].append(1000 * ask(models[name], samples)[1] / len(samples))
     shares = [len(groups[f"test_mix {y}"]) / len(splits["test_mix"]) for y in (0, 1)]
     for times in ms.values():

@@ -118,7 +118,7 @@ def heading(found: dict[str, Any]) -> list[str]:
         f"GatedCascade: false_alarm_rate {options['false_alarm_rate']:g}, max_missed "
         f"{options['max_missed']:g} unless the table of experiments says otherwise; "
         f"{found['machine']}.",
-        f"Means over seeds: {', '.join(by_seed)}. Times: medians of {options['rounds']} rounds.",
+        f"Means over seeds: {', '.join(by_seed)}. Times: medians; rounds: {options['rounds']}.",
     ]
     if options["shrink"] > 1:
         lines.append("QUICK: few and small images. This shows that it works, and nothing else.")

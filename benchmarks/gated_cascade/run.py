@@ -113,7 +113,9 @@ def main() -> None:
         "max_missed": arguments.max_missed,
         "engine": arguments.engine,
         "shrink": 2 if arguments.quick else 1,
-        "weights": dict(pair.split("=", 1) for pair in arguments.weights),
+        "weights": {
+            name: Path(file) for name, file in (pair.split("=", 1) for pair in arguments.weights)
+        },
         "sources": {
             "data": arguments.data,
             "kolektor": arguments.kolektor,
