@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint nightly bench-peers bench-speed bench-vfm clean
+.PHONY: demo test lint nightly bench-peers bench-speed bench-vfm bench-cascade clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anomalib-lite demo -o demo-output
@@ -25,6 +25,11 @@ bench-speed: $(VENV)/.bench
 # Whether it pays to adapt a foundation model; WEIGHTS names the file of a DINOv2 ViT-S/14.
 bench-vfm: $(VENV)/.bench
 	$(BIN)/python benchmarks/mahalanobis_vfm/run.py $(if $(WEIGHTS),--weights $(WEIGHTS))
+
+# Whether a gate in front of a heatmap model pays; OPTIONS are those of the script, as in
+# make bench-cascade OPTIONS="--hub --seeds 0"
+bench-cascade: $(VENV)/.test
+	$(BIN)/python benchmarks/gated_cascade/run.py $(OPTIONS)
 
 bench-peers: $(VENV)/.test
 	$(BIN)/python benchmarks/peers/run.py
