@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib.metadata
 import io
@@ -12,15 +11,14 @@ import os
 import platform
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import anomalib_lite
+from anomalib_lite._output import write_text
 from anomalib_lite.datasets import Sample
-from anomalib_lite.errors import OutputError
 
 _TITLES = {
     "image_auroc": "image AUROC",
@@ -127,7 +125,7 @@ class Report:
         OutputError
             If the file cannot be written; what stood there stays as it was.
         """
-        _write(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", "Report")
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one row per figure, so that several files can be stacked into one table.
@@ -148,7 +146,7 @@ class Report:
         for kind, values in [("all", whole), *self.per_kind.items()]:
             for name, value in values.items():
                 rows.writerow([self.dataset, self.detector, kind, name, _plain(value)])
-        _write(path, text.getvalue())
+        write_text(path, text.getvalue(), "Report")
 
     def __repr__(self) -> str:
         return f"Report({self.detector} on {self.dataset!r}, {self.counts['test']} images)"
@@ -198,19 +196,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     return str(value) if isinstance(value, os.PathLike) else type(value).__name__
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file whole or not at all: first beside it, then renamed onto it."""
-    target = Path(path)
-    beside = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    try:
-        beside.write_text(text, encoding="utf-8", newline="\n")
-        beside.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise OutputError(
-            f"Report: path must be a file that can be written, got {target} "
-            f"({error.strerror}). Its directory must exist."
-        ) from error
