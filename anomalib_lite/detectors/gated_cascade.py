@@ -316,7 +316,7 @@ class GatedCascade(Answers, BaseEstimator):
             check_thresholds(*pair)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CalibrationWarning)  # one a pair would say nothing
-            routings = [self._route(vars(self), low, high) for low, high in pairs]
+            routings = [self._route(vars(self), low, high) for low, high in [*pairs, (0.0, 1.0)]]
         started = time.perf_counter()
         p = self.gate_.probabilities(self.gate_.features(source, self)[0])
         gate_done = time.perf_counter()
@@ -331,7 +331,11 @@ class GatedCascade(Answers, BaseEstimator):
         gate_ms = 1000 * (gate_done - started) / len(p)
         detector_ms = 1000 * (detector_done - gate_done) / len(usable)
         return sweep_routings(
-            routings, p[kept], s[kept], truth[kept], gate_ms=gate_ms, detector_ms=detector_ms
+            routings[:-1],
+            *(p[kept], s[kept], truth[kept]),
+            gate_ms=gate_ms,
+            detector_ms=detector_ms,
+            alone=routings[-1],
         )
 
     def _check_fitted(self) -> None:
