@@ -29,6 +29,7 @@ _TITLES = {
     "aupro": "AUPRO",
     "false_alarm_rate": "false-alarm rate",
     "detection_rate": "detection rate",
+    "heatmap_call_rate": "heatmap call rate",
 }
 _UNITS = {"fit_s": "fit, s", "test_s": "test, s", "ms_per_image": "ms per image"}
 _PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "timm", "faiss-cpu", "pillow")
@@ -74,8 +75,9 @@ class Report:
         with masks also ``empty_masks``, the anomalous images whose mask marks nothing.
     metrics : dict of str to float
         ``image_auroc``, ``image_ap``, ``image_f1_max``, ``false_alarm_rate``,
-        ``detection_rate`` and, with masks, ``pixel_auroc``, ``pixel_ap``, ``aupro``. ``nan``
-        where a class is missing.
+        ``detection_rate``; of a cascade ``heatmap_call_rate``, the share of images that its
+        heatmap model decided; with masks ``pixel_auroc``, ``pixel_ap``, ``aupro``. ``nan`` where
+        a class is missing.
     per_kind : dict of str to dict of str to float
         For each kind of anomaly: ``images``, ``image_auroc`` against all normal test images,
         ``detection_rate``.
