@@ -247,9 +247,16 @@ def _load(arguments: argparse.Namespace) -> Any:
 
     where = arguments.command
     detector = load(arguments.model, weights=arguments.weights, device=arguments.device)
+    parts = with_parts(detector)
+    if arguments.weights is not None and arguments.weights not in [p.weights for p in parts]:
+        raise UsageError(
+            f"{where}: --weights is for a cascade with a network from a weights file, and "
+            f"{arguments.model} has none. Leave it out, or fit with --include-backbone if the "
+            "networks are not to be had here"
+        )
     if arguments.batch_size is not None:
         check_int("batch_size", arguments.batch_size, where, low=1)
-        for part in with_parts(detector):
+        for part in parts:
             part.batch_size = arguments.batch_size
     if arguments.threshold is not None:
         allowed = "[0, 1]" if isinstance(detector, GatedCascade) else "[0, inf)"

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
 from cli_fixtures import save, scratched
 from PIL import Image
 
@@ -421,6 +423,8 @@ class TestPredict:
         assert "Leave one of them out" in said
         said = refused("predict", half, *rest, "--maps", "some")
         assert "invalid choice: 'some'" in said
+        said = refused("predict", half, *rest, "--weights", "no.pth")
+        assert f"from a weights file, and {half} has none. Leave it out, or fit with" in said
         said = refused("predict", half, *rest, "--threshold", "40")
         assert "threshold must be a number in [0, 1], got 40" in said
         said = refused("predict", half, *rest, "--threshold", "0")
@@ -432,6 +436,23 @@ class TestPredict:
         said = refused("predict", tmp_path / "m", *rest)
         assert "threshold of its heatmap model" in said
         assert "Go without pictures with --no-overlays" in said
+
+    def test_weights_that_lie_elsewhere_now(
+        self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+    ) -> None:
+        torch.manual_seed(0)
+        network = timm.create_model("mobilenetv3_small_050")
+        torch.save(network.state_dict(), tmp_path / "then.pth")
+        command = ["fit", wall / "train/good", "-o", tmp_path / "m", *SMALL, *RATES]
+        command += ["--gate", "mobilenetv3_small_050", "--gate-weights", tmp_path / "then.pth"]
+        assert cli.main(list(map(str, command))) == 0
+        (tmp_path / "then.pth").rename(tmp_path / "now.pth")
+        command = ["predict", tmp_path / "m", wall / "test/good", "-o", tmp_path / "out"]
+        capsys.readouterr()
+        assert "then.pth does not exist" in refused(*command)
+        command += ["--weights", tmp_path / "now.pth"]
+        assert cli.main(list(map(str, command))) == 0
+        assert "heatmap_call_rate" in capsys.readouterr().out
 
 
 class TestEvaluate:
