@@ -82,8 +82,19 @@ MAHALANOBIS_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "rank": (int, 16, "MahalanobisVFM: of the adaptation"),
     "epochs": (int, 10, "MahalanobisVFM: of the adaptation, at most"),
 }
-ALL_FIT_OPTIONS = FIT_OPTIONS | PADIM_OPTIONS | MAHALANOBIS_OPTIONS
-DETECTORS = {"patchcore": "PatchCore", "padim": "PaDiM", "mahalanobis_vfm": "MahalanobisVFM"}
+CASCADE_OPTIONS: dict[str, tuple[Any, Any, str]] = {
+    "gate": (str, "efficientnet_lite0", "GatedCascade: network of the gate"),
+    "gate_weights": (str, None, "GatedCascade: weights file of a gate with a timm name"),
+    "gate_image_size": (_image_size, 128, "GatedCascade: as --image-size, of the gate"),
+    "max_missed": (float, 0.01, "GatedCascade: share of anomalous images that the gate may miss"),
+    "t_low": (float, None, "GatedCascade: the gate says normal below (default: chosen)"),
+    "t_high": (float, None, "GatedCascade: the gate says anomalous above (default: chosen)"),
+}
+# The names of these in GatedCascade, where its heatmap model has an option that is called so.
+CASCADE_PARAMETERS = {"gate_weights": "weights", "gate_image_size": "image_size"}
+ALL_FIT_OPTIONS = FIT_OPTIONS | PADIM_OPTIONS | MAHALANOBIS_OPTIONS | CASCADE_OPTIONS
+HEATMAP_MODELS = {"patchcore": "PatchCore", "padim": "PaDiM", "mahalanobis_vfm": "MahalanobisVFM"}
+DETECTORS = HEATMAP_MODELS | {"gated_cascade": "GatedCascade"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -113,7 +124,19 @@ def _add_fit(commands: Any) -> None:
         choices=tuple(DETECTORS),
         default="patchcore",
         help="padim: parts that always lie in the same place (give --image-size HxW); "
-        "mahalanobis_vfm: for a foundation model (give --backbone); default: patchcore",
+        "mahalanobis_vfm: for a foundation model (give --backbone); gated_cascade: a small network "
+        "decides about clear images, a heatmap model about the rest; default: patchcore",
+    )
+    fit.add_argument(
+        "--heatmap-model",
+        choices=tuple(HEATMAP_MODELS),
+        help="GatedCascade: to which the options without 'gate' belong (default: patchcore)",
+    )
+    fit.add_argument(
+        "--anomalous",
+        nargs="+",
+        metavar="DIR",
+        help="GatedCascade: directories of anomalous images (default: they are made up)",
     )
     for name, (kind, default, text) in ALL_FIT_OPTIONS.items():
         fit.add_argument(
@@ -147,6 +170,12 @@ def _add_predict(commands: Any) -> None:
         help="stop at an unreadable image, or list it and go on (default: raise)",
     )
     predict.add_argument("--no-overlays", action="store_true", help="write the table alone")
+    predict.add_argument(
+        "--maps",
+        choices=("escalated", "always"),
+        help="of a GatedCascade: pictures of the images that its heatmap model decides, or of all "
+        "(default: as fitted, so escalated)",
+    )
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import tempfile
@@ -46,6 +47,22 @@ def check_file(path: Path) -> Path:
         raise OutputError(f"cannot write {path}: it is a directory. Name a file inside it.")
     make_directory(path.parent)
     return path
+
+
+def write_text(path: str | os.PathLike[str], text: str, where: str) -> None:
+    """Write a file whole or not at all: first beside it, then renamed onto it."""
+    target = Path(path)
+    beside = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        beside.write_text(text, encoding="utf-8", newline="\n")
+        beside.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise OutputError(
+            f"{where}: path must be a file that can be written, got {target} "
+            f"({error.strerror}). Its directory must exist."
+        ) from error
 
 
 class RowsFile:

@@ -14,12 +14,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from anomalib_lite._output import RowsFile, make_directory, writing
-from anomalib_lite.detectors import BaseDetector, Detections
+from anomalib_lite._parts import map_threshold, with_parts
+from anomalib_lite.detectors import BaseDetector, CascadeDetections, Detections, GatedCascade
 from anomalib_lite.errors import AnomalibLiteError, ImageError, InvalidValueError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.plotting import overlay
 
 COLUMNS = ("path", "score", "label", "threshold", "reason", "overlay")
+ROUTE = "route"  # one more, of a cascade
 
 # Heatmaps held at once, as a number of pixels: 256 MiB of float32, whatever the images' size.
 _PIXELS_AT_ONCE = 1 << 26
@@ -27,9 +29,10 @@ _PIXELS_AT_ONCE = 1 << 26
 
 @dataclass
 class Summary:
-    """How many images were called what, and which were left out and why."""
+    """How many images were called what, of a cascade by whom, and which were left out and why."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    routes: Counter[str] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
 
     def add(self, found: Detections, i: int, reason: str | None) -> None:
@@ -37,44 +40,58 @@ class Summary:
         self.counts[_label(found, i, reason)] += 1
         if reason is not None:
             self.skipped.append(reason)
+        elif isinstance(found, CascadeDetections):
+            self.routes[str(found.routes[i])] += 1
 
 
 def predict_to(
-    output: Path, detector: BaseDetector, source: ImageSource, *, overlays: bool, skip: bool
+    output: Path,
+    detector: BaseDetector | GatedCascade,
+    source: ImageSource,
+    *,
+    maps: str | bool,
+    skip: bool,
 ) -> Summary:
     """Write ``scores.csv`` and, if asked for, ``overlays/*.png`` into ``output``.
+
+    ``maps`` says which images get a picture: all or none; of a cascade "escalated" or "always",
+    True for what its own ``maps`` says.
 
     Images pass in chunks, so memory does not grow with their number. Whatever happens on the
     way, the rows of the images that are done stay in ``scores.csv``. Without ``skip`` the first
     image that cannot be used ends all, once those before it are written.
     """
-    if overlays and not (np.isfinite(detector.threshold_) and detector.threshold_ > 0):
-        raise InvalidValueError(
-            f"predict: the colours of overlays are tied to the model's threshold, which must be "
-            f"finite and above 0, got {detector.threshold_:g}. Give one with --threshold, or go "
-            "without pictures with --no-overlays."
-        )
+    is_cascade = isinstance(detector, GatedCascade)
+    wanted = detector.maps if isinstance(detector, GatedCascade) and maps is True else maps
+    overlays = bool(maps)
+    if overlays:
+        _check_colours(detector)
     pictures = make_directory(make_directory(output) / "overlays") if overlays else None
     # Broken images are handled here, where the rows of the others are kept.
-    detector.on_error, detector.verbose = "skip", 0
+    for part in with_parts(detector):
+        part.on_error, part.verbose = "skip", 0
+    # Of a cascade, too, the threshold is the middle of the colours: only the units differ.
+    in_units = detector.threshold_ / map_threshold(detector) if overlays else 1.0
     names = unique_names(source.items)
     summary = Summary()
     with (
-        RowsFile(output / "scores.csv", COLUMNS) as rows,
+        RowsFile(output / "scores.csv", (*COLUMNS, *[ROUTE] * is_cascade)) as rows,
         tqdm(total=len(source), desc="predict", unit="image", leave=False, disable=None) as bar,
     ):
         try:
             for chunk in _chunks(source, 2 * detector.batch_size, by_pixels=overlays):
                 part = source.take(chunk)
-                found = detector.detect(part, maps=overlays)
+                found = detector.detect(part, maps=wanted)  # type: ignore[arg-type]
                 reasons = dict(found.skipped)
                 for i, index in enumerate(chunk):
                     reason = reasons.get(i)
                     if reason is not None and not skip:
                         raise ImageError(_with_remedy(reason))
-                    place = f"overlays/{names[index]}.png" if pictures and not reason else ""
+                    drawn = pictures and found.maps[i] is not None
+                    place = f"overlays/{names[index]}.png" if drawn else ""
                     if place:
-                        _save_overlay(output / place, part, i, found, detector.threshold_)
+                        heatmap = found.maps[i] * in_units
+                        _save_overlay(output / place, part, i, found, heatmap, detector.threshold_)
                     rows.write(_row(part.names[i], found, i, detector.threshold_, reason, place))
                     summary.add(found, i, reason)
                     bar.update()
@@ -83,6 +100,20 @@ def predict_to(
             done = f"{rows.n_rows} of {len(source)} images are done{kept}."
             raise type(error)(f"{error} {done}".strip()) from error
     return summary
+
+
+def _check_colours(detector: BaseDetector | GatedCascade) -> None:
+    levels = {"threshold": detector.threshold_}
+    remedy = "Give one with --threshold, or go"
+    if isinstance(detector, GatedCascade):
+        levels |= {"threshold of its heatmap model": map_threshold(detector)}
+    for name, level in levels.items():
+        if not (np.isfinite(level) and level > 0):
+            raise InvalidValueError(
+                f"predict: the colours of overlays are tied to the model's {name}, which must be "
+                f"finite and above 0, got {level:g}. {remedy} without pictures with --no-overlays."
+            )
+        remedy = "Go"
 
 
 def unique_names(paths: Sequence[Any]) -> list[str]:
@@ -140,14 +171,12 @@ def _pixels(path: Any) -> int:
 
 
 def _save_overlay(
-    path: Path, part: ImageSource, i: int, found: Detections, threshold: float
+    path: Path, part: ImageSource, i: int, found: Detections, heatmap: Any, threshold: float
 ) -> None:
     # A map may rise above the threshold where the score, of other things too, does not.
     outline = 1.0 if found.labels[i] else None
     score = float(found.scores[i])
-    picture = overlay(
-        part.decode(i), found.maps[i], threshold=threshold, score=score, outline=outline
-    )
+    picture = overlay(part.decode(i), heatmap, threshold=threshold, score=score, outline=outline)
     with writing(path):
         picture.save(path)
 
@@ -157,7 +186,10 @@ def _row(
 ) -> tuple[str, ...]:
     """One line of the table, in the order of ``COLUMNS``."""
     score = "" if reason else shortest(found.scores[i])
-    return name, score, _label(found, i, reason), shortest(threshold), reason or "", place
+    row = name, score, _label(found, i, reason), shortest(threshold), reason or "", place
+    if isinstance(found, CascadeDetections):
+        return *row, "skipped" if reason else str(found.routes[i])
+    return row
 
 
 def _label(found: Detections, i: int, reason: str | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib.metadata
 import io
@@ -12,15 +11,14 @@ import os
 import platform
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import anomalib_lite
+from anomalib_lite._output import write_text
 from anomalib_lite.datasets import Sample
-from anomalib_lite.errors import OutputError
 
 _TITLES = {
     "image_auroc": "image AUROC",
@@ -31,6 +29,7 @@ _TITLES = {
     "aupro": "AUPRO",
     "false_alarm_rate": "false-alarm rate",
     "detection_rate": "detection rate",
+    "heatmap_call_rate": "heatmap call rate",
 }
 _UNITS = {"fit_s": "fit, s", "test_s": "test, s", "ms_per_image": "ms per image"}
 _PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "timm", "faiss-cpu", "pillow")
@@ -76,8 +75,9 @@ class Report:
         with masks also ``empty_masks``, the anomalous images whose mask marks nothing.
     metrics : dict of str to float
         ``image_auroc``, ``image_ap``, ``image_f1_max``, ``false_alarm_rate``,
-        ``detection_rate`` and, with masks, ``pixel_auroc``, ``pixel_ap``, ``aupro``. ``nan``
-        where a class is missing.
+        ``detection_rate``; of a cascade ``heatmap_call_rate``, the share of images that its
+        heatmap model decided; with masks ``pixel_auroc``, ``pixel_ap``, ``aupro``. ``nan`` where
+        a class is missing.
     per_kind : dict of str to dict of str to float
         For each kind of anomaly: ``images``, ``image_auroc`` against all normal test images,
         ``detection_rate``.
@@ -127,7 +127,7 @@ class Report:
         OutputError
             If the file cannot be written; what stood there stays as it was.
         """
-        _write(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", "Report")
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one row per figure, so that several files can be stacked into one table.
@@ -148,7 +148,7 @@ class Report:
         for kind, values in [("all", whole), *self.per_kind.items()]:
             for name, value in values.items():
                 rows.writerow([self.dataset, self.detector, kind, name, _plain(value)])
-        _write(path, text.getvalue())
+        write_text(path, text.getvalue(), "Report")
 
     def __repr__(self) -> str:
         return f"Report({self.detector} on {self.dataset!r}, {self.counts['test']} images)"
@@ -198,19 +198,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     return str(value) if isinstance(value, os.PathLike) else type(value).__name__
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file whole or not at all: first beside it, then renamed onto it."""
-    target = Path(path)
-    beside = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    try:
-        beside.write_text(text, encoding="utf-8", newline="\n")
-        beside.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise OutputError(
-            f"Report: path must be a file that can be written, got {target} "
-            f"({error.strerror}). Its directory must exist."
-        ) from error

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 
 from anomalib_lite._arguments import (
     ALL_FIT_OPTIONS,
-    DETECTORS,
+    CASCADE_PARAMETERS,
     MASKS,
     PROGRAM,
     UsageError,
@@ -66,70 +67,59 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
+    from anomalib_lite._fit_command import describe, make_detector, normal_and_anomalous
     from anomalib_lite._output import check_file
     from anomalib_lite.images import ImageSource
 
     # Before the seconds that torch takes, and the minutes of the fit.
-    n_images = len(ImageSource(arguments.images, where="fit"))
+    source = ImageSource(arguments.images, where="fit")
+    images, y = normal_and_anomalous(arguments.images, arguments.anomalous or ())
     model = check_file(Path(arguments.output))
 
-    from anomalib_lite.errors import CalibrationWarning
+    from anomalib_lite._parts import with_parts
 
-    detector = _make_detector(arguments)
+    detector = make_detector(arguments)
     start = time.perf_counter()
     with _warnings_in_one_line() as shown:
-        detector.fit(arguments.images)
+        detector.fit(images) if y is None else detector.fit(images, y)
     seconds = time.perf_counter() - start
-    detector.verbose = 0  # or programs that load the model would show bars
+    for part in with_parts(detector):
+        part.verbose = 0  # or programs that load the model would show bars
     detector.save(model, include_backbone=arguments.include_backbone)
     _list_skipped([reason for _, reason in detector.skipped_])
-    where = f"{detector.backbone_.device}, {detector.dtype_}"
-    print(f"images        {n_images - len(detector.skipped_):,} in {seconds:.1f} s ({where})")
-    print(_describe_learned(detector))
-    print(f"threshold     {detector.threshold_:.6g}")
-    print(f"false alarms  {_promise(detector, CalibrationWarning not in shown)}")
+    n_images = len(source) if y is None else len(y)
+    rate_kept = not any("false_alarm_rate=" in message for message in shown)
+    for line in describe(detector, n_images, seconds, rate_kept=rate_kept, made_up=y is None):
+        print(line)
     print(f"written to    {model} ({model.stat().st_size / 1e6:.1f} MB)")
-
-
-def _make_detector(arguments: argparse.Namespace) -> Any:
-    """The one asked for, with the options that were given."""
-    import anomalib_lite
-
-    cls = getattr(anomalib_lite, DETECTORS[arguments.detector])
-    given = {n: vars(arguments)[n] for n in ALL_FIT_OPTIONS if n in vars(arguments)}
-    for name in given.keys() - cls._get_param_names():
-        raise UsageError(
-            f"fit: --{name.replace('_', '-')} is no option of --detector {arguments.detector}. "
-            "Leave it out, or choose another detector"
-        )
-    return cls(**given, verbose=1)
-
-
-def _describe_learned(detector: Any) -> str:
-    if hasattr(detector, "memory_bank_"):
-        n_patches, length = detector.memory_bank_.embeddings_.shape
-        return f"memory bank   {n_patches:,} patches of {length} numbers"
-    if hasattr(detector, "gaussians_"):
-        height, width, length = detector.gaussians_.shape
-        return f"gaussians     {height} x {width} positions of {length} numbers"
-    patches, images = detector.patches_.moments_.n, detector.images_.moments_.n
-    return f"gaussians     of {patches:,} patches and {images:,} images"
 
 
 def _predict(arguments: argparse.Namespace) -> None:
     from anomalib_lite._output import make_directory
     from anomalib_lite.images import ImageSource
 
+    if arguments.maps and arguments.no_overlays:
+        raise UsageError(
+            "predict: --maps says which images get a picture, and --no-overlays that none does. "
+            "Leave one of them out"
+        )
     files = _image_files(arguments.images)
     output = make_directory(Path(arguments.output))
 
+    from anomalib_lite import GatedCascade
     from anomalib_lite._predictions import predict_to
 
     detector = _load(arguments)
+    if arguments.maps and not isinstance(detector, GatedCascade):
+        raise UsageError(
+            f"predict: --maps is for a GatedCascade, {arguments.model} holds a "
+            f"{type(detector).__name__}, which makes heatmaps of all images. Leave it out"
+        )
     source = ImageSource(files, max_pixels=detector.max_pixels, where="predict")
     skip, overlays = arguments.on_error == "skip", not arguments.no_overlays
+    maps: str | bool = arguments.maps or overlays
     start = time.perf_counter()
-    summary = predict_to(output, detector, source, overlays=overlays, skip=skip)
+    summary = predict_to(output, detector, source, maps=maps, skip=skip)
     seconds = time.perf_counter() - start
     _list_skipped(summary.skipped)
     labels = [label for label in ("normal", "anomalous", "skipped") if summary.counts[label]]
@@ -139,6 +129,18 @@ def _predict(arguments: argparse.Namespace) -> None:
         f"{len(source):,} images in {seconds:.1f} s: {counts} at threshold "
         f"{detector.threshold_:.6g}; see {output / 'scores.csv'}{pictures}"
     )
+    if summary.routes:
+        print(_decided_by(summary.routes))
+
+
+def _decided_by(routes: Counter[str]) -> str:
+    """Of a cascade: how many images each of its models decided about."""
+    normal, anomalous, called = (routes[r] for r in ("gate_normal", "gate_anomalous", "detector"))
+    return (
+        f"decided by the gate: {normal + anomalous:,} ({normal:,} normal, {anomalous:,} "
+        f"anomalous), by the heatmap model: {called:,}; heatmap_call_rate "
+        f"{called / routes.total():.3g}"
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -147,11 +149,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     name, samples = _test_samples(arguments)
     files = [check_file(Path(f)) for f in (arguments.json, arguments.csv) if f is not None]
 
+    from anomalib_lite import GatedCascade
+    from anomalib_lite._parts import with_parts
     from anomalib_lite.evaluation import evaluate
 
     detector = _load(arguments)
-    # A figure over only those images that could be read would be another figure.
-    detector.on_error, detector.verbose = "raise", 0
+    for part in with_parts(detector):
+        # A figure over only those images that could be read would be another figure.
+        part.on_error, part.verbose = "raise", 0
+    with_masks = not arguments.no_pixel_metrics and any(s.mask_path for s in samples)
+    if isinstance(detector, GatedCascade) and with_masks:
+        detector.maps = "always"  # pixel metrics need those of all images
     report = evaluate(
         detector,
         samples,
@@ -233,25 +241,27 @@ def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
 
 
 def _load(arguments: argparse.Namespace) -> Any:
-    from anomalib_lite import load
+    from anomalib_lite import GatedCascade, load
+    from anomalib_lite._parts import with_parts
     from anomalib_lite._validation import check_int, check_number
 
     where = arguments.command
     detector = load(arguments.model, weights=arguments.weights, device=arguments.device)
+    parts = with_parts(detector)
+    if arguments.weights is not None and arguments.weights not in [p.weights for p in parts]:
+        raise UsageError(
+            f"{where}: --weights is for a cascade with a network from a weights file, and "
+            f"{arguments.model} has none. Leave it out, or fit with --include-backbone if the "
+            "networks are not to be had here"
+        )
     if arguments.batch_size is not None:
-        detector.batch_size = check_int("batch_size", arguments.batch_size, where, low=1)
+        check_int("batch_size", arguments.batch_size, where, low=1)
+        for part in parts:
+            part.batch_size = arguments.batch_size
     if arguments.threshold is not None:
-        detector.threshold_ = check_number("threshold", arguments.threshold, where, "[0, inf)")
+        allowed = "[0, 1]" if isinstance(detector, GatedCascade) else "[0, inf)"
+        detector.threshold_ = check_number("threshold", arguments.threshold, where, allowed)
     return detector
-
-
-def _promise(detector: Any, guaranteed: bool) -> str:
-    rate = f"{detector.false_alarm_rate:.3g}"
-    if not guaranteed:
-        return f"the rate of {rate} asked for is not guaranteed, see the warning"
-    if detector.calibration == "leave_one_out":
-        return f"about {rate} of future normal images (leave-one-out: an estimate)"
-    return f"at most {rate} of future normal images, on average"
 
 
 def _list_skipped(reasons: Sequence[str]) -> None:
@@ -260,12 +270,12 @@ def _list_skipped(reasons: Sequence[str]) -> None:
 
 
 @contextmanager
-def _warnings_in_one_line() -> Iterator[list[type[Warning]]]:
-    """Print warnings in one line each; gives the list of the kinds that came."""
-    shown: list[type[Warning]] = []
+def _warnings_in_one_line() -> Iterator[list[str]]:
+    """Print warnings in one line each; gives the list of those that came, as they were."""
+    shown: list[str] = []
 
-    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        shown.append(category)
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        shown.append(str(message))
         print(f"warning: {_in_options(message)}", file=sys.stderr)
 
     with warnings.catch_warnings():
@@ -286,6 +296,8 @@ def _in_options(message: object) -> str:
     """The library's message in one line, its ``name='value'`` written as ``--name value``."""
     names = "|".join([*ALL_FIT_OPTIONS, "threshold"])
     text = " ".join(str(message).split())
+    for option, name in CASCADE_PARAMETERS.items():  # not those of its heatmap model
+        text = re.sub(rf"^GatedCascade: {name}\b", f"GatedCascade: {option}", text)
     return re.sub(
         rf"\b({names})=(?:'([^']*)'|(\d(?:[\d.,]*\d)?))",
         lambda found: f"--{found[1].replace('_', '-')} {found[2] or found[3]}",

@@ -116,9 +116,18 @@ def evaluate(
     check_int("chunk_size", chunk_size, "evaluate", low=1)
     name, train, test = _unpack(dataset)
     with_masks = pixel_metrics and _masks_complete(test)
+    if with_masks and getattr(detector, "maps", None) == "escalated":
+        raise InvalidValueError(
+            f"evaluate: pixel metrics need heatmaps of all images, but {type(detector).__name__} "
+            "has maps='escalated', which makes them for some alone. Set maps='always', or pass "
+            "pixel_metrics=False."
+        )
     fit_s = _fit_if_needed(detector, train)
     tested = _test(detector, test, with_masks, chunk_size, progress)
     figures = _image_metrics(test, tested)
+    if tested.routes:
+        routes = np.concatenate(tested.routes)
+        figures["heatmap_call_rate"] = _share((routes == "detector")[routes != "skipped"])
     if with_masks:
         figures |= metrics.pixel_metrics(tested.masks, tested.maps, fpr_limit=fpr_limit)
     timings = {"test_s": tested.seconds, "ms_per_image": 1000 * tested.seconds / len(test)}
@@ -144,6 +153,7 @@ class _Tested(NamedTuple):
     maps: list[npt.NDArray[np.float32]]
     masks: list[npt.NDArray[np.bool_] | None]
     seconds: float
+    routes: list[npt.NDArray[np.str_]]  # of a cascade
 
 
 def _unpack(
@@ -198,6 +208,7 @@ def _test(
     decisions = np.empty(len(test), bool)
     maps: list[npt.NDArray[np.float32]] = []
     masks: list[npt.NDArray[np.bool_] | None] = []
+    routes: list[npt.NDArray[np.str_]] = []
     seconds = 0.0
     # disable=None: shown on a terminal only, never written into a log file.
     with tqdm(
@@ -211,12 +222,14 @@ def _test(
             _check_lengths(found, len(chunk), with_masks)
             scores[start : start + len(chunk)] = found.scores
             decisions[start : start + len(chunk)] = found.labels
+            if hasattr(found, "routes"):
+                routes.append(found.routes)
             if with_masks:
                 for sample, amap in zip(chunk, found.maps, strict=True):
                     masks.append(_mask_of(sample, np.shape(amap)))
                     maps.append(np.asarray(amap, np.float32))
             bar.update(len(chunk))
-    return _Tested(scores, decisions, maps, masks, seconds)
+    return _Tested(scores, decisions, maps, masks, seconds, routes)
 
 
 def _check_lengths(found: Any, n_images: int, with_masks: bool) -> None:

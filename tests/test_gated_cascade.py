@@ -20,7 +20,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from torch import Tensor, nn
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, load
-from anomalib_lite.datasets import Folder, MVTecAD
+from anomalib_lite.datasets import Folder, MVTecAD, Sample
 from anomalib_lite.detectors.gate import Head, Probability
 from anomalib_lite.detectors.routing import (
     Routing,
@@ -594,6 +594,26 @@ def test_it_is_evaluated_as_other_detectors_are(tmp_path: Path, labelled: GatedC
     assert report.detector == "GatedCascade"
     assert report.threshold == 0.5
     assert report.metrics["image_auroc"] > 0.8
+    found = labelled.detect([sample.path for sample in dataset.test])
+    assert report.metrics["heatmap_call_rate"] == found.heatmap_call_rate
+    assert f"heatmap call rate {found.heatmap_call_rate:14.4f}" in str(report)
+
+
+def test_pixel_metrics_need_all_heatmaps(tmp_path: Path, labelled: GatedCascade) -> None:
+    from PIL import Image
+
+    Image.fromarray(good(1)[0]).save(tmp_path / "0.png")
+    for name, image in (("dark", bad(1)[0]), ("mask", (bad(1)[0] > 200) * np.uint8(255))):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    samples = [
+        Sample(tmp_path / "0.png", 0, "good"),
+        Sample(tmp_path / "dark.png", 1, "dark", mask_path=tmp_path / "mask.png"),
+    ]
+    with pytest.raises(InvalidValueError, match="Set maps='always', or pass pixel_metrics=False"):
+        evaluate(labelled, samples)
+    assert "pixel_auroc" not in evaluate(labelled, samples, pixel_metrics=False).metrics
+    cascade = copy.deepcopy(labelled).set_params(maps="always")
+    assert "pixel_auroc" in evaluate(cascade, samples).metrics
 
 
 # --- Bad input ------------------------------------------------------------------------------

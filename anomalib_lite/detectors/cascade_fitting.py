@@ -250,6 +250,9 @@ def check_parameters(cascade: GatedCascade) -> None:
     check_int("max_pixels", cascade.max_pixels, _WHERE, low=1)
     check_image_size(cascade.image_size, _WHERE)
     check_seed(cascade.random_state, _WHERE)
+    for model in (cascade.gate, cascade.detector):
+        if isinstance(model, BaseDetector):
+            model._check_parameters()  # before the gate has learned, which takes its time
 
 
 def _check_models(cascade: GatedCascade) -> None:

@@ -23,7 +23,12 @@ from anomalib_lite.detectors.cascade_fitting import (
 )
 from anomalib_lite.detectors.detections import CascadeDetections
 from anomalib_lite.detectors.embeddings import stack
-from anomalib_lite.detectors.routing import Routing, calibrate_routing, lowest_probability
+from anomalib_lite.detectors.routing import (
+    Routing,
+    calibrate_routing,
+    keeps_rate,
+    lowest_probability,
+)
 from anomalib_lite.detectors.sweep import Sweep, sweep_routings
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
 from anomalib_lite.images import ImageSource
@@ -316,7 +321,7 @@ class GatedCascade(Answers, BaseEstimator):
             check_thresholds(*pair)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CalibrationWarning)  # one a pair would say nothing
-            routings = [self._route(vars(self), low, high) for low, high in pairs]
+            routings = [self._route(vars(self), low, high) for low, high in [*pairs, (0.0, 1.0)]]
         started = time.perf_counter()
         p = self.gate_.probabilities(self.gate_.features(source, self)[0])
         gate_done = time.perf_counter()
@@ -331,7 +336,15 @@ class GatedCascade(Answers, BaseEstimator):
         gate_ms = 1000 * (gate_done - started) / len(p)
         detector_ms = 1000 * (detector_done - gate_done) / len(usable)
         return sweep_routings(
-            routings, p[kept], s[kept], truth[kept], gate_ms=gate_ms, detector_ms=detector_ms
+            routings[:-1],
+            *(p[kept], s[kept], truth[kept]),
+            gate_ms=gate_ms,
+            detector_ms=detector_ms,
+            keeps_rate=[
+                keeps_rate(self.calibration_probabilities_, self.false_alarm_rate, high)
+                for _, high in pairs
+            ],
+            alone=routings[-1],
         )
 
     def _check_fitted(self) -> None:

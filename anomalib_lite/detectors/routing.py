@@ -19,6 +19,7 @@ __all__ = [
     "Routing",
     "anomalies_needed",
     "calibrate_routing",
+    "keeps_rate",
     "lowest_probability",
 ]
 
@@ -183,6 +184,22 @@ def calibrate_routing(
     # The distance from what is usual to what is not; where there is none, anything will do.
     scale = (threshold - median) or abs(threshold) or 1.0
     return Routing(float(t_low), float(t_high), threshold, scale)
+
+
+def keeps_rate(probabilities: np.ndarray, false_alarm_rate: float, t_high: float) -> bool:
+    """Whether a ``t_high`` leaves some of the false alarms allowed to the heatmap model.
+
+    ``probabilities`` (n,) are those of held-out normal images; where they are too few to allow one
+    false alarm, whether the gate makes none.
+
+    Examples
+    --------
+    >>> p = np.arange(99) / 100
+    >>> keeps_rate(p, 0.1, 0.9), keeps_rate(p, 0.1, 0.5)
+    (True, False)
+    """
+    by_gate = int(np.count_nonzero(np.asarray(probabilities) > t_high))
+    return by_gate < max(1, math.floor((len(probabilities) + 1) * false_alarm_rate + 1e-9))
 
 
 def lowest_probability(
