@@ -750,12 +750,22 @@ def test_a_sweep_is_to_fit_anew_for_each_pair(fitted: GatedCascade) -> None:
 
 def test_the_front_has_no_row_that_is_beaten(fitted: GatedCascade) -> None:
     images, y = mixed()
-    table = fitted.sweep(images, y)
-    points = [(row["heatmap_call_rate"], row["recall"]) for row in table.rows]
-    for row in table.rows:
+    table = fitted.sweep(images, y, t_low=[0, 0.05, 0.2, 0.4], t_high=[0, 0.5, 0.9, 1])
+    kept = [row for row in table.rows if row["keeps_rate"]]
+    points = [(row["heatmap_call_rate"], row["recall"]) for row in kept]
+    for row in kept:
         calls, recall = row["heatmap_call_rate"], row["recall"]
         beaten = any(c <= calls and r >= recall and (c, r) != (calls, recall) for c, r in points)
         assert row["pareto"] == (not beaten)
+    # A gate that calls all anomalous has full recall, without a call.
+    alarms = [row for row in table.rows if not row["keeps_rate"]]
+    assert alarms
+    assert not any(row["pareto"] for row in alarms)
+    normal = fitted.calibration_probabilities_
+    assert all(
+        row["keeps_rate"] == ((normal > row["t_high"]).sum() < int(0.1 * (len(normal) + 1)))
+        for row in table.rows
+    )
     calls_of = [row["heatmap_call_rate"] for row in table.pareto]
     assert calls_of == sorted(calls_of)
     assert len(table.pareto) >= 1
