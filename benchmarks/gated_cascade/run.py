@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--hub", action="store_true", help="ask the hub for weights not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--false-alarm-rate", type=float, default=0.05)
-    parser.add_argument("--max-missed", type=float, default=0.05)
+    parser.add_argument("--max-missed", type=float, default=0.02)
     parser.add_argument("--rounds", type=int, default=3, help="of each time, the median counts")
     parser.add_argument("--train", type=int, help="images to fit on, at most (default: all)")
     parser.add_argument("--test", type=int, help="images of each other split, at most")
