@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,14 +83,19 @@ def learn_cascade(
     groups.keep(np.isfinite(features).all(axis=1))
     _check_enough(groups, source, skipped, labelled=len(anomalous) > 0)
     learn = np.intersect1d(groups.learn, judged)
+    n_learn = int(np.clip(2 * len(groups.learn), *_TO_LEARN))
+    if cascade.training == "finetune":
+        known = source.take(groups.learn_bad) if len(anomalous) else None
+        gate = _tune(cascade, gate, source.take(learn), known, n_learn, random)
+        features, skipped = gate.features(source, cascade)
     bad, check_bad = features[groups.learn_bad], features[groups.check_bad]
     if not len(anomalous):
-        low, high = _TO_LEARN
-        n_learn = min(max(2 * len(groups.learn), low), high)
+        if gate.head is None:
+            bad = _synthetic(cascade, gate, source.take(groups.learn), n_learn, int(seeds[0]))
         n_check = min(2 * anomalies_needed(cascade.max_missed), _MOST_HELD_OUT)
-        bad = _synthetic(cascade, gate, source.take(groups.learn), n_learn, int(seeds[0]))
         check_bad = _synthetic(cascade, gate, source.take(groups.check), n_check, int(seeds[1]))
-    gate.head = Head.fit(*_both(features[learn], bad), cascade.class_weight, _WHERE)
+    if gate.head is None:
+        gate.head = Head.fit(*_both(features[learn], bad), cascade.class_weight, _WHERE)
     X, y = _both(features[groups.check], check_bad)
     logits = gate.head.logits(X)
     # It keeps the order, so t_low may be chosen by the same anomalies.
@@ -155,6 +161,44 @@ def _begin_gate(
     return Gate(detector=detector), learn[half:]
 
 
+def _tune(
+    cascade: GatedCascade,
+    gate: Gate,
+    normal: ImageSource,
+    anomalous: ImageSource | None,
+    n_synthetic: int,
+    random: np.random.RandomState,
+) -> Gate:
+    """The gate with a network of its own: tuned, as is the head, and run as the frozen one was."""
+    from anomalib_lite.backbones import Backbone  # torch, only for those who ask
+    from anomalib_lite.detectors.gate_tuning import tune_gate
+
+    network = Backbone(
+        cascade.gate,
+        weights=cascade.weights,
+        strides=_STRIDES,
+        device=gate.backbone.device,
+        dtype="float32",
+        trainable=True,
+        where=gate.backbone.where,
+    )
+    tuned = tune_gate(
+        network,
+        normal,
+        anomalous,
+        image_size=cascade.image_size,
+        n_synthetic=n_synthetic,
+        class_weight=cascade.class_weight,
+        epochs=cascade.epochs,
+        random=random,
+        verbose=cascade.verbose,
+    )
+    del network
+    gc.collect()  # its hooks and itself hold each other
+    backbone = open_gate(cascade, state=tuned.state, sha256=tuned.sha256)
+    return Gate(backbone=backbone, head=tuned.head, history=tuned.history)
+
+
 def open_gate(cascade: GatedCascade, **instead: Any) -> AnyBackbone:
     """The gate's backbone as the parameters describe it, but for what is given ``instead``."""
     options: dict[str, Any] = {
@@ -210,6 +254,13 @@ def check_parameters(cascade: GatedCascade) -> None:
     check_thresholds(cascade.t_low, cascade.t_high)
     check_number("max_missed", cascade.max_missed, _WHERE, "(0, 1)")
     check_number("false_alarm_rate", cascade.false_alarm_rate, _WHERE, "(0, 1)")
+    check_choice("training", cascade.training, ("head", "finetune"), _WHERE)
+    if cascade.training == "finetune" and isinstance(cascade.gate, BaseDetector):
+        raise InvalidValueError(
+            f"{_WHERE}: training='finetune' tunes the weights of a network, got the detector "
+            f"gate={cascade.gate!r}. Give the name of a backbone or a module, or training='head'."
+        )
+    check_int("epochs", cascade.epochs, _WHERE, low=1)
     check_choice("calibration", cascade.calibration, CALIBRATIONS, _WHERE)
     check_class_weight(cascade.class_weight, _WHERE)
     check_choice("maps", cascade.maps, MAPS, _WHERE)

@@ -228,12 +228,16 @@ class Gate:
         or what gives its score, which then is the only feature.
     head : Head
     probability : Probability
+    history : list of dict
+        Of a backbone that was tuned: see :class:`~anomalib_lite.detectors.gate_tuning.Tuned`.
+        Empty, if it was not.
     """
 
     backbone: Any = None
     detector: Any = None
     head: Any = None
     probability: Any = None
+    history: list[dict[str, float]] = field(default_factory=list)
 
     def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """What a file must hold of it beside its backbone or detector: arrays, and JSON."""
@@ -244,6 +248,7 @@ class Gate:
             "bias": self.head.bias,
             "kind": self.probability.kind,
             "temperature": self.probability.temperature,
+            "history": self.history,
         }
         return arrays, state
 
@@ -257,7 +262,8 @@ class Gate:
             if x.ndim != 1 or x.shape != y.shape or not len(x):
                 raise ValueError(f"isotonic corners have shapes {x.shape} and {y.shape}")
             probability = Probability("isotonic", x=x, y=y)
-        return cls(head=head, probability=probability)
+        history = [dict(epoch) for epoch in state.get("history", [])]  # older files have none
+        return cls(head=head, probability=probability, history=history)
 
     def features(
         self, source: ImageSource, options: Any

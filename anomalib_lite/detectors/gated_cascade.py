@@ -40,12 +40,17 @@ class GatedCascade(Answers, BaseEstimator):
     Parameters
     ----------
     gate : str, torch.nn.Module or BaseDetector, default="efficientnet_lite0"
-        A backbone, as in :class:`~anomalib_lite.PatchCore`, whose frozen features (mean and
+        A backbone, as in :class:`~anomalib_lite.PatchCore`, whose features (mean and
         maximum over all positions, of the layers of stride 16 and 32) a logistic regression
         judges; or an unfitted detector, whose score it judges.
     detector : BaseDetector, optional
         The heatmap model, unfitted; by default ``PatchCore()`` with the device, engine, batch size
         and the like of the cascade.
+    training : {"head", "finetune"}, default="head"
+        What learns in a gate that is a network: the logistic regression alone, or then the
+        network's own weights too, by :func:`~anomalib_lite.detectors.gate_tuning.tune_gate`.
+    epochs : int, default=20
+        Of ``training="finetune"``.
     t_low, t_high : float, optional
         In [0, 1]. The gate calls an image normal below ``t_low``, anomalous above ``t_high``, and
         leaves it to the heatmap model between. By default both are chosen by ``fit``.
@@ -77,7 +82,8 @@ class GatedCascade(Answers, BaseEstimator):
     detector_ : BaseDetector
         The fitted heatmap model.
     gate_ : Gate
-        The fitted gate: its ``backbone`` or ``detector``, its ``head``, its ``probability``.
+        The fitted gate: its ``backbone`` or ``detector``, its ``head``, its ``probability``, and
+        the ``history`` of its tuning.
     routing_ : Routing
         ``t_low``, ``t_high`` and the ``threshold`` of the heatmap model.
     threshold_ : float
@@ -122,6 +128,8 @@ class GatedCascade(Answers, BaseEstimator):
         gate: Any = "efficientnet_lite0",
         detector: Any = None,
         *,
+        training: str = "head",
+        epochs: int = 20,
         t_low: float | None = None,
         t_high: float | None = None,
         max_missed: float = 0.01,
@@ -142,6 +150,8 @@ class GatedCascade(Answers, BaseEstimator):
     ) -> None:
         self.gate = gate
         self.detector = detector
+        self.training = training
+        self.epochs = epochs
         self.t_low = t_low
         self.t_high = t_high
         self.max_missed = max_missed
