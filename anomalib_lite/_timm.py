@@ -22,6 +22,8 @@ __all__ = ["EMBEDDED", "default_layers", "from_timm"]
 EMBEDDED = {"efficientnet_lite0": ("tf_efficientnet_lite0", load_efficientnet_lite0)}
 
 
+# A new network draws its first weights, which come from elsewhere then.
+@torch.random.fork_rng(devices=[])
 def from_timm(
     name: str, weights: str | Path | None, state: Mapping[str, Tensor] | None, where: str
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
