@@ -281,14 +281,32 @@ def test_images_of_several_sizes() -> None:
     y = np.arange(60) % 5 < 2
     examples = gate_tuning._Examples(images, y.astype(int))
     batches = list(examples.batches(np.random.RandomState(0)))
-    assert sorted(itertools.chain(*batches)) == list(range(60))
-    assert all(len({images[i].shape for i in batch}) == 1 for batch in batches)
-    assert max(map(len, batches)) == 16
+    groups = [group for batch in batches for group in batch]
+    assert sorted(itertools.chain(*groups)) == list(range(60))
+    assert all(len({images[i].shape for i in group}) == 1 for group in groups)
+    assert [sum(map(len, batch)) for batch in batches] == [15] * 4  # none of them a small rest
     assert list(examples.batches(np.random.RandomState(1))) != batches
     cascade = make().fit(images, y.astype(int))
     assert len(cascade.gate_.history) == 3
     one_by_one = np.concatenate([cascade.detect([i]).probabilities for i in images[:6]])
     np.testing.assert_array_equal(cascade.detect(images[:6]).probabilities, one_by_one)
+
+
+def test_one_step_for_all_sizes_of_a_batch() -> None:
+    """The step for the mean over the whole batch, worked out one image at a time."""
+    images = [image[: 96 - 32 * (i % 2)] for i, image in enumerate(np.tile(good(12), (2, 1, 1)))]
+    examples = gate_tuning._Examples(images, np.arange(12) % 3 // 2)
+    expected, judge = (gate_tuning._Judge(backbone(Learner), examples, None) for _ in range(2))
+    by_step = torch.optim.SGD(judge.parameters(), lr=0.1)
+    gate_tuning._learn(judge, by_step, examples, "balanced", np.random.RandomState(0))
+    w = np.where(examples.y == 1, 12 / 8, 12 / 16)
+    losses = [
+        w[i] * nn.functional.softplus(-expected([image])[0] if y else expected([image])[0])
+        for i, (image, y) in enumerate(zip(images, examples.y, strict=True))
+    ]
+    torch.stack(losses).mean().backward()
+    for parameter, other in zip(expected.parameters(), judge.parameters(), strict=True):
+        torch.testing.assert_close(parameter - 0.1 * parameter.grad, other, rtol=1e-3, atol=1e-5)
 
 
 # --- From which images ------------------------------------------------------------------------

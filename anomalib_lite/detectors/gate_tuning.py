@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -80,16 +80,19 @@ class _Examples:
         weights = np.asarray(compute_sample_weight(class_weight, self.y), np.float64)
         return np.asarray(weights / weights.mean())
 
-    def batches(self, random: np.random.RandomState | None = None) -> Iterator[list[int]]:
-        """Positions, of images of one size each; shuffled if told to."""
+    def batches(self, random: np.random.RandomState | None = None) -> Iterator[list[list[int]]]:
+        """Positions in batches of about one length, each as groups of one size of image.
+
+        In their order, or shuffled if told to. Batches of one size alone would be of a single
+        image where that size is rare, and a step for that one a step too far.
+        """
         n = len(self.images)
-        waiting: dict[tuple[int, ...], list[int]] = {}
-        for i in range(n) if random is None else random.permutation(n):
-            group = waiting.setdefault(self.images[i].shape, [])
-            group.append(int(i))
-            if len(group) == _BATCH:
-                yield waiting.pop(self.images[i].shape)
-        yield from waiting.values()
+        order = np.arange(n) if random is None else random.permutation(n)
+        for batch in np.array_split(order, math.ceil(n / _BATCH)):
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for i in batch.tolist():
+                groups.setdefault(self.images[i].shape, []).append(i)
+            yield list(groups.values())
 
 
 class _Judge(nn.Module):
@@ -141,9 +144,9 @@ class _Judge(nn.Module):
     def _all(self, ask: Any, examples: _Examples) -> np.ndarray:
         """What ``ask`` says of each image, in their order."""
         answers: dict[int, np.ndarray] = {}
-        for batch in examples.batches():
-            found = ask([examples.images[i] for i in batch]).double().cpu().numpy()
-            answers |= dict(zip(batch, found, strict=True))
+        for group in chain.from_iterable(examples.batches()):
+            found = ask([examples.images[i] for i in group]).double().cpu().numpy()
+            answers |= dict(zip(group, found, strict=True))
         return np.stack([answers[i] for i in range(len(examples.images))])
 
 
@@ -201,7 +204,8 @@ def tune_gate(
     -----
     The line is first fitted on the frozen network's features as :meth:`Head.fit
     <anomalib_lite.detectors.gate.Head.fit>` does, and then tuned with the network: so the first
-    steps do not undo what the network knows [3]_. The loss of a batch is the cross-entropy
+    steps do not undo what the network knows [3]_. The loss of a batch of B images, 16 or a few
+    less, is the cross-entropy
 
     .. math:: - \\frac{1}{B} \\sum_i w_{y_i} (y_i \\log p_i + (1 - y_i) \\log (1 - p_i))
 
@@ -321,13 +325,15 @@ def _learn(
     """One epoch; the mean loss in it."""
     weights, total = train.weights(class_weight), 0.0
     for batch in train.batches(random):
-        logits = judge([train.images[i] for i in batch])
-        y, w = (logits.new_tensor(array[batch]) for array in (train.y, weights))
-        loss = binary_cross_entropy_with_logits(logits, y, w)
+        n = sum(map(len, batch))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        for group in batch:  # gradients add up
+            logits = judge([train.images[i] for i in group])
+            y, w = (logits.new_tensor(array[group]) for array in (train.y, weights))
+            loss = binary_cross_entropy_with_logits(logits, y, w, reduction="sum") / n
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += n * loss.item()
         optimizer.step()
-        total += len(batch) * loss.item()
     return total / len(train.y)
 
 

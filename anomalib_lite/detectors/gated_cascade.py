@@ -75,7 +75,7 @@ class GatedCascade(Answers, BaseEstimator):
         Of the gate, as in :class:`~anomalib_lite.PatchCore`; detectors that are given have their
         own.
     random_state : int, RandomState or None, default=0
-        Seed of what is held out, and of synthetic anomalies.
+        Seed of what is held out, of synthetic anomalies, and of ``training="finetune"``.
 
     Attributes
     ----------
@@ -100,7 +100,8 @@ class GatedCascade(Answers, BaseEstimator):
     Half of the normal images at most, as many as ``false_alarm_rate`` needs, are held out for the
     thresholds. The heatmap model is fitted on the others; so is the gate, but for a quarter of
     them that calibrate its probability and, where there are no labels, give the synthetic
-    anomalies that ``t_low`` is chosen by. Why the rate holds is told at ``calibrate_routing``, the
+    anomalies that ``t_low`` is chosen by. What ``training="finetune"`` validates by is part of what
+    the gate learns from. Why the rate holds is told at ``calibrate_routing``, the
     formula of the score at ``Routing``, both in :mod:`anomalib_lite.detectors.routing`.
 
     Cascades of classifiers of growing cost: Viola and Jones, "Rapid object detection using a
