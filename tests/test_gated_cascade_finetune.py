@@ -143,7 +143,11 @@ def fitted(weights: Path, last_is_best: None) -> GatedCascade:
 # --- What is learned --------------------------------------------------------------------------
 
 
-def test_it_tells_a_defect_that_the_frozen_network_does_not(weights: Path) -> None:
+def test_it_tells_a_defect_that_the_frozen_network_does_not(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This network's weights are random: it has everything to learn and nothing to forget.
+    monkeypatch.setattr(gate_tuning, "LEARNING_RATE", 1e-3)
     images, y = labelled(120, 80)
     new, truth = np.concatenate([good(60, 7), bad(60, 8)]), np.repeat([0, 1], 60)
     areas = {}
@@ -354,10 +358,15 @@ def test_labelled_images_are_learned_from_once_each(learned_from: list[Any]) -> 
     assert len(cascade.anomaly_probabilities_) == 10
 
 
-def test_synthetic_anomalies_are_made_once(learned_from: list[Any]) -> None:
+def test_synthetic_anomalies_are_made_once(
+    learned_from: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds, made = [], gate_tuning._made
+    monkeypatch.setattr(gate_tuning, "_made", lambda *a: (seeds.append(a[2]), made(*a))[1])
     images = good(60)
     cascade = make(epochs=3).fit(images)
     [(train, validation)] = learned_from
+    assert len(set(seeds)) == len(seeds) == 2  # one for each part
     assert [np.bincount(part.y).tolist() for part in (train, validation)] == [[29, 58], [7, 14]]
     normal = [positions(part, 0, images) for part in (train, validation)]
     assert not normal[0] & normal[1]
