@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from anomalib_lite._validation import closest
 from anomalib_lite._weights import load_efficientnet_lite0, load_state, load_weights
 from anomalib_lite.errors import InvalidValueError
 
-__all__ = ["EMBEDDED", "from_timm"]
+__all__ = ["EMBEDDED", "default_layers", "from_timm"]
 
 # Networks whose weights come as a Python package: our name, timm's name, and who loads them.
 EMBEDDED = {"efficientnet_lite0": ("tf_efficientnet_lite0", load_efficientnet_lite0)}
 
 
+# A new network draws its first weights, which come from elsewhere then.
+@torch.random.fork_rng(devices=[])
 def from_timm(
     name: str, weights: str | Path | None, state: Mapping[str, Tensor] | None, where: str
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -61,6 +63,18 @@ def from_timm(
         network = _from_hub(timm_name, kwargs, where)
     stages: Any = structure.feature_info
     return network, stages.info
+
+
+def default_layers(stages: list[dict[str, Any]], wanted: Sequence[int]) -> list[str]:
+    """Names of the stages of these strides; of a vision transformer, the blocks half and three
+    quarters of the way through.
+    """
+    names = [stage["module"] for stage in stages]
+    strides = [stage["reduction"] for stage in stages]
+    if len(stages) > 1 and len(set(strides)) == 1:  # a vision transformer
+        depth = len(stages)
+        return [names[depth // 2 - 1], names[depth * 3 // 4 - 1]]
+    return [name for name, stride in zip(names, strides, strict=True) if stride in wanted]
 
 
 def _from_hub(name: str, kwargs: dict[str, Any], where: str) -> nn.Module:

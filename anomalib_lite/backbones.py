@@ -18,7 +18,7 @@ from anomalib_lite._adapter import Adapter
 from anomalib_lite._attention import class_attention, find_attention
 from anomalib_lite._device import has_depthwise, resolve_device, resolve_dtype
 from anomalib_lite._folding import fold_batch_norms
-from anomalib_lite._timm import EMBEDDED, from_timm
+from anomalib_lite._timm import EMBEDDED, default_layers, from_timm
 from anomalib_lite._validation import closest
 from anomalib_lite._weights import load_state, weights_sha256
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
@@ -70,6 +70,8 @@ class Backbone:
         Changes of the weights that :mod:`~anomalib_lite.lora` has learned.
     state : mapping of str to tensor, optional
         Weights at hand already, as a model file holds them: used instead of any other source.
+    trainable : bool, default=False
+        Whether the weights may learn: maps then have gradients, and ``network`` its own tensors.
     where : str
         Who asks; the first word of error messages.
 
@@ -122,6 +124,7 @@ class Backbone:
         attention: bool = False,
         adapter: Adapter | None = None,
         state: Mapping[str, Tensor] | None = None,
+        trainable: bool = False,
         where: str = "Backbone",
     ) -> None:
         self.where, self.fusion, self.scales, self.adapter = where, fusion, tuple(scales), adapter
@@ -144,7 +147,7 @@ class Backbone:
                 f"{where}: backbone must be a name or a torch.nn.Module, "
                 f"got {type(backbone).__name__}."
             )
-        chosen = _default_layers(stages, strides) if layers is None else layers
+        chosen = default_layers(stages, strides) if layers is None else layers
         if layers is None and not chosen:
             self.layers: list[str] = []  # the module gives its maps itself
         else:
@@ -162,7 +165,9 @@ class Backbone:
         self.pixels_at_once = _PIXELS_AT_ONCE.get((self.device.type, self.dtype), sys.maxsize)
         if adapter is not None:
             adapter.add_to(network, where)
-        network = fold_batch_norms(network.eval().requires_grad_(False), keep=self.layers)
+        network.eval().requires_grad_(trainable)
+        if not trainable:
+            network = fold_batch_norms(network, keep=self.layers)
         for name in self.layers:
             network.get_submodule(name).register_forward_hook(partial(self._capture, name))
         self._attention: Any = None
@@ -213,8 +218,8 @@ class Backbone:
         list of tensors of shape (B, C, h, w)
             One per layer (and scale), of ``dtype``, on ``device``. With ``fusion="summary"`` as
             many of shape (B, C, 1, 1) follow: the class tokens, or means over all positions; and
-            last the attention, if asked for. They have gradients only if something was put into
-            ``network`` that learns.
+            last the attention, if asked for. They have gradients only if ``trainable``, or if
+            something was put into ``network`` that learns.
 
         Raises
         ------
@@ -388,12 +393,3 @@ class Backbone:
 
 class _LastLayerReached(Exception):  # noqa: N818, it is no error
     """Ends a forward pass once every layer asked for has been seen."""
-
-
-def _default_layers(stages: list[dict[str, Any]], wanted: Sequence[int]) -> list[str]:
-    names = [stage["module"] for stage in stages]
-    strides = [stage["reduction"] for stage in stages]
-    if len(stages) > 1 and len(set(strides)) == 1:  # a vision transformer
-        depth = len(stages)
-        return [names[depth // 2 - 1], names[depth * 3 // 4 - 1]]
-    return [name for name, stride in zip(names, strides, strict=True) if stride in wanted]

@@ -65,7 +65,7 @@ def save(
     path : str or Path
         Written under another name beside its place, then renamed over it.
     include_backbone : bool, default=False
-        Whether the backbone's weights go into the file.
+        Whether the backbone's weights go into the file. Those of a gate that was tuned always do.
 
     Raises
     ------
@@ -112,8 +112,9 @@ def save(
 def _describe(detector: Any, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a file has of a detector: tensors by name, and JSON."""
     name, parts = type(detector).__name__, {}
-    parameters = detector.get_params(False)
+    parameters, with_weights = detector.get_params(False), include_backbone
     if isinstance(detector, GatedCascade):
+        with_weights |= bool(detector.gate_.history)  # tuned weights exist nowhere else
         arrays, state = get_state(detector)
         backbone: AnyBackbone | None = detector.gate_.backbone
         parts = {"detector": detector.detector_, "gate": detector.gate_.detector}
@@ -140,7 +141,7 @@ def _describe(detector: Any, include_backbone: bool) -> tuple[dict[str, Any], di
         if backbone.adapter is not None:
             factors, header["backbone"]["adapter"] = backbone.adapter.to_arrays()
             tensors |= {_ADAPTER + k: v for k, v in factors.items()}
-        if include_backbone:
+        if with_weights:
             tensors |= {_BACKBONE + k: v for k, v in backbone.original_state().items()}
     for part, fitted in parts.items():
         if fitted is not None:

@@ -26,7 +26,7 @@ from scipy.stats import beta
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, errors, load, plotting
 from anomalib_lite._arguments import make_parser
-from anomalib_lite.backbones import EMBEDDED, _default_layers
+from anomalib_lite._timm import EMBEDDED, default_layers
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.cli import main
 from anomalib_lite.detectors.routing import anomalies_needed
@@ -234,7 +234,7 @@ def test_default_layers() -> None:
         with torch.device("meta"):  # the structure alone
             network = timm.create_model(EMBEDDED.get(name, (name,))[0], features_only=True)
         info = network.feature_info.info
-        chosen = [stage for stage in info if stage["module"] in _default_layers(info, (8, 16))]
+        chosen = [stage for stage in info if stage["module"] in default_layers(info, (8, 16))]
         assert [stage["module"] for stage in chosen] == layers.split(", "), name
         assert sum(stage["num_chs"] for stage in chosen) == int(n_features), name
         assert min(stage["reduction"] for stage in chosen) == int(pixels), name

@@ -72,7 +72,7 @@ LAZY = {("detectors.base", "save", "persistence")}
 
 TORCH = {
     *("images", "backbones", "fusion", "lora", "export", "coreset", "memory_bank", "gaussian"),
-    "persistence",
+    *("persistence", "detectors.gate_tuning"),
 }
 FAISS = {"memory_bank", "coreset"}
 MOST_LINES = 400

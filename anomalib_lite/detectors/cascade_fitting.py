@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,53 +15,42 @@ from sklearn.utils import check_random_state
 
 from anomalib_lite._moments import Moments
 from anomalib_lite._validation import (
-    check_choice,
     check_image_size,
-    check_int,
-    check_number,
-    check_seed,
-    normal_indices,
 )
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.gate import (
-    CALIBRATIONS,
     Gate,
     Head,
     Probability,
     Whitening,
-    check_class_weight,
     embed_images,
 )
 from anomalib_lite.detectors.patchcore import PatchCore
-from anomalib_lite.detectors.routing import anomalies_needed
-from anomalib_lite.engines import ENGINES, AnyBackbone, open_backbone
-from anomalib_lite.errors import CalibrationWarning, InvalidTypeError, InvalidValueError
+from anomalib_lite.detectors.routing import (
+    Routing,
+    anomalies_needed,
+    calibrate_routing,
+    losses_allowed,
+)
+from anomalib_lite.engines import AnyBackbone, open_backbone
+from anomalib_lite.errors import CalibrationWarning, InvalidValueError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.synthetic import SyntheticAnomalies
 
 if TYPE_CHECKING:
     from anomalib_lite.detectors.gated_cascade import GatedCascade
 
-__all__ = [
-    "MAPS",
-    "check_parameters",
-    "check_thresholds",
-    "classes",
-    "labels_of",
-    "learn_cascade",
-    "open_gate",
-]
+__all__ = ["learn_cascade", "open_gate"]
 
-MAPS = ("escalated", "always")
 _WHERE = "GatedCascade"
 # Later layers than a heatmap needs: a gate must know that something is odd, not where.
 _STRIDES = (16, 32)
 # What a heatmap model that nobody gave has of the cascade.
 _SHARED = ("device", "dtype", "engine", "batch_size", "on_error", "max_pixels", "random_state")
 _FEWEST = 8
-# Synthetic anomalies to learn from, at least and at most.
-_TO_LEARN = (64, 512)
+# Synthetic anomalies to learn from, and to make a probability by: at least and at most.
+_TO_LEARN, _TO_CHECK = (64, 512), (64, 256)
 # To hold out, four times as many as are needed, which lets 0.6 of max_missed be lost in place of
 # 0.33, but no more than this for the sake of it.
 _MANY = 2000
@@ -85,40 +75,27 @@ class _Groups:
 
 
 def learn_cascade(
-    cascade: GatedCascade, source: ImageSource, normal: np.ndarray, anomalous: np.ndarray
+    cascade: GatedCascade,
+    source: ImageSource,
+    normal: np.ndarray,
+    anomalous: np.ndarray,
+    parts: np.ndarray,
 ) -> dict[str, Any]:
     """What ``fit`` finds out, by the names of the fitted attributes; the thresholds come after."""
     random = check_random_state(cascade.random_state)
-    groups = _split(normal, anomalous, cascade, random)
+    groups = _split(normal, anomalous, parts, cascade, random)
+    gate, features, skipped = _learn_gate(cascade, source, groups, random)
     seeds = random.randint(2**31, size=2)
-    gate, judged = _begin_gate(cascade, source, groups.learn)
-    features, skipped = gate.features(source, cascade)
-    groups.keep(np.isfinite(features).all(axis=1))
-    _check_enough(groups, source, skipped, labelled=len(anomalous) > 0)
-    learn = np.intersect1d(groups.learn, judged)
-    bad = [features[groups.learn_bad]] if len(groups.learn_bad) else []
-    if not len(groups.check_bad):
-        n = int(np.clip(2 * len(learn), *_TO_LEARN))
-        made = _synthetic(source.take(learn), n, int(seeds[0]))
-        bad.append(np.concatenate([gate.features(images, cascade)[0] for images in made]))
-    gate.head = Head.fit(features[learn], bad, cascade.class_weight, _WHERE)
-    detector = _fit_detector(cascade, source.take(np.r_[groups.learn, groups.check]))
-    if len(groups.check_bad):
-        bad_features = features[groups.check_bad]
-        bad_scores = detector.detect(source.take(groups.check_bad), maps=False).scores
-    else:
-        needed = anomalies_needed(cascade.max_missed)
-        n = max(needed, min(4 * needed, _MANY))
-        parts = [
-            (gate.features(images, cascade)[0], detector.detect(images, maps=False).scores)
-            for images in _synthetic(source.take(groups.check), n, int(seeds[1]))
-        ]
-        bad_features, bad_scores = (np.concatenate(part) for part in zip(*parts, strict=True))
-    seen_bad = np.isfinite(bad_scores)
-    logits = gate.head.logits(np.concatenate([features[groups.check], bad_features]))
-    y = np.repeat([0, 1], [len(groups.check), len(bad_features)])
-    # It keeps the order, so t_low may be chosen by the same anomalies.
+    enough = len(groups.check_bad) > 0
+    bad = features[groups.check_bad]
+    if not enough:
+        n = int(np.clip(2 * len(groups.check), *_TO_CHECK))
+        made = _synthetic(source.take(groups.check), n, int(seeds[0]))
+        bad = np.concatenate([gate.features(images, cascade)[0] for images in made])
+    logits = gate.head.logits(np.concatenate([features[groups.check], bad]))
+    y = np.repeat([0, 1], [len(groups.check), len(bad)])
     gate.probability = Probability.fit(cascade.calibration, logits, y, cascade.class_weight)
+    detector = _fit_detector(cascade, source.take(np.r_[groups.learn, groups.check]))
     found = detector.detect(source.take(groups.hold), maps=False)
     seen = np.isfinite(found.scores)
     if not seen.any():
@@ -126,40 +103,135 @@ def learn_cascade(
             f"{_WHERE}: the heatmap model could use none of {len(seen)} held-out normal images; "
             f"the first: {found.skipped[0][1]}"
         )
+    p, s = gate.probabilities(features[groups.hold])[seen], found.scores[seen].astype(np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # comes with the thresholds
+        routing = calibrate_routing(p, s, cascade.false_alarm_rate, t_high=cascade.t_high)
+    needed = anomalies_needed(cascade.max_missed)
+    n_made = max(needed, min(4 * needed, _MANY))
+    made = _synthetic(source.take(groups.check), n_made, int(seeds[1]))
+    anomalies = [source.take(groups.check_bad)] if enough else made
+    n = len(groups.check_bad) if enough else n_made
+    judged = _judge(cascade, gate, detector, anomalies, routing, n)
     return {
         "gate_": gate,
         "detector_": detector,
-        "calibration_probabilities_": gate.probabilities(features[groups.hold])[seen],
-        "calibration_detector_scores_": np.asarray(found.scores[seen], np.float64),
-        "anomaly_probabilities_": gate.probabilities(bad_features)[seen_bad],
-        "anomaly_detector_scores_": np.asarray(bad_scores[seen_bad], np.float64),
+        "calibration_probabilities_": p,
+        "calibration_detector_scores_": s,
+        "anomaly_probabilities_": judged[0],
+        "anomaly_detector_scores_": judged[1],
         "skipped_": [(source.names[i], reason) for i, reason in sorted(skipped)],
     }
 
 
 def _split(
-    normal: np.ndarray, anomalous: np.ndarray, cascade: GatedCascade, random: np.random.RandomState
+    normal: np.ndarray,
+    anomalous: np.ndarray,
+    parts: np.ndarray,
+    cascade: GatedCascade,
+    random: np.random.RandomState,
 ) -> _Groups:
     if len(normal) < _FEWEST:
         raise InvalidValueError(
             f"{_WHERE}: fit needs at least {_FEWEST} normal images, to learn from and to hold out, "
             f"got {len(normal)}. Give more."
         )
+    n_parts = len(np.unique(parts[normal]))
+    if n_parts < 3:
+        raise InvalidValueError(
+            f"{_WHERE}: groups must have at least 3 different values among normal images, to "
+            f"learn from, to check by and to hold out, got {n_parts}. Give images of more parts, "
+            "or leave groups out."
+        )
     n = len(normal)
-    normal, anomalous = random.permutation(normal), random.permutation(anomalous)
+    normal, anomalous = (_shuffled(indices, parts, random) for indices in (normal, anomalous))
     n_hold = min(max(calibration_size(cascade.false_alarm_rate), n // 5), n // 2)
-    n_learn = n - n_hold - (n - n_hold) // 4
+    end = _cut(parts[normal], n - n_hold, least=2)
+    n_learn = _cut(parts[normal[:end]], end - (n - n_hold) // 4)
     # Where half of the labelled anomalies could show nothing, they are of more use in learning.
-    half = (len(anomalous) + 1) // 2
-    if len(anomalous) - half < anomalies_needed(cascade.max_missed):
-        half = len(anomalous)
+    half = len(anomalous)
+    if half // 2 >= anomalies_needed(cascade.max_missed):
+        half = _cut(parts[anomalous], (half + 1) // 2)
     return _Groups(
         learn=normal[:n_learn],
-        check=normal[n_learn : n - n_hold],
-        hold=normal[n - n_hold :],
+        check=normal[n_learn:end],
+        hold=normal[end:],
         learn_bad=anomalous[:half],
         check_bad=anomalous[half:],
     )
+
+
+def _shuffled(indices: np.ndarray, parts: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+    """The indices in random order, those of one part side by side."""
+    indices = random.permutation(indices)
+    names, inverse = np.unique(parts[indices], return_inverse=True)
+    if len(names) == len(indices):
+        return indices
+    return np.asarray(indices[np.argsort(random.permutation(len(names))[inverse], kind="stable")])
+
+
+def _cut(parts: np.ndarray, wanted: int, least: int = 1) -> int:
+    """The end of a part that is nearest to ``wanted``, with at least so many parts before it and
+    one after; the end of all, if there is no such.
+    """
+    ends = np.append(np.flatnonzero(parts[1:] != parts[:-1])[least - 1 :] + 1, [])
+    return int(ends[np.argmin(np.abs(ends - wanted))]) if len(ends) else len(parts)
+
+
+def _learn_gate(
+    cascade: GatedCascade, source: ImageSource, groups: _Groups, random: np.random.RandomState
+) -> tuple[Gate, np.ndarray, list[tuple[int, str]]]:
+    """A gate that lacks its probability, its features of all images, and what was skipped; images
+    that cannot be used are taken out of ``groups``.
+    """
+    labelled = len(groups.learn_bad) > 0
+    gate, judged = _begin_gate(cascade, source, groups.learn)
+    features, skipped = gate.features(source, cascade)
+    groups.keep(np.isfinite(features).all(axis=1))
+    _check_enough(groups, source, skipped, labelled=labelled)
+    learn = np.intersect1d(groups.learn, judged)
+    # Labelled ones that are too few to hold some out are too few to learn from alone.
+    n_made = 0 if len(groups.check_bad) else int(np.clip(2 * len(learn), *_TO_LEARN))
+    if cascade.training == "finetune":
+        known = source.take(groups.learn_bad) if labelled else None
+        gate = _tune(cascade, gate, source.take(learn), known, n_made, random)
+        return gate, *gate.features(source, cascade)
+    bad = [features[groups.learn_bad]] if labelled else []
+    if n_made:
+        made = _synthetic(source.take(learn), n_made, random.randint(2**31))
+        bad.append(np.concatenate([gate.features(images, cascade)[0] for images in made]))
+    gate.head = Head.fit(features[learn], bad, cascade.class_weight, _WHERE)
+    return gate, features, skipped
+
+
+def _judge(
+    cascade: GatedCascade,
+    gate: Gate,
+    detector: Any,
+    anomalies: Iterable[ImageSource],
+    routing: Routing,
+    n: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities and heatmap scores (n,) of anomalies, as :func:`lowest_probability` needs them.
+
+    The heatmap model takes its time. Once more than may be lost are found, it is asked no more of
+    anomalies that the gate is surer of: ``t_low`` will be below these. Their scores are NaN.
+    """
+    allowed = losses_allowed(n, cascade.max_missed)
+    found, p, s = np.empty(0), [], []
+    for images in anomalies:
+        chances = gate.probabilities(gate.features(images, cascade)[0])
+        scores = np.full(len(chances), np.nan)
+        bound = found[allowed] if len(found) > allowed >= 0 else np.inf
+        asked = np.flatnonzero(chances <= bound)
+        if len(asked):
+            scores[asked] = detector.detect(images.take(asked), maps=False).scores
+            usable = ~np.isnan(scores[asked])
+            found = np.sort(np.r_[found, chances[scores > routing.threshold]])
+        kept = np.setdiff1d(np.arange(len(chances)), asked[~usable] if len(asked) else [])
+        p.append(chances[kept])
+        s.append(scores[kept])
+    return np.concatenate(p), np.concatenate(s)
 
 
 def _begin_gate(
@@ -169,6 +241,8 @@ def _begin_gate(
     if not isinstance(cascade.gate, BaseDetector):
         backbone = open_gate(cascade)
         check_image_size(cascade.image_size, _WHERE, stride=backbone.stride)
+        if cascade.training == "finetune":
+            return Gate(backbone=backbone), learn
         whitening = Whitening.fit(_moments(backbone, source.take(learn), cascade))
         return Gate(backbone=backbone, whitening=whitening), learn
     # The scores of images that it was fitted on would be too low.
@@ -177,6 +251,44 @@ def _begin_gate(
         warnings.simplefilter("ignore", CalibrationWarning)  # its own threshold is not used
         detector = clone(cascade.gate).fit(source.take(learn[:half]))
     return Gate(detector=detector), learn[half:]
+
+
+def _tune(
+    cascade: GatedCascade,
+    gate: Gate,
+    normal: ImageSource,
+    anomalous: ImageSource | None,
+    n_synthetic: int,
+    random: np.random.RandomState,
+) -> Gate:
+    """The gate with a network of its own: tuned, as is the head, and run as the frozen one was."""
+    from anomalib_lite.backbones import Backbone  # torch, only for those who ask
+    from anomalib_lite.detectors.gate_tuning import tune_gate
+
+    network = Backbone(
+        cascade.gate,
+        weights=cascade.weights,
+        strides=_STRIDES,
+        device=gate.backbone.device,
+        dtype="float32",
+        trainable=True,
+        where=gate.backbone.where,
+    )
+    tuned = tune_gate(
+        network,
+        normal,
+        anomalous,
+        image_size=cascade.image_size,
+        n_synthetic=n_synthetic,
+        class_weight=cascade.class_weight,
+        epochs=cascade.epochs,
+        random=random,
+        verbose=cascade.verbose,
+    )
+    del network
+    gc.collect()  # its hooks and itself hold each other
+    backbone = open_gate(cascade, state=tuned.state, sha256=tuned.sha256)
+    return Gate(backbone=backbone, head=tuned.head, history=tuned.history)
 
 
 def open_gate(cascade: GatedCascade, **instead: Any) -> AnyBackbone:
@@ -233,79 +345,3 @@ def _fit_detector(cascade: GatedCascade, normal: ImageSource) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # its own threshold is not used
         return clone(detector).fit(normal)
-
-
-def check_parameters(cascade: GatedCascade) -> None:
-    """Raise for the first constructor argument of a cascade that cannot be used."""
-    _check_models(cascade)
-    check_thresholds(cascade.t_low, cascade.t_high)
-    check_number("max_missed", cascade.max_missed, _WHERE, "(0, 1)")
-    check_number("false_alarm_rate", cascade.false_alarm_rate, _WHERE, "(0, 1)")
-    check_choice("calibration", cascade.calibration, CALIBRATIONS, _WHERE)
-    check_class_weight(cascade.class_weight, _WHERE)
-    check_choice("maps", cascade.maps, MAPS, _WHERE)
-    check_choice("engine", cascade.engine, ENGINES, _WHERE)
-    check_choice("on_error", cascade.on_error, ("raise", "skip"), _WHERE)
-    check_int("batch_size", cascade.batch_size, _WHERE, low=1)
-    check_int("max_pixels", cascade.max_pixels, _WHERE, low=1)
-    check_image_size(cascade.image_size, _WHERE)
-    check_seed(cascade.random_state, _WHERE)
-    for model in (cascade.gate, cascade.detector):
-        if isinstance(model, BaseDetector):
-            model._check_parameters()  # before the gate has learned, which takes its time
-
-
-def _check_models(cascade: GatedCascade) -> None:
-    gate, detector = cascade.gate, cascade.detector
-    if isinstance(gate, type) or not (
-        isinstance(gate, str | BaseDetector) or hasattr(gate, "state_dict")
-    ):
-        raise InvalidTypeError(
-            f"{_WHERE}: gate must be the name of a backbone, a torch.nn.Module or a detector such "
-            f"as PatchCore(image_size=64), got {gate!r}."
-        )
-    if detector is not None and not isinstance(detector, BaseDetector):
-        raise InvalidTypeError(
-            f"{_WHERE}: detector must be a detector such as PaDiM(image_size=(256, 256)), or None "
-            f"for PatchCore, got {detector!r}."
-        )
-    if cascade.weights is not None and not isinstance(gate, str):
-        raise InvalidValueError(
-            f"{_WHERE}: weights go with the name of a backbone, got gate={gate!r}."
-        )
-
-
-def check_thresholds(t_low: Any, t_high: Any) -> None:
-    """Raise unless those that are given are 0 <= t_low <= t_high <= 1."""
-    for name, value in (("t_low", t_low), ("t_high", t_high)):
-        if value is not None:
-            check_number(name, value, _WHERE, "[0, 1]")
-    if t_low is not None and t_high is not None and t_low > t_high:
-        raise InvalidValueError(
-            f"{_WHERE}: t_low must not exceed t_high, got {t_low!r} and {t_high!r}: below t_low "
-            "the gate says normal, above t_high anomalous."
-        )
-
-
-def classes(images: Any, y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the normal and of the anomalous among ``n`` images."""
-    normal = np.arange(n)
-    if y is not None:
-        normal = normal_indices(y, n, _WHERE)
-    elif isinstance(images, list | tuple) and any(getattr(item, "label", 0) for item in images):
-        raise InvalidValueError(
-            f"{_WHERE}: images holds samples labelled anomalous. Pass their labels, "
-            "y=[sample.label for sample in samples]."
-        )
-    return normal, np.setdiff1d(np.arange(n), normal)
-
-
-def labels_of(y: Any, n: int) -> np.ndarray:
-    """Return ``n`` labels as int64, 0 for normal and 1 for anomalous."""
-    labels = np.asarray(y)
-    if labels.shape != (n,) or not np.isin(labels, (0, 1)).all():
-        raise InvalidValueError(
-            f"{_WHERE}: y must hold {n} labels, 0 for normal and 1 for anomalous, got shape "
-            f"{labels.shape} with values {np.unique(labels)[:5].tolist()}."
-        )
-    return labels.astype(np.int64)

@@ -30,6 +30,8 @@ __all__ = [
     "Whitening",
     "check_class_weight",
     "embed_images",
+    "example_weights",
+    "pooled",
 ]
 
 CALIBRATIONS = ("temperature", "isotonic")
@@ -131,6 +133,27 @@ class Whitening:
         return np.concatenate([numbers, np.sqrt((w**2).mean(axis=0)), w[far].mean(axis=0)])
 
 
+def pooled(E: np.ndarray) -> np.ndarray:
+    """Mean and maximum over all positions: (B, h, w, D) -> (B, 2 D)."""
+    return np.concatenate([E.mean(axis=(1, 2)), E.max(axis=(1, 2))], axis=1)
+
+
+def example_weights(n_normal: int, kinds: Sequence[int], class_weight: Any) -> np.ndarray:
+    """(N,) weights of normal images, then of anomalies, of which there are so many of each kind.
+
+    Classes as in scikit-learn; of the anomalies, all kinds together weigh the same.
+
+    Examples
+    --------
+    >>> example_weights(4, [1, 3], "balanced").round(2).tolist()
+    [1.0, 1.0, 1.0, 1.0, 2.0, 0.67, 0.67, 0.67]
+    """
+    n = sum(kinds)
+    weights = compute_sample_weight(class_weight, np.repeat([0, 1], [n_normal, n]))
+    weights[n_normal:] *= np.repeat([n / (len(kinds) * m) for m in kinds], kinds)
+    return np.asarray(weights, np.float64)
+
+
 @dataclass(frozen=True)
 class Head:
     """A line through features: positive on the side of the anomalies.
@@ -183,9 +206,7 @@ class Head:
             )
         X = np.concatenate([normal, *anomalous]).astype(np.float64)
         y = np.repeat([0, 1], [len(normal), sum(sizes)])
-        weights = compute_sample_weight(class_weight, y)
-        shares = np.repeat([sum(sizes) / (len(sizes) * m) for m in sizes], sizes)
-        weights[len(normal) :] *= shares
+        weights = example_weights(len(normal), sizes, class_weight)
         scaler = StandardScaler().fit(X)
         line = LogisticRegression(C=_C, max_iter=5000).fit(scaler.transform(X), y, weights)
         slopes = line.coef_[0] / scaler.scale_
@@ -265,13 +286,16 @@ class Gate:
     Attributes
     ----------
     backbone : Backbone or CompiledBackbone, optional
-        Gives the patches of an image, and
-    whitening : Whitening
-        what is kept of them;
+        Gives the patches of an image.
+    whitening : Whitening, optional
+        Says what is kept of them; without one, as for a tuned backbone, their :func:`pooled`.
     detector : BaseDetector, optional
-        or what gives its score, which then is the only feature.
+        In place of both: its score is the only feature then.
     head : Head
     probability : Probability
+    history : list of dict
+        Of a backbone that was tuned: see :class:`~anomalib_lite.detectors.gate_tuning.Tuned`.
+        Empty, if it was not.
     """
 
     backbone: Any = None
@@ -279,6 +303,7 @@ class Gate:
     detector: Any = None
     head: Any = None
     probability: Any = None
+    history: list[dict[str, float]] = field(default_factory=list)
 
     def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """What a file must hold of it beside its backbone or detector: arrays, and JSON."""
@@ -291,6 +316,7 @@ class Gate:
             "bias": self.head.bias,
             "kind": self.probability.kind,
             "temperature": self.probability.temperature,
+            "history": self.history,
         }
         return arrays, state
 
@@ -317,7 +343,8 @@ class Gate:
                     f"the gate's center and factor have shapes {center.shape} and {factor.shape}"
                 )
             whitening = Whitening(center, factor)
-        return cls(whitening=whitening, head=head, probability=probability)
+        history = [dict(epoch) for epoch in state.get("history", [])]
+        return cls(whitening=whitening, head=head, probability=probability, history=history)
 
     def features(
         self, source: ImageSource, options: Any
@@ -329,7 +356,7 @@ class Gate:
         found: np.ndarray | None = None
         skipped: list[tuple[int, str]] = []
         for indices, E in embed_images(self.backbone, source, options, skipped):
-            rows = self.whitening.summaries(E)
+            rows = pooled(E) if self.whitening is None else self.whitening.summaries(E)
             if found is None:
                 found = np.full((len(source), rows.shape[1]), np.nan, np.float32)
             found[indices] = rows

@@ -13,14 +13,15 @@ from sklearn.base import BaseEstimator
 
 from anomalib_lite._validation import check_choice
 from anomalib_lite.detectors.base import Answers
-from anomalib_lite.detectors.cascade_fitting import (
+from anomalib_lite.detectors.cascade_checks import (
     MAPS,
     check_parameters,
     check_thresholds,
     classes,
     labels_of,
-    learn_cascade,
+    parts_of,
 )
+from anomalib_lite.detectors.cascade_fitting import learn_cascade
 from anomalib_lite.detectors.detections import CascadeDetections
 from anomalib_lite.detectors.embeddings import stack
 from anomalib_lite.detectors.routing import (
@@ -45,12 +46,17 @@ class GatedCascade(Answers, BaseEstimator):
     Parameters
     ----------
     gate : str, torch.nn.Module or BaseDetector, default="efficientnet_lite0"
-        A backbone, as in :class:`~anomalib_lite.PatchCore`, whose frozen features (mean and
+        A backbone, as in :class:`~anomalib_lite.PatchCore`, whose features (mean and
         maximum over all positions, of the layers of stride 16 and 32) a logistic regression
         judges; or an unfitted detector, whose score it judges.
     detector : BaseDetector, optional
         The heatmap model, unfitted; by default ``PatchCore()`` with the device, engine, batch size
         and the like of the cascade.
+    training : {"head", "finetune"}, default="head"
+        What learns in a gate that is a network: the logistic regression alone, or then the
+        network's own weights too, by :func:`~anomalib_lite.detectors.gate_tuning.tune_gate`.
+    epochs : int, default=20
+        Of ``training="finetune"``.
     t_low, t_high : float, optional
         In [0, 1]. The gate calls an image normal below ``t_low``, anomalous above ``t_high``, and
         leaves it to the heatmap model between. By default both are chosen by ``fit``.
@@ -75,14 +81,15 @@ class GatedCascade(Answers, BaseEstimator):
         Of the gate, as in :class:`~anomalib_lite.PatchCore`; detectors that are given have their
         own.
     random_state : int, RandomState or None, default=0
-        Seed of what is held out, and of synthetic anomalies.
+        Seed of what is held out, of synthetic anomalies, and of ``training="finetune"``.
 
     Attributes
     ----------
     detector_ : BaseDetector
         The fitted heatmap model.
     gate_ : Gate
-        The fitted gate: its ``backbone`` or ``detector``, its ``head``, its ``probability``.
+        The fitted gate: its ``backbone`` or ``detector``, its ``head``, its ``probability``, and
+        the ``history`` of its tuning.
     routing_ : Routing
         ``t_low``, ``t_high`` and the ``threshold`` of the heatmap model.
     threshold_ : float
@@ -90,7 +97,8 @@ class GatedCascade(Answers, BaseEstimator):
     calibration_probabilities_, calibration_detector_scores_ : ndarray of shape (n,), float64
         Of the normal images held out for the thresholds.
     anomaly_probabilities_, anomaly_detector_scores_ : ndarray of shape (m,), float64
-        Of the anomalies held out for ``t_low``: labelled ones, or else synthetic ones.
+        Of the anomalies held out for ``t_low``: labelled ones, or else synthetic ones. A score is
+        NaN where the gate was too sure for it to matter.
     skipped_ : list of (str, str)
         Name and reason of each training image left out.
 
@@ -99,7 +107,8 @@ class GatedCascade(Answers, BaseEstimator):
     Half of the normal images at most, as many as ``false_alarm_rate`` needs, are held out for the
     thresholds. The heatmap model is fitted on the others; so is the gate, but for a quarter of
     them that calibrate its probability and, where there are no labels, give the synthetic
-    anomalies that ``t_low`` is chosen by. Why the rate holds is told at ``calibrate_routing``, the
+    anomalies that ``t_low`` is chosen by. What ``training="finetune"`` validates by is part of what
+    the gate learns from. Why the rate holds is told at ``calibrate_routing``, the
     formula of the score at ``Routing``, both in :mod:`anomalib_lite.detectors.routing`.
 
     Cascades of classifiers of growing cost: Viola and Jones, "Rapid object detection using a
@@ -127,6 +136,8 @@ class GatedCascade(Answers, BaseEstimator):
         gate: Any = "efficientnet_lite0",
         detector: Any = None,
         *,
+        training: str = "head",
+        epochs: int = 20,
         t_low: float | None = None,
         t_high: float | None = None,
         max_missed: float = 0.01,
@@ -147,6 +158,8 @@ class GatedCascade(Answers, BaseEstimator):
     ) -> None:
         self.gate = gate
         self.detector = detector
+        self.training = training
+        self.epochs = epochs
         self.t_low = t_low
         self.t_high = t_high
         self.max_missed = max_missed
@@ -165,7 +178,7 @@ class GatedCascade(Answers, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, images: Any, y: Any = None) -> Self:
+    def fit(self, images: Any, y: Any = None, groups: Any = None) -> Self:
         """Train the gate, fit the heatmap model, and calibrate both together.
 
         Parameters
@@ -176,6 +189,10 @@ class GatedCascade(Answers, BaseEstimator):
             0 for normal, 1 for anomalous. The gate learns to tell them apart; the heatmap model
             is fitted on normal images alone. Without ``y``, or without anomalies in it, they are
             made from the normal images by :class:`~anomalib_lite.synthetic.SyntheticAnomalies`.
+        groups : array of shape (N,), optional
+            Which part each image shows, as in scikit-learn's splitters: numbers or strings. Where
+            a part is photographed several times, images held out would else be near copies of
+            those learned from, and the thresholds too low for parts to come.
 
         Returns
         -------
@@ -195,7 +212,8 @@ class GatedCascade(Answers, BaseEstimator):
         """
         check_parameters(self)
         source = ImageSource(images, max_pixels=self.max_pixels, where=_WHERE)
-        fitted = learn_cascade(self, source, *classes(images, y, len(source)))
+        parts = parts_of(groups, len(source))
+        fitted = learn_cascade(self, source, *classes(images, y, len(source)), parts)
         routing = self._route(fitted, self.t_low, self.t_high)
         self.__dict__.update(fitted, routing_=routing, threshold_=0.5)
         return self

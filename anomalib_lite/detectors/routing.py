@@ -20,6 +20,7 @@ __all__ = [
     "anomalies_needed",
     "calibrate_routing",
     "keeps_rate",
+    "losses_allowed",
     "lowest_probability",
 ]
 
@@ -94,7 +95,7 @@ class Routing:
 
 
 def anomalies_needed(max_missed: float) -> int:
-    """Smallest number of held-out anomalies that can show that at most this share is lost.
+    r"""Smallest number of held-out anomalies that can show that at most this share is lost.
 
     Parameters
     ----------
@@ -105,7 +106,7 @@ def anomalies_needed(max_missed: float) -> int:
     -------
     int
         The least n for which n anomalies, none of them lost, bound the share with 95 %
-        confidence: :math:`(1 - q)^n \\le 0.05`.
+        confidence: :math:`(1 - q)^n \le 0.05`.
 
     Examples
     --------
@@ -113,6 +114,24 @@ def anomalies_needed(max_missed: float) -> int:
     (299, 29)
     """
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-max_missed) - 1e-9)
+
+
+def losses_allowed(n: int, max_missed: float) -> int:
+    r"""How many of n held-out anomalies may be lost, to show that at most this share of all is.
+
+    Returns
+    -------
+    int
+        The largest k for which :math:`P(B(n, q) \le k) \le 0.05` (Clopper and Pearson); -1 if n
+        is too small even for none.
+
+    Examples
+    --------
+    >>> losses_allowed(298, 0.01), losses_allowed(299, 0.01), losses_allowed(1196, 0.01)
+    (-1, 0, 6)
+    """
+    as_few = binom.cdf(np.arange(n), n, max_missed) <= 1 - CONFIDENCE + 1e-12
+    return int(np.count_nonzero(as_few)) - 1
 
 
 def calibrate_routing(
@@ -217,7 +236,8 @@ def lowest_probability(
     Parameters
     ----------
     probabilities, detector_scores : arrays of shape (n,)
-        Of anomalies that neither model learned from, by the gate and by the heatmap model.
+        Of anomalies that neither model learned from, by the gate and by the heatmap model. NaN in
+        the second, for one that it was not asked about, counts as found.
     routing : Routing
         Has the heatmap model's threshold, and ``t_high``, which is not exceeded.
     max_missed : float
@@ -263,10 +283,8 @@ def lowest_probability(
             stacklevel=3,
         )
         return 0.0
-    # P(at most k lost) where the share that is lost were max_missed.
-    as_few = binom.cdf(np.arange(n), n, max_missed) <= 1 - CONFIDENCE + 1e-12
-    allowed = np.count_nonzero(as_few) - 1
-    found = np.sort(p[s > routing.threshold])
+    allowed = losses_allowed(n, max_missed)
+    found = np.sort(p[~(s <= routing.threshold)])
     t_low = found[allowed] if len(found) > allowed else p.max()
     return float(min(t_low, routing.t_high))
 
