@@ -38,7 +38,7 @@ from anomalib_lite.synthetic import SyntheticAnomalies
 __all__ = ["Tuned", "tune_gate"]
 
 # With steps ten times as large, a pretrained network forgets in the first epoch what it knows, and
-# few images do not teach it again.
+# it depends on the images whether it recovers.
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-4
 _BATCH = 16
 # Of normal images, and of anomalies, for validation: one in so many.
