@@ -85,13 +85,20 @@ MAHALANOBIS_OPTIONS: dict[str, tuple[Any, Any, str]] = {
 CASCADE_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "gate": (str, "efficientnet_lite0", "GatedCascade: network of the gate"),
     "gate_weights": (str, None, "GatedCascade: weights file of a gate with a timm name"),
-    "gate_image_size": (_image_size, 128, "GatedCascade: as --image-size, of the gate"),
-    "max_missed": (float, 0.01, "GatedCascade: share of anomalous images that the gate may miss"),
+    "gate_image_size": (_image_size, 160, "GatedCascade: as --image-size, of the gate"),
+    "gate_training": (str, "head", "GatedCascade: head, or finetune its network as well"),
+    "gate_epochs": (int, 20, "GatedCascade: of finetune"),
+    "max_missed": (float, 0.01, "GatedCascade: share of anomalous images that the gate may lose"),
     "t_low": (float, None, "GatedCascade: the gate says normal below (default: chosen)"),
     "t_high": (float, None, "GatedCascade: the gate says anomalous above (default: chosen)"),
 }
 # The names of these in GatedCascade, where its heatmap model has an option that is called so.
-CASCADE_PARAMETERS = {"gate_weights": "weights", "gate_image_size": "image_size"}
+CASCADE_PARAMETERS = {
+    "gate_weights": "weights",
+    "gate_image_size": "image_size",
+    "gate_training": "training",
+    "gate_epochs": "epochs",
+}
 ALL_FIT_OPTIONS = FIT_OPTIONS | PADIM_OPTIONS | MAHALANOBIS_OPTIONS | CASCADE_OPTIONS
 HEATMAP_MODELS = {"patchcore": "PatchCore", "padim": "PaDiM", "mahalanobis_vfm": "MahalanobisVFM"}
 DETECTORS = HEATMAP_MODELS | {"gated_cascade": "GatedCascade"}

@@ -173,7 +173,8 @@ class TestFit:
         """A new parameter of both must be sorted: meant for both, or for the heatmap model."""
         of_cascade = set(inspect.signature(GatedCascade).parameters)
         common = set(ALL_FIT_OPTIONS) & of_cascade - set(CASCADE_OPTIONS)
-        assert common == {*_OF_BOTH, "weights", "image_size", "calibration", "false_alarm_rate"}
+        of_each = {"weights", "image_size", "calibration", "false_alarm_rate", "epochs"}
+        assert common == {*_OF_BOTH, *of_each}
 
     @pytest.mark.parametrize(
         ("name", "cls"),

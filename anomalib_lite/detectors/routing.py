@@ -27,9 +27,9 @@ __all__ = [
 ROUTES = ("gate_normal", "gate_anomalous", "detector")
 # Of the share of anomalies that is lost.
 CONFIDENCE = 0.95
-# Of the false alarms allowed, what the gate may make by itself. The heatmap model sees more, so
-# it gets most of them.
-_GATE_SHARE = 0.25
+# Of the false alarms allowed, what the gate may make by itself: it sees what is unlike anything
+# before, the heatmap model what is small.
+_GATE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def calibrate_routing(
     Notes
     -----
     Of n + 1 exchangeable normal images, :math:`a = \lfloor (n + 1) \alpha \rfloor` may be
-    called anomalous. The gate gets :math:`a_g = \lfloor a / 4 \rfloor` of them: ``t_high`` is
+    called anomalous. The gate gets :math:`a_g = \lfloor a / 2 \rfloor` of them: ``t_high`` is
     the :math:`a_g`-th largest probability, or 1 where it gets none. The threshold is the
     :math:`(a - a_g)`-th largest score among the images that are not above ``t_high``. Were
     each of the n + 1 images judged by thresholds from the n others, the gate could exceed its

@@ -32,12 +32,13 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "gate": "efficientnet_lite0",
         "labels": True,
     },
-    # "gate_lite0_finetuned_patchcore_lite0": {
-    #     "heatmaps": LITE0,
-    #     "alone": "baseline_patchcore",
-    #     "gate": "efficientnet_lite0",
-    #     "parameters": {"training": "finetune"},
-    # },
+    "gate_lite0_finetuned_patchcore_lite0": {
+        "heatmaps": LITE0,
+        "alone": "baseline_patchcore",
+        "gate": "efficientnet_lite0",
+        "labels": True,
+        "parameters": {"training": "finetune"},
+    },
     "gate_patchcore128_patchcore_lite0": {
         "heatmaps": LITE0,
         "alone": "baseline_patchcore",
@@ -100,6 +101,8 @@ def build(name: str, seed: int, options: Mapping[str, Any]) -> Any:
         return patchcore(row["heatmaps"])
     gate, more = row["gate"], {"max_missed": options["max_missed"]} | row.get("parameters", {})
     more["image_size"] = more.get("image_size", 160) // options["shrink"]
+    if more.get("training") == "finetune" and options["shrink"] > 1:
+        more["epochs"] = 2
     if isinstance(gate, str):
         more |= _weights(gate, options)
     else:
@@ -107,13 +110,18 @@ def build(name: str, seed: int, options: Mapping[str, Any]) -> Any:
     return GatedCascade(gate, patchcore(row["heatmaps"]), **(shared | more))
 
 
-def fit(model: Any, name: str, splits: Mapping[str, Any]) -> Any:
-    """On normal images, and on labelled anomalies where the experiment has them."""
-    good = splits["train_normal"]
-    if not EXPERIMENTS[name].get("labels"):
-        return model.fit(good)
-    bad = splits["labelled"]
-    return model.fit([*good, *bad], [0] * len(good) + [1] * len(bad))
+def fit(model: Any, name: str, splits: Mapping[str, Any], parts: Mapping[Path, str]) -> Any:
+    """On normal images, and on labelled anomalies where the experiment has them; a cascade is told
+    the part that each image shows.
+    """
+    row, images = EXPERIMENTS[name], list(splits["train_normal"])
+    if "gate" not in row:
+        return model.fit(images)
+    n_good = len(images)
+    if row.get("labels"):
+        images += splits["labelled"]
+    y = [0] * n_good + [1] * (len(images) - n_good)
+    return model.fit(images, y, [parts[s.path] for s in images])
 
 
 def _weights(backbone: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,7 +154,9 @@ def sweep(
     everything anomalous needs no heatmap and misses nothing.
     """
     y = [s.label for s in samples]
-    low, high = ({pair[k] for asked in pairs.values() for pair in asked} for k in (0, 1))
+    routing = cascade.routing_
+    known = {"automatic": [(routing.t_low, routing.t_high)]}
+    low, high = ({pair[k] for asked in (pairs | known).values() for pair in asked} for k in (0, 1))
     table = cascade.sweep(samples, y, t_low=sorted(low), t_high=sorted(low | high))
     by_pair = {(row["t_low"], row["t_high"]): row for row in table.rows}
     rows = []
@@ -168,8 +170,7 @@ def sweep(
     figures = judge(answers)
     figures["ap"] = figures.pop("pr_auc")
     del figures["confusion"]
-    routing = cascade.routing_
-    lost = _share((answers.routes == "gate_normal")[answers.y == 1])
+    lost = by_pair[routing.t_low, routing.t_high]["recall_lost"]
     automatic = {"t_low": routing.t_low, "t_high": routing.t_high, "recall_lost": lost}
     return [*rows, {"grid": "automatic"} | automatic | figures]
 

@@ -33,7 +33,7 @@ def measure(names: list[str], seed: int, options: dict[str, Any], out: Path) -> 
     from pictures import samples
     from splits import SPLITS, counts, draw_splits
 
-    splits = draw_splits(seed, **options["sources"])
+    splits, parts = draw_splits(seed, **options["sources"])
     found: dict[str, Any] = {"counts": counts(splits), "runs": [], "streams": []}
     found |= {"sweeps": {}, "notes": {}}
     models, answers = {}, {}
@@ -41,7 +41,7 @@ def measure(names: list[str], seed: int, options: dict[str, Any], out: Path) -> 
         began = time.perf_counter()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            models[name] = fit(build(name, seed, options), name, splits)
+            models[name] = fit(build(name, seed, options), name, splits, parts)
         fit_s = time.perf_counter() - began
         answers[name] = {split: measuring.ask(models[name], splits[split])[0] for split in SPLITS}
         for split in SPLITS:
@@ -88,6 +88,9 @@ def main() -> None:
     parser.add_argument("--kolektor", type=Path, help="KolektorSDD, in place of magnetic tiles")
     parser.add_argument("--mvtec", type=Path, help="all categories of MVTec AD, likewise")
     parser.add_argument("--neu", type=Path, help="NEU-DET (default: neu_det in --data)")
+    parser.add_argument(
+        "--as-delivered", action="store_true", help="the data sets' own train and test, see README"
+    )
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--weights", nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--hub", action="store_true", help="ask the hub for weights not given")
@@ -123,6 +126,7 @@ def main() -> None:
             "neu": arguments.neu,
             "n_train": arguments.train,
             "n_test": arguments.test,
+            "delivered": arguments.as_delivered,
         },
     }
     rows = [EXPERIMENTS[name] for name in arguments.experiments]

@@ -52,22 +52,27 @@ def draw_splits(
     neu: Path | None = None,
     n_train: int | None = None,
     n_test: int | None = None,
-) -> dict[str, list[Sample]]:
-    """``train_normal``, ``labelled`` (anomalies to learn from) and those of :data:`SPLITS`.
+    delivered: bool = False,
+) -> tuple[dict[str, list[Sample]], dict[Path, str]]:
+    """``train_normal``, ``labelled`` (anomalies to learn from) and those of :data:`SPLITS`; and the
+    part that each image of the first two shows.
 
     Magnetic tiles, or KolektorSDD and the categories of MVTec AD where these are given. No image
     is in two splits. The numbers are limits for ``train_normal``, and for each split to judge by.
+    With ``delivered``, the data set's own ``train`` is what is fitted on, its ``test`` what is
+    judged by, and each image counts as a part of its own.
     """
     random = np.random.RandomState(seed)
-    materials = []
+    datasets: list[tuple[Dataset, Callable[[Path], str]]] = []
     if kolektor is not None:
-        materials.append(_divide(KolektorSDD(kolektor), _folder, random))
+        datasets.append((KolektorSDD(kolektor), _folder))
     if mvtec is not None:
-        for category in MVTecAD.categories(mvtec):
-            materials.append(_divide(MVTecAD(mvtec, category), str, random))
-    if not materials:
+        datasets += [(MVTecAD(mvtec, category), str) for category in MVTecAD.categories(mvtec)]
+    if not datasets:
         tiles = MVTecAD(data, "magnetic_tile")
-        materials.append(_divide(tiles, _tiles(tiles), random))
+        datasets.append((tiles, _tiles(tiles)))
+    divide = _as_delivered if delivered else _divide
+    materials = [divide(dataset, part_of, random) for dataset, part_of in datasets]
     labelled = _take_labelled(materials, random)
     groups = [_mixed(material) for material in materials]
     splits = {name: [s for group in groups for s in group[name]] for name in groups[0]}
@@ -76,7 +81,13 @@ def draw_splits(
     splits["train_normal"] = _thin(splits["train_normal"], n_train)
     for name in SPLITS:
         splits[name] = _limited(splits[name], n_test)
-    return splits | {"labelled": labelled}
+    splits["labelled"] = labelled
+    shown = {
+        s.path: str(s.path) if delivered else f"{dataset.name}/{part_of(s.path)}"
+        for dataset, part_of in datasets
+        for s in _every(dataset)
+    }
+    return splits, {s.path: shown[s.path] for s in [*splits["train_normal"], *labelled]}
 
 
 def counts(splits: dict[str, list[Sample]]) -> dict[str, dict[str, int]]:
@@ -133,6 +144,22 @@ def _divide(
             material.sides[MIXED[i % 2]].append(part)
         else:
             material.train += _good(part)
+    return material
+
+
+def _as_delivered(
+    dataset: Dataset, part_of: Callable[[Path], str], random: np.random.RandomState
+) -> Material:
+    """What the data set fits on and tests by, as it says."""
+    del part_of
+    named = {s.path: s for s in _named(dataset)}
+    test = [named[s.path] for s in dataset.test]
+    test = [test[i] for i in random.permutation(len(test))]
+    good = [[s] for s in _good(test)]
+    train = _good(named[s.path] for s in dataset.train)
+    material = Material(train=train, spare=good, lendable=len(good))
+    for i, sample in enumerate(sorted(_bad(test), key=lambda s: s.kind)):
+        material.sides[MIXED[i % 2]].append([sample])
     return material
 
 
