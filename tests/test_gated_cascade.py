@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, load
 from anomalib_lite.datasets import Folder, MVTecAD, Sample
+from anomalib_lite.detectors.cascade_fitting import _split
 from anomalib_lite.detectors.gate import Head, Probability
 from anomalib_lite.detectors.routing import (
     Routing,
@@ -715,6 +716,57 @@ def test_what_cannot_be_read_is_skipped(tmp_path: Path) -> None:
     assert np.isnan(nothing.heatmap_call_rate)
     with pytest.raises(InvalidValueError, match="none of 9 images to learn from could be used"):
         make(on_error="skip").fit([gone] * 20)
+
+
+# --- Parts photographed several times ---------------------------------------------------------
+
+
+def photographs(n_parts: int, n_each: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Parts that differ from each other in brightness, much more than photographs of one do."""
+    rng = np.random.default_rng(seed)
+    level = np.repeat(rng.normal(120, 25, n_parts), n_each)
+    images = level[:, None, None, None] + rng.integers(-2, 3, (len(level), HEIGHT, WIDTH, 3))
+    return np.clip(images, 0, 255).astype(np.uint8), np.repeat(np.arange(n_parts), n_each)
+
+
+def test_images_of_one_part_stay_together() -> None:
+    rng = np.random.default_rng(0)
+    normal, parts = rng.permutation(120), np.repeat(np.arange(30), 4) + 100
+    for n_bad, cascade in ((0, make()), (61, make(max_missed=0.1))):
+        y_parts = np.concatenate([parts, np.repeat(np.arange(31), 2)[:n_bad]])
+        drawn = _split(normal, 120 + np.arange(n_bad), y_parts, cascade, np.random.RandomState(0))
+        groups = [drawn.learn, drawn.check, drawn.hold, drawn.learn_bad, drawn.check_bad]
+        assert sorted(np.concatenate(groups)) == list(range(120 + n_bad))
+        of = [set(y_parts[group]) for group in groups]
+        assert sum(map(len, of)) == len(set().union(*of))
+        sizes = [len(group) for group in groups]
+        assert sizes[:3] == [72, 24, 24]
+        assert sizes[3:] == ([30, 31] if n_bad else [0, 0])
+
+
+def test_parts_to_come_make_no_more_false_alarms_than_asked() -> None:
+    images, shows = photographs(120, 3, 0)
+    future, _ = photographs(300, 1, 1)
+    apart, mingled = (
+        make(t_low=0.0, t_high=1.0)
+        .fit(images, groups=groups)
+        .detect(future, maps=False)
+        .labels.mean()
+        for groups in ([f"part {k}" for k in shows], None)
+    )
+    assert apart < 0.2  # asked: 0.1, on average over draws
+    assert mingled > 0.3
+
+
+def test_groups_that_cannot_be_used() -> None:
+    images = good(20)
+    with pytest.raises(InvalidValueError, match=r"groups must hold 20 values.*shape \(19,\)"):
+        make().fit(images, groups=[0] * 19)
+    for groups in ([0] * 20, [0, 1] * 10):
+        with pytest.raises(InvalidValueError, match=r"at least 3 different values.*got [12]"):
+            make().fit(images, groups=groups)
+    everyone = [str(i) for i in range(20)]  # each its own part: as if none were given
+    same(make().fit(images, groups=everyone).detect(images), make().fit(images).detect(images))
 
 
 # --- Sweeps ---------------------------------------------------------------------------------
