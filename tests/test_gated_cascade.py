@@ -395,7 +395,7 @@ def test_thresholds_do_not_cross() -> None:
     p, s = np.arange(100) / 100, np.arange(100.0)
     given = calibrate_routing(p, s, 0.2, t_low=0.99)
     assert (given.t_low, given.t_high) == (0.99, 0.99)
-    assert calibrate_routing(p, s, 0.2, t_low=0.9).t_high == 0.95
+    assert calibrate_routing(p, s, 0.2, t_low=0.8).t_high == 0.9
     # A gate that lets hardly anything through: the few say nothing, so the median counts.
     with pytest.warns(CalibrationWarning, match="spent by t_high"):
         assert calibrate_routing(p, s, 0.02, t_high=0.01).threshold == np.median(s)

@@ -28,7 +28,6 @@ from anomalib_lite.detectors.gate import (
 )
 from anomalib_lite.detectors.patchcore import PatchCore
 from anomalib_lite.detectors.routing import (
-    Routing,
     anomalies_needed,
     calibrate_routing,
     losses_allowed,
@@ -86,15 +85,7 @@ def learn_cascade(
     groups = _split(normal, anomalous, parts, cascade, random)
     gate, features, skipped = _learn_gate(cascade, source, groups, random)
     seeds = random.randint(2**31, size=2)
-    enough = len(groups.check_bad) > 0
-    bad = features[groups.check_bad]
-    if not enough:
-        n = int(np.clip(2 * len(groups.check), *_TO_CHECK))
-        made = _synthetic(source.take(groups.check), n, int(seeds[0]))
-        bad = np.concatenate([gate.features(images, cascade)[0] for images in made])
-    logits = gate.head.logits(np.concatenate([features[groups.check], bad]))
-    y = np.repeat([0, 1], [len(groups.check), len(bad)])
-    gate.probability = Probability.fit(cascade.calibration, logits, y, cascade.class_weight)
+    gate.probability = _fit_probability(cascade, gate, source, features, groups, int(seeds[0]))
     detector = _fit_detector(cascade, source.take(np.r_[groups.learn, groups.check]))
     found = detector.detect(source.take(groups.hold), maps=False)
     seen = np.isfinite(found.scores)
@@ -103,23 +94,22 @@ def learn_cascade(
             f"{_WHERE}: the heatmap model could use none of {len(seen)} held-out normal images; "
             f"the first: {found.skipped[0][1]}"
         )
-    p, s = gate.probabilities(features[groups.hold])[seen], found.scores[seen].astype(np.float64)
+    normal_p = gate.probabilities(features[groups.hold])[seen]
+    normal_s = found.scores[seen].astype(np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # comes with the thresholds
-        routing = calibrate_routing(p, s, cascade.false_alarm_rate, t_high=cascade.t_high)
-    needed = anomalies_needed(cascade.max_missed)
-    n_made = max(needed, min(4 * needed, _MANY))
-    made = _synthetic(source.take(groups.check), n_made, int(seeds[1]))
-    anomalies = [source.take(groups.check_bad)] if enough else made
-    n = len(groups.check_bad) if enough else n_made
-    judged = _judge(cascade, gate, detector, anomalies, routing, n)
+        rate, t_high = cascade.false_alarm_rate, cascade.t_high
+        routing = calibrate_routing(normal_p, normal_s, rate, t_high=t_high)
+    bad_p, bad_s = _judge_anomalies(
+        cascade, gate, detector, source, groups, routing.threshold, int(seeds[1])
+    )
     return {
         "gate_": gate,
         "detector_": detector,
-        "calibration_probabilities_": p,
-        "calibration_detector_scores_": s,
-        "anomaly_probabilities_": judged[0],
-        "anomaly_detector_scores_": judged[1],
+        "calibration_probabilities_": normal_p,
+        "calibration_detector_scores_": normal_s,
+        "anomaly_probabilities_": bad_p,
+        "anomaly_detector_scores_": bad_s,
         "skipped_": [(source.names[i], reason) for i, reason in sorted(skipped)],
     }
 
@@ -199,39 +189,60 @@ def _learn_gate(
     bad = [features[groups.learn_bad]] if labelled else []
     if n_made:
         made = _synthetic(source.take(learn), n_made, random.randint(2**31))
-        bad.append(np.concatenate([gate.features(images, cascade)[0] for images in made]))
+        bad.append(_features_of(gate, cascade, made))
     gate.head = Head.fit(features[learn], bad, cascade.class_weight, _WHERE)
     return gate, features, skipped
 
 
-def _judge(
+def _fit_probability(
+    cascade: GatedCascade,
+    gate: Gate,
+    source: ImageSource,
+    features: np.ndarray,
+    groups: _Groups,
+    seed: int,
+) -> Probability:
+    bad = features[groups.check_bad]
+    if not len(bad):
+        n = int(np.clip(2 * len(groups.check), *_TO_CHECK))
+        bad = _features_of(gate, cascade, _synthetic(source.take(groups.check), n, seed))
+    logits = gate.head.logits(np.concatenate([features[groups.check], bad]))
+    y = np.repeat([0, 1], [len(groups.check), len(bad)])
+    return Probability.fit(cascade.calibration, logits, y, cascade.class_weight)
+
+
+def _judge_anomalies(
     cascade: GatedCascade,
     gate: Gate,
     detector: Any,
-    anomalies: Iterable[ImageSource],
-    routing: Routing,
-    n: int,
+    source: ImageSource,
+    groups: _Groups,
+    threshold: float,
+    seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and heatmap scores (n,) of anomalies, as :func:`lowest_probability` needs them.
+    """Held-out anomalies as :func:`lowest_probability` needs them: labelled ones, or made ones.
 
-    The heatmap model takes its time. Once more than may be lost are found, it is asked no more of
-    anomalies that the gate is surer of: ``t_low`` will be below these. Their scores are NaN.
+    The heatmap model takes its time. Once it has found more than may be lost, it is asked no more
+    about anomalies that the gate is surer of: ``t_low`` will be below. Their scores are NaN.
     """
+    n, images = len(groups.check_bad), iter([source.take(groups.check_bad)])
+    if not n:
+        needed = anomalies_needed(cascade.max_missed)
+        n = max(needed, min(4 * needed, _MANY))
+        images = _synthetic(source.take(groups.check), n, seed)
     allowed = losses_allowed(n, cascade.max_missed)
-    found, p, s = np.empty(0), [], []
-    for images in anomalies:
-        chances = gate.probabilities(gate.features(images, cascade)[0])
-        scores = np.full(len(chances), np.nan)
-        bound = found[allowed] if len(found) > allowed >= 0 else np.inf
-        asked = np.flatnonzero(chances <= bound)
-        if len(asked):
-            scores[asked] = detector.detect(images.take(asked), maps=False).scores
-            usable = ~np.isnan(scores[asked])
-            found = np.sort(np.r_[found, chances[scores > routing.threshold]])
-        kept = np.setdiff1d(np.arange(len(chances)), asked[~usable] if len(asked) else [])
-        p.append(chances[kept])
-        s.append(scores[kept])
-    return np.concatenate(p), np.concatenate(s)
+    found, parts = np.empty(0), []
+    for some in images:
+        p = gate.probabilities(gate.features(some, cascade)[0])
+        s = np.full(len(p), np.nan)
+        asked = p <= (found[allowed] if len(found) > allowed >= 0 else np.inf)
+        if asked.any():
+            s[asked] = detector.detect(some.take(np.flatnonzero(asked)), maps=False).scores
+        found = np.sort(np.concatenate([found, p[s > threshold]]))
+        usable = ~(asked & np.isnan(s))
+        parts.append((p[usable], s[usable]))
+    p, s = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return p, s
 
 
 def _begin_gate(
@@ -336,6 +347,10 @@ def _synthetic(normal: ImageSource, n: int, seed: int) -> Iterator[ImageSource]:
     made = SyntheticAnomalies(random_state=seed).iterate(normal, n)
     while images := [anomaly.image for anomaly in islice(made, _AT_ONCE)]:
         yield ImageSource(images, where=_WHERE)
+
+
+def _features_of(gate: Gate, cascade: GatedCascade, made: Iterable[ImageSource]) -> np.ndarray:
+    return np.concatenate([gate.features(images, cascade)[0] for images in made])
 
 
 def _fit_detector(cascade: GatedCascade, normal: ImageSource) -> Any:
