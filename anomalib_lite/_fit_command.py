@@ -70,25 +70,17 @@ def normal_and_anomalous(normal: Any, directories: Sequence[str]) -> tuple[Any, 
                 "normal or as anomalous"
             )
         seen.add(os.path.realpath(item))
-    if len(bad) < 2:
-        raise UsageError(
-            f"fit: --anomalous must have at least 2 images, to learn from and to hold out, got "
-            f"{len(bad)}. Give more, or leave it out: anomalies are then made from the normal "
-            "images"
-        )
     return [*good, *bad], [0] * len(good) + [1] * len(bad)
 
 
-def describe(
-    detector: Any, n_images: int, seconds: float, *, rate_kept: bool, made_up: bool
-) -> list[str]:
+def describe(detector: Any, n_images: int, seconds: float, *, rate_kept: bool) -> list[str]:
     """Lines about a fitted detector."""
     from anomalib_lite import GatedCascade
     from anomalib_lite._parts import map_threshold
 
     model, gate, whose = detector, [], ""
     if isinstance(detector, GatedCascade):
-        model, gate = detector.detector_, _describe_gate(detector, made_up)
+        model, gate = detector.detector_, _describe_gate(detector)
         whose = " of the heatmap model"
     where = f"{model.backbone_.device}, {model.dtype_}"
     n_used = n_images - len(detector.skipped_)
@@ -101,7 +93,7 @@ def describe(
     ]
 
 
-def _describe_gate(cascade: Any, made_up: bool) -> list[str]:
+def _describe_gate(cascade: Any) -> list[str]:
     routing, backbone = cascade.routing_, cascade.gate_.backbone
     dtype = str(backbone.dtype).removeprefix("torch.")
     normal = f"below {routing.t_low:.3g}" if routing.t_low > 0 else "never"
@@ -111,7 +103,7 @@ def _describe_gate(cascade: Any, made_up: bool) -> list[str]:
     elif cascade.t_low is not None:
         missed = "as many as lie below the t_low given: nothing is promised of them"
     else:
-        kind = "made-up" if made_up else "given"
+        kind = "made-up" if cascade.synthetic_ else "given"
         missed = (
             f"at most {cascade.max_missed:.3g} of anomalies such as the "
             f"{len(cascade.anomaly_probabilities_):,} {kind} ones held out (95 % confidence)"

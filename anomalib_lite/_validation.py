@@ -173,14 +173,24 @@ def check_seed(random_state: Any, where: str) -> None:
         ) from error
 
 
+def check_labels(y: Any, n: int, where: str) -> np.ndarray:
+    """Return ``n`` labels as int64, 0 for normal and 1 for anomalous."""
+    try:
+        labels = np.asarray(y)
+    except ValueError:  # rows of different lengths
+        labels = np.empty((0, 0))
+    wrong = [value for value in labels.ravel().tolist() if value not in (0, 1)]
+    if labels.shape != (n,) or wrong:
+        raise InvalidValueError(
+            f"{where}: y must hold {n} labels, 0 for normal and 1 for anomalous, got shape "
+            f"{labels.shape}{f' with values such as {wrong[:5]}' if wrong else ''}."
+        )
+    return labels.astype(np.int64)
+
+
 def normal_indices(y: Any, n: int, where: str) -> np.ndarray:
     """Return the positions of 0 among the ``n`` labels ``y`` of 0 and 1."""
-    labels = np.asarray(y)
-    if labels.shape != (n,) or not np.isin(labels, (0, 1)).all():
-        raise InvalidValueError(
-            f"{where}: y must hold {n} labels, 0 for normal and 1 for anomalous, "
-            f"got shape {labels.shape} with values {np.unique(labels)[:5].tolist()}."
-        )
+    labels = check_labels(y, n, where)
     if labels.all():
         raise InvalidValueError(f"{where}: y has no normal image (0); fit needs at least one.")
     return np.flatnonzero(labels == 0)

@@ -89,7 +89,7 @@ def _fit(arguments: argparse.Namespace) -> None:
     _list_skipped([reason for _, reason in detector.skipped_])
     n_images = len(source) if y is None else len(y)
     rate_kept = not any("false_alarm_rate=" in message for message in shown)
-    for line in describe(detector, n_images, seconds, rate_kept=rate_kept, made_up=y is None):
+    for line in describe(detector, n_images, seconds, rate_kept=rate_kept):
         print(line)
     print(f"written to    {model} ({model.stat().st_size / 1e6:.1f} MB)")
 

@@ -185,7 +185,8 @@ def test_the_first_line_is_that_of_the_frozen_features(weights: Path) -> None:
     judge = gate_tuning._Judge(network, examples, "balanced")
     gate = Gate(backbone=backbone(weights=weights, trainable=False))
     X, _ = gate.features(ImageSource(examples.images), make())
-    expected = Head.fit(X, examples.y, "balanced", "")
+    n = examples.n_normal
+    expected = Head.fit(X[:n], [X[n:]], "balanced", "")
     np.testing.assert_allclose(judge.logits(examples), expected.logits(X), atol=1e-3)
     np.testing.assert_allclose(judge.head().logits(X), expected.logits(X), atol=1e-3)
 
@@ -266,7 +267,7 @@ def test_classes_weigh_in_the_loss(weights: Path, last_is_best: None) -> None:
     losses = []
     for class_weight in (None, "balanced", {0: 2, 1: 2}):
         y = np.repeat([0, 1], [30, 10])
-        examples = gate_tuning._Examples(list(np.concatenate([good(30), bad(10)])), y)
+        examples = gate_tuning._Examples(list(np.concatenate([good(30), bad(10)])), [10])
         judge = gate_tuning._Judge(backbone(weights=weights), examples, None)
         stay = torch.optim.SGD(judge.parameters(), lr=0.0)
         random = np.random.RandomState(0)
@@ -283,7 +284,7 @@ def test_images_of_several_sizes() -> None:
     sizes = [(64, 96), (96, 64), (64, 64)]
     images = [np.resize(image, (*sizes[i % 3], 3)) for i, image in enumerate(good(60))]
     y = np.arange(60) % 5 < 2
-    examples = gate_tuning._Examples(images, y.astype(int))
+    examples = gate_tuning._Examples(images, [10, 14])
     batches = list(examples.batches(np.random.RandomState(0)))
     groups = [group for batch in batches for group in batch]
     assert sorted(itertools.chain(*groups)) == list(range(60))
@@ -299,7 +300,7 @@ def test_images_of_several_sizes() -> None:
 def test_one_step_for_all_sizes_of_a_batch() -> None:
     """The step for the mean over the whole batch, worked out one image at a time."""
     images = [image[: 96 - 32 * (i % 2)] for i, image in enumerate(np.tile(good(12), (2, 1, 1)))]
-    examples = gate_tuning._Examples(images, np.arange(12) % 3 // 2)
+    examples = gate_tuning._Examples(images, [4])
     expected, judge = (gate_tuning._Judge(backbone(Learner), examples, None) for _ in range(2))
     by_step = torch.optim.SGD(judge.parameters(), lr=0.1)
     gate_tuning._learn(judge, by_step, examples, "balanced", np.random.RandomState(0))

@@ -27,8 +27,8 @@ __all__ = [
     "check_parameters",
     "check_thresholds",
     "classes",
-    "labels_of",
     "parts_of",
+    "thresholds_of",
 ]
 
 MAPS = ("escalated", "always")
@@ -111,20 +111,30 @@ def parts_of(groups: Any, n: int) -> np.ndarray:
     """Which part each of ``n`` images shows, as numbers; all another, if nobody says."""
     if groups is None:
         return np.arange(n)
-    given = np.asarray(groups)
-    if given.shape != (n,):
+    given = list(groups) if np.iterable(groups) else groups
+    if not isinstance(given, list) or len(given) != n:
         raise InvalidValueError(
-            f"{_WHERE}: groups must hold {n} values, one for each image, got shape {given.shape}."
+            f"{_WHERE}: groups must hold {n} values, one for each image, got "
+            f"{len(given) if isinstance(given, list) else given!r}."
         )
-    return np.unique(given, return_inverse=True)[1]
+    numbers: dict[Any, int] = {}
+    for i, value in enumerate(given):
+        if not isinstance(value, str | int | np.integer):
+            raise InvalidTypeError(
+                f"{_WHERE}: groups must hold whole numbers or strings, got {value!r} at position "
+                f"{i}."
+            )
+        numbers.setdefault(value, len(numbers))
+    return np.array([numbers[value] for value in given])
 
 
-def labels_of(y: Any, n: int) -> np.ndarray:
-    """Return ``n`` labels as int64, 0 for normal and 1 for anomalous."""
-    labels = np.asarray(y)
-    if labels.shape != (n,) or not np.isin(labels, (0, 1)).all():
-        raise InvalidValueError(
-            f"{_WHERE}: y must hold {n} labels, 0 for normal and 1 for anomalous, got shape "
-            f"{labels.shape} with values {np.unique(labels)[:5].tolist()}."
+def thresholds_of(values: Any) -> list[float]:
+    """Those of a sweep, as a list."""
+    if not np.iterable(values) or isinstance(values, str):
+        raise InvalidTypeError(
+            f"{_WHERE}: t_low and t_high of a sweep must be lists of numbers, got {values!r}."
         )
-    return labels.astype(np.int64)
+    found = list(values)
+    for value in found:
+        check_thresholds(value, value)
+    return found

@@ -14,9 +14,7 @@ from sklearn.base import clone
 from sklearn.utils import check_random_state
 
 from anomalib_lite._moments import Moments
-from anomalib_lite._validation import (
-    check_image_size,
-)
+from anomalib_lite._validation import check_image_size
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.gate import (
@@ -58,7 +56,7 @@ _AT_ONCE = 32
 
 
 @dataclass
-class _Groups:
+class _Shares:
     """Positions of images, by what they are for."""
 
     learn: np.ndarray  # normal: the gate and the heatmap model
@@ -82,26 +80,26 @@ def learn_cascade(
 ) -> dict[str, Any]:
     """What ``fit`` finds out, by the names of the fitted attributes; the thresholds come after."""
     random = check_random_state(cascade.random_state)
-    groups = _split(normal, anomalous, parts, cascade, random)
-    gate, features, skipped = _learn_gate(cascade, source, groups, random)
+    shares = _split(normal, anomalous, parts, cascade, random)
+    gate, features, skipped = _learn_gate(cascade, source, shares, random)
     seeds = random.randint(2**31, size=2)
-    gate.probability = _fit_probability(cascade, gate, source, features, groups, int(seeds[0]))
-    detector = _fit_detector(cascade, source.take(np.r_[groups.learn, groups.check]))
-    found = detector.detect(source.take(groups.hold), maps=False)
+    gate.probability = _fit_probability(cascade, gate, source, features, shares, int(seeds[0]))
+    detector = _fit_detector(cascade, source.take(np.r_[shares.learn, shares.check]))
+    found = detector.detect(source.take(shares.hold), maps=False)
     seen = np.isfinite(found.scores)
     if not seen.any():
         raise InvalidValueError(
             f"{_WHERE}: the heatmap model could use none of {len(seen)} held-out normal images; "
-            f"the first: {found.skipped[0][1]}"
+            f"the first: {dict(found.skipped).get(0, 'its score is not finite')}"
         )
-    normal_p = gate.probabilities(features[groups.hold])[seen]
+    normal_p = gate.probabilities(features[shares.hold])[seen]
     normal_s = found.scores[seen].astype(np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # comes with the thresholds
         rate, t_high = cascade.false_alarm_rate, cascade.t_high
         routing = calibrate_routing(normal_p, normal_s, rate, t_high=t_high)
     bad_p, bad_s = _judge_anomalies(
-        cascade, gate, detector, source, groups, routing.threshold, int(seeds[1])
+        cascade, gate, detector, source, shares, routing.threshold, int(seeds[1])
     )
     return {
         "gate_": gate,
@@ -110,6 +108,7 @@ def learn_cascade(
         "calibration_detector_scores_": normal_s,
         "anomaly_probabilities_": bad_p,
         "anomaly_detector_scores_": bad_s,
+        "synthetic_": not len(shares.check_bad),
         "skipped_": [(source.names[i], reason) for i, reason in sorted(skipped)],
     }
 
@@ -120,73 +119,62 @@ def _split(
     parts: np.ndarray,
     cascade: GatedCascade,
     random: np.random.RandomState,
-) -> _Groups:
-    if len(normal) < _FEWEST:
+) -> _Shares:
+    """Whole parts to each share. What the promises rest on has one image of each part: parts, not
+    images, come as if drawn at random.
+    """
+    order = random.permutation(np.unique(parts[normal]))
+    n = len(order)
+    if n < _FEWEST:
         raise InvalidValueError(
-            f"{_WHERE}: fit needs at least {_FEWEST} normal images, to learn from and to hold out, "
-            f"got {len(normal)}. Give more."
+            f"{_WHERE}: fit needs at least {_FEWEST} normal images, of different parts if groups "
+            f"are given, to learn from and to hold out, got {n}. Give more."
         )
-    n_parts = len(np.unique(parts[normal]))
-    if n_parts < 3:
-        raise InvalidValueError(
-            f"{_WHERE}: groups must have at least 3 different values among normal images, to "
-            f"learn from, to check by and to hold out, got {n_parts}. Give images of more parts, "
-            "or leave groups out."
-        )
-    n = len(normal)
-    normal, anomalous = (_shuffled(indices, parts, random) for indices in (normal, anomalous))
     n_hold = min(max(calibration_size(cascade.false_alarm_rate), n // 5), n // 2)
-    end = _cut(parts[normal], n - n_hold, least=2)
-    n_learn = _cut(parts[normal[:end]], end - (n - n_hold) // 4)
+    n_learn = n - n_hold - (n - n_hold) // 4
+    bad_order = random.permutation(np.unique(parts[anomalous]))
+    half = len(bad_order) // 2
     # Where half of the labelled anomalies could show nothing, they are of more use in learning.
-    half = len(anomalous)
-    if half // 2 >= anomalies_needed(cascade.max_missed):
-        half = _cut(parts[anomalous], (half + 1) // 2)
-    return _Groups(
-        learn=normal[:n_learn],
-        check=normal[n_learn:end],
-        hold=normal[end:],
-        learn_bad=anomalous[:half],
-        check_bad=anomalous[half:],
+    n_check_bad = half if half >= anomalies_needed(cascade.max_missed) else 0
+    n_learn_bad = len(bad_order) - n_check_bad
+    return _Shares(
+        learn=_of(order[:n_learn], normal, parts),
+        check=_of(order[n_learn : n - n_hold], normal, parts),
+        hold=_of(order[n - n_hold :], normal, parts, one_each=True),
+        learn_bad=_of(bad_order[:n_learn_bad], anomalous, parts),
+        check_bad=_of(bad_order[n_learn_bad:], anomalous, parts, one_each=True),
     )
 
 
-def _shuffled(indices: np.ndarray, parts: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """The indices in random order, those of one part side by side."""
-    indices = random.permutation(indices)
-    names, inverse = np.unique(parts[indices], return_inverse=True)
-    if len(names) == len(indices):
-        return indices
-    return np.asarray(indices[np.argsort(random.permutation(len(names))[inverse], kind="stable")])
-
-
-def _cut(parts: np.ndarray, wanted: int, least: int = 1) -> int:
-    """The end of a part that is nearest to ``wanted``, with at least so many parts before it and
-    one after; the end of all, if there is no such.
-    """
-    ends = np.append(np.flatnonzero(parts[1:] != parts[:-1])[least - 1 :] + 1, [])
-    return int(ends[np.argmin(np.abs(ends - wanted))]) if len(ends) else len(parts)
+def _of(
+    chosen: np.ndarray, indices: np.ndarray, parts: np.ndarray, *, one_each: bool = False
+) -> np.ndarray:
+    """Of these images those of the parts chosen, in their order; or the first of each part."""
+    images = [indices[parts[indices] == part] for part in chosen]
+    if one_each:
+        images = [some[:1] for some in images]
+    return np.concatenate([np.empty(0, np.int64), *images])
 
 
 def _learn_gate(
-    cascade: GatedCascade, source: ImageSource, groups: _Groups, random: np.random.RandomState
+    cascade: GatedCascade, source: ImageSource, shares: _Shares, random: np.random.RandomState
 ) -> tuple[Gate, np.ndarray, list[tuple[int, str]]]:
     """A gate that lacks its probability, its features of all images, and what was skipped; images
-    that cannot be used are taken out of ``groups``.
+    that cannot be used are taken out of ``shares``.
     """
-    labelled = len(groups.learn_bad) > 0
-    gate, judged = _begin_gate(cascade, source, groups.learn)
+    labelled = len(shares.learn_bad) > 0
+    gate, judged = _begin_gate(cascade, source, shares.learn)
     features, skipped = gate.features(source, cascade)
-    groups.keep(np.isfinite(features).all(axis=1))
-    _check_enough(groups, source, skipped, labelled=labelled)
-    learn = np.intersect1d(groups.learn, judged)
+    shares.keep(np.isfinite(features).all(axis=1))
+    _check_enough(shares, source, skipped, labelled=labelled)
+    learn = np.intersect1d(shares.learn, judged)
     # Labelled ones that are too few to hold some out are too few to learn from alone.
-    n_made = 0 if len(groups.check_bad) else int(np.clip(2 * len(learn), *_TO_LEARN))
+    n_made = 0 if len(shares.check_bad) else int(np.clip(2 * len(learn), *_TO_LEARN))
     if cascade.training == "finetune":
-        known = source.take(groups.learn_bad) if labelled else None
+        known = source.take(shares.learn_bad) if labelled else None
         gate = _tune(cascade, gate, source.take(learn), known, n_made, random)
         return gate, *gate.features(source, cascade)
-    bad = [features[groups.learn_bad]] if labelled else []
+    bad = [features[shares.learn_bad]] if labelled else []
     if n_made:
         made = _synthetic(source.take(learn), n_made, random.randint(2**31))
         bad.append(_features_of(gate, cascade, made))
@@ -199,15 +187,15 @@ def _fit_probability(
     gate: Gate,
     source: ImageSource,
     features: np.ndarray,
-    groups: _Groups,
+    shares: _Shares,
     seed: int,
 ) -> Probability:
-    bad = features[groups.check_bad]
+    bad = features[shares.check_bad]
     if not len(bad):
-        n = int(np.clip(2 * len(groups.check), *_TO_CHECK))
-        bad = _features_of(gate, cascade, _synthetic(source.take(groups.check), n, seed))
-    logits = gate.head.logits(np.concatenate([features[groups.check], bad]))
-    y = np.repeat([0, 1], [len(groups.check), len(bad)])
+        n = int(np.clip(2 * len(shares.check), *_TO_CHECK))
+        bad = _features_of(gate, cascade, _synthetic(source.take(shares.check), n, seed))
+    logits = gate.head.logits(np.concatenate([features[shares.check], bad]))
+    y = np.repeat([0, 1], [len(shares.check), len(bad)])
     return Probability.fit(cascade.calibration, logits, y, cascade.class_weight)
 
 
@@ -216,7 +204,7 @@ def _judge_anomalies(
     gate: Gate,
     detector: Any,
     source: ImageSource,
-    groups: _Groups,
+    shares: _Shares,
     threshold: float,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -225,11 +213,12 @@ def _judge_anomalies(
     The heatmap model takes its time. Once it has found more than may be lost, it is asked no more
     about anomalies that the gate is surer of: ``t_low`` will be below. Their scores are NaN.
     """
-    n, images = len(groups.check_bad), iter([source.take(groups.check_bad)])
+    n, images = len(shares.check_bad), iter([source.take(shares.check_bad)])
     if not n:
         needed = anomalies_needed(cascade.max_missed)
         n = max(needed, min(4 * needed, _MANY))
-        images = _synthetic(source.take(groups.check), n, seed)
+        # On images that neither model has seen, as those to come.
+        images = _synthetic(source.take(shares.hold), n, seed)
     allowed = losses_allowed(n, cascade.max_missed)
     found, parts = np.empty(0), []
     for some in images:
@@ -258,6 +247,11 @@ def _begin_gate(
         return Gate(backbone=backbone, whitening=whitening), learn
     # The scores of images that it was fitted on would be too low.
     half = len(learn) // 2
+    if not half:
+        raise InvalidValueError(
+            f"{_WHERE}: a detector as gate needs at least 2 normal images to learn from, beside "
+            f"those held out, got {len(learn)}. Give more, or images of more parts."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # its own threshold is not used
         detector = clone(cascade.gate).fit(source.take(learn[:half]))
@@ -316,11 +310,11 @@ def open_gate(cascade: GatedCascade, **instead: Any) -> AnyBackbone:
 
 
 def _check_enough(
-    groups: _Groups, source: ImageSource, skipped: list[tuple[int, str]], *, labelled: bool
+    shares: _Shares, source: ImageSource, skipped: list[tuple[int, str]], *, labelled: bool
 ) -> None:
     needed = ["learn", "check", "hold"] + (["learn_bad"] if labelled else [])
     for name in needed:
-        if not len(getattr(groups, name)):
+        if not len(getattr(shares, name)):
             raise InvalidValueError(
                 f"{_WHERE}: too few of {len(source)} images could be used to learn from and to "
                 f"hold out; the first that could not: {skipped[0][1]}"

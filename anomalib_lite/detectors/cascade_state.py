@@ -18,6 +18,7 @@ _ARRAYS = (
     "calibration_probabilities_",
     "calibration_detector_scores_",
     "anomaly_probabilities_",
+    "anomaly_detector_scores_",
 )
 
 
@@ -38,7 +39,13 @@ def get_state(cascade: GatedCascade) -> tuple[dict[str, np.ndarray], dict[str, A
     arrays |= {name.rstrip("_"): getattr(cascade, name) for name in _ARRAYS}
     routing = {name: float(value) for name, value in vars(cascade.routing_).items()}
     given = cascade.detector is not None
-    return arrays, {"gate": gate, "routing": routing, "detector_given": given}
+    synthetic = bool(cascade.synthetic_)
+    return arrays, {
+        "gate": gate,
+        "routing": routing,
+        "detector_given": given,
+        "synthetic": synthetic,
+    }
 
 
 def restore_cascade(
@@ -59,6 +66,7 @@ def restore_cascade(
     cascade.gate_.detector = parts.get("gate")
     cascade.detector_ = parts["detector"]
     cascade.routing_ = Routing(**{name: float(v) for name, v in state["routing"].items()})
+    cascade.synthetic_ = bool(state["synthetic"])
     for name in _ARRAYS:
         setattr(cascade, name, np.asarray(arrays[name.rstrip("_")], np.float64))
     return cascade

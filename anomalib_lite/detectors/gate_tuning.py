@@ -168,7 +168,7 @@ def tune_gate(
     anomalous: ImageSource | None,
     *,
     image_size: int | tuple[int, int],
-    n_synthetic: int = 64,
+    n_synthetic: int | None = None,
     class_weight: Any = "balanced",
     epochs: int = 20,
     random: np.random.RandomState | None = None,
@@ -188,8 +188,9 @@ def tune_gate(
         images to learn from and of those for validation.
     image_size : int or (height, width)
         As :func:`~anomalib_lite.images.iter_batches` has it.
-    n_synthetic : int, default=64
-        How many anomalies are made. Beside labelled ones, both kinds weigh the same.
+    n_synthetic : int, optional
+        How many anomalies are made: 64, or none beside labelled ones, unless told otherwise. Both
+        kinds weigh the same.
     class_weight : "balanced", dict or None, default="balanced"
         As in scikit-learn.
     epochs : int, default=20
@@ -246,6 +247,8 @@ def tune_gate(
     """
     where = backbone.where
     random = np.random.RandomState() if random is None else random
+    if n_synthetic is None:
+        n_synthetic = 64 if anomalous is None else 0
     options: dict[str, Any] = {"image_size": image_size, "stride": backbone.stride}
     train, validation = _examples(normal, anomalous, n_synthetic, options, random)
     judge = _Judge(backbone, train, class_weight)

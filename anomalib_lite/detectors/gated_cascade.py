@@ -11,15 +11,15 @@ from typing import Any, Self
 import numpy as np
 from sklearn.base import BaseEstimator
 
-from anomalib_lite._validation import check_choice
+from anomalib_lite._validation import check_choice, check_labels
 from anomalib_lite.detectors.base import Answers
 from anomalib_lite.detectors.cascade_checks import (
     MAPS,
     check_parameters,
     check_thresholds,
     classes,
-    labels_of,
     parts_of,
+    thresholds_of,
 )
 from anomalib_lite.detectors.cascade_fitting import learn_cascade
 from anomalib_lite.detectors.detections import CascadeDetections
@@ -31,7 +31,11 @@ from anomalib_lite.detectors.routing import (
     lowest_probability,
 )
 from anomalib_lite.detectors.sweep import Sweep, sweep_routings
-from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
+from anomalib_lite.errors import (
+    CalibrationWarning,
+    InvalidValueError,
+    NotFittedError,
+)
 from anomalib_lite.images import ImageSource
 
 __all__ = ["GatedCascade"]
@@ -46,23 +50,24 @@ class GatedCascade(Answers, BaseEstimator):
     Parameters
     ----------
     gate : str, torch.nn.Module or BaseDetector, default="efficientnet_lite0"
-        A backbone, as in :class:`~anomalib_lite.PatchCore`, whose features (mean and
-        maximum over all positions, of the layers of stride 16 and 32) a logistic regression
-        judges; or an unfitted detector, whose score it judges.
+        A backbone, as in :class:`~anomalib_lite.PatchCore`, or an unfitted detector, whose score
+        a logistic regression judges.
     detector : BaseDetector, optional
         The heatmap model, unfitted; by default ``PatchCore()`` with the device, engine, batch size
         and the like of the cascade.
     training : {"head", "finetune"}, default="head"
-        What learns in a gate that is a network: the logistic regression alone, or then the
-        network's own weights too, by :func:`~anomalib_lite.detectors.gate_tuning.tune_gate`.
+        How a gate that is a network learns: whitened patches of the frozen network are judged by
+        a logistic regression, or the network's own weights learn too, by
+        :func:`~anomalib_lite.detectors.gate_tuning.tune_gate`.
     epochs : int, default=20
         Of ``training="finetune"``.
     t_low, t_high : float, optional
         In [0, 1]. The gate calls an image normal below ``t_low``, anomalous above ``t_high``, and
         leaves it to the heatmap model between. By default both are chosen by ``fit``.
     max_missed : float, default=0.01
-        Share of anomalous images that the gate may call normal, in (0, 1): ``t_low`` keeps it
-        with 95 % confidence, for anomalies such as those held out.
+        Share of anomalous images that the gate may lose, in (0, 1): call normal, where the heatmap
+        model would have found them. ``t_low`` keeps it with 95 % confidence, for anomalies such
+        as those held out.
     false_alarm_rate : float, default=0.01
         Share of future normal images that gate and heatmap model together may call anomalous,
         in (0, 1).
@@ -97,19 +102,21 @@ class GatedCascade(Answers, BaseEstimator):
     calibration_probabilities_, calibration_detector_scores_ : ndarray of shape (n,), float64
         Of the normal images held out for the thresholds.
     anomaly_probabilities_, anomaly_detector_scores_ : ndarray of shape (m,), float64
-        Of the anomalies held out for ``t_low``: labelled ones, or else synthetic ones. A score is
-        NaN where the gate was too sure for it to matter.
+        Of the anomalies held out for ``t_low``. A score is NaN where the gate was too sure for it
+        to matter.
+    synthetic_ : bool
+        Whether these anomalies were made, as labelled ones were none or too few.
     skipped_ : list of (str, str)
-        Name and reason of each training image left out.
+        Name and reason of each training image that the gate left out.
 
     Notes
     -----
-    Half of the normal images at most, as many as ``false_alarm_rate`` needs, are held out for the
-    thresholds. The heatmap model is fitted on the others; so is the gate, but for a quarter of
-    them that calibrate its probability and, where there are no labels, give the synthetic
-    anomalies that ``t_low`` is chosen by. What ``training="finetune"`` validates by is part of what
-    the gate learns from. Why the rate holds is told at ``calibrate_routing``, the
-    formula of the score at ``Routing``, both in :mod:`anomalib_lite.detectors.routing`.
+    A fifth to half of the normal images, as many as ``false_alarm_rate`` needs, are held out for
+    the thresholds. The heatmap model is fitted on the others; so is the gate, but for a quarter of
+    them that calibrate its probability. What the gate sees of an image is told at ``Whitening`` in
+    :mod:`anomalib_lite.detectors.gate`, why the rates hold and what the score means at
+    ``calibrate_routing``, ``lowest_probability`` and ``Routing`` in
+    :mod:`anomalib_lite.detectors.routing`.
 
     Cascades of classifiers of growing cost: Viola and Jones, "Rapid object detection using a
     boosted cascade of simple features", CVPR 2001.
@@ -187,12 +194,13 @@ class GatedCascade(Answers, BaseEstimator):
             As in :meth:`PatchCore.fit <anomalib_lite.PatchCore.fit>`; at least 8 normal ones.
         y : array of shape (N,), optional
             0 for normal, 1 for anomalous. The gate learns to tell them apart; the heatmap model
-            is fitted on normal images alone. Without ``y``, or without anomalies in it, they are
-            made from the normal images by :class:`~anomalib_lite.synthetic.SyntheticAnomalies`.
-        groups : array of shape (N,), optional
-            Which part each image shows, as in scikit-learn's splitters: numbers or strings. Where
-            a part is photographed several times, images held out would else be near copies of
-            those learned from, and the thresholds too low for parts to come.
+            is fitted on normal images alone. Where there are no anomalies, or fewer than twice
+            what ``max_missed`` needs, more are made from the normal images by
+            :class:`~anomalib_lite.synthetic.SyntheticAnomalies`.
+        groups : sequence of N int or str, optional
+            Which part each image shows, as in scikit-learn's splitters; normal ones of at least 8
+            parts. Where a part is photographed several times, images held out would else be near
+            copies of those learned from, and the thresholds too low for parts to come.
 
         Returns
         -------
@@ -328,15 +336,14 @@ class GatedCascade(Answers, BaseEstimator):
         """
         self._check_fitted()
         source = ImageSource(images, max_pixels=self.max_pixels, where=_WHERE)
-        truth = labels_of(y, len(source))
-        pairs = [(low, high) for low in t_low for high in t_high if low <= high]
+        truth = check_labels(y, len(source), _WHERE)
+        lows, highs = (thresholds_of(values) for values in (t_low, t_high))
+        pairs = [(low, high) for low in lows for high in highs if low <= high]
         if not pairs:
             raise InvalidValueError(
                 f"{_WHERE}: t_low and t_high must have a pair with t_low <= t_high, got {t_low!r} "
                 f"and {t_high!r}."
             )
-        for pair in pairs:
-            check_thresholds(*pair)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CalibrationWarning)  # one a pair would say nothing
             routings = [self._route(vars(self), low, high) for low, high in [*pairs, (0.0, 1.0)]]

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 ROUTES = ("gate_normal", "gate_anomalous", "detector")
+_ABOVE_HALF = np.nextafter(np.float32(0.5), np.float32(1))
 # Of the share of anomalies that is lost.
 CONFIDENCE = 0.95
 # Of the false alarms allowed, what the gate may make by itself: it sees what is unlike anything
@@ -91,7 +92,9 @@ class Routing:
         scores[low] = p[low] / (4 * self.t_low)
         scores[high] = 1 - (1 - p[high]) / (4 - 4 * self.t_high)
         scores[np.isnan(p)] = np.nan
-        return np.asarray(scores, np.float32)
+        rounded = scores.astype(np.float32)
+        # What is above by less than float32 can tell is above all the same.
+        return np.asarray(np.where(scores > 0.5, np.maximum(rounded, _ABOVE_HALF), rounded))
 
 
 def anomalies_needed(max_missed: float) -> int:
@@ -280,7 +283,7 @@ def lowest_probability(
             f"max_missed={max_missed:g} needs {needed} held-out anomalies to be shown, got {n}; "
             f"t_low is 0, so the gate calls no image normal. {remedy}",
             CalibrationWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return 0.0
     allowed = losses_allowed(n, max_missed)
@@ -300,5 +303,5 @@ def _warn(n: int, by_gate: int, false_alarm_rate: float) -> None:
         f"largest of their scores, and the rate {(by_gate + 1) / (n + 1):.3g} at best. Fit on "
         "more images, ask for a higher rate, or set a higher t_high.",
         CalibrationWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
