@@ -458,6 +458,15 @@ def test_temperature_minimizes_the_entropy_of_smoothed_labels() -> None:
     assert 0.5 < separated(np.array([50.0]))[0] < 1
 
 
+def test_isotonic_probabilities_do_not_tie() -> None:
+    """Else a gate that separates the classes could call nothing normal: t_high would be 0."""
+    z = np.linspace(-9, 9, 50)
+    p = Probability.fit("isotonic", z, z > 0, None)(z)
+    assert (np.diff(p) > 0).all()
+    normal = np.sort(p[:25])  # the lowest t_high that two false alarms allowed may give
+    assert calibrate_routing(p[:25], z[:25], 0.1).t_high == normal[-1] > normal[0]
+
+
 @pytest.mark.parametrize("kind", ["temperature", "isotonic"])
 def test_probabilities_never_change_the_order(kind: str) -> None:
     rng = np.random.default_rng(0)
@@ -517,6 +526,14 @@ def test_a_file_holds_it_to_the_bit(calibration: str, tmp_path: Path) -> None:
     assert again.set_thresholds(0.1, 1.0).routing_ == cascade.set_thresholds(0.1, 1.0).routing_
     again.save(tmp_path / "again.safetensors")
     again.fit(good(80))
+
+
+def test_thresholds_can_be_chosen_again_after_load(fitted: GatedCascade, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "cascade")
+    again = load(tmp_path / "cascade", backbone={"gate": Small(), "detector": Small()})
+    assert again.synthetic_
+    assert again.set_thresholds(0.3, 0.7).routing_ != fitted.routing_
+    assert again.set_thresholds().routing_ == fitted.routing_
 
 
 def test_a_file_with_everything_in_it(tmp_path: Path) -> None:
@@ -730,18 +747,36 @@ def photographs(n_parts: int, n_each: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def test_images_of_one_part_stay_together() -> None:
+    """Images of 40 parts, of some many, of others few; and anomalies of 31 others."""
     rng = np.random.default_rng(0)
-    normal, parts = rng.permutation(120), np.repeat(np.arange(30), 4) + 100
-    for n_bad, cascade in ((0, make()), (61, make(max_missed=0.1))):
-        y_parts = np.concatenate([parts, np.repeat(np.arange(31), 2)[:n_bad]])
-        drawn = _split(normal, 120 + np.arange(n_bad), y_parts, cascade, np.random.RandomState(0))
-        groups = [drawn.learn, drawn.check, drawn.hold, drawn.learn_bad, drawn.check_bad]
-        assert sorted(np.concatenate(groups)) == list(range(120 + n_bad))
-        of = [set(y_parts[group]) for group in groups]
+    parts = rng.permutation(np.r_[np.arange(40), rng.integers(0, 40, 80)])
+    normal = np.arange(120)
+    for n_bad, cascade in ((0, make()), (61, make(max_missed=0.2))):
+        shows = np.concatenate([parts, 100 + np.repeat(np.arange(31), 2)[:n_bad]])
+        drawn = _split(normal, 120 + np.arange(n_bad), shows, cascade, np.random.RandomState(0))
+        whole = [drawn.learn, drawn.check, drawn.learn_bad]
+        one_each = [drawn.hold, drawn.check_bad]
+        of = [set(shows[share].tolist()) for share in (*whole, *one_each)]
+        assert [len(parts) for parts in of] == [24, 7, 16 * (n_bad > 0), 9, 15 * (n_bad > 0)]
         assert sum(map(len, of)) == len(set().union(*of))
-        sizes = [len(group) for group in groups]
-        assert sizes[:3] == [72, 24, 24]
-        assert sizes[3:] == ([30, 31] if n_bad else [0, 0])
+        for share, its_parts in zip(whole, of, strict=False):
+            assert set(share) == set(np.flatnonzero(np.isin(shows, list(its_parts))))
+        # Parts, not images, come as if drawn at random: one image stands for each.
+        for share in one_each:
+            assert len(share) == len(set(shows[share]))
+
+
+def test_the_rate_is_kept_for_parts_to_come_exactly() -> None:
+    """Each of 41 parts judged by the others: as many false alarms as are allowed, no more."""
+    rng = np.random.default_rng(0)
+    level = rng.normal(size=41)  # of parts; their images differ by less
+    p, s = (1 / (1 + np.exp(-(level + rng.normal(0, 0.1, 41)))) for _ in range(2))
+    alarms = 0
+    for i in range(41):
+        others = np.delete(np.arange(41), i)
+        routing = calibrate_routing(p[others], s[others], 0.1, t_low=0.3)
+        alarms += int(routing.scores(p[[i]], s[[i]])[0] > 0.5)
+    assert 1 <= alarms <= 4
 
 
 def test_parts_to_come_make_no_more_false_alarms_than_asked() -> None:
@@ -760,11 +795,15 @@ def test_parts_to_come_make_no_more_false_alarms_than_asked() -> None:
 
 def test_groups_that_cannot_be_used() -> None:
     images = good(20)
-    with pytest.raises(InvalidValueError, match=r"groups must hold 20 values.*shape \(19,\)"):
+    with pytest.raises(InvalidValueError, match=r"groups must hold 20 values.*got 19"):
         make().fit(images, groups=[0] * 19)
-    for groups in ([0] * 20, [0, 1] * 10):
-        with pytest.raises(InvalidValueError, match=r"at least 3 different values.*got [12]"):
-            make().fit(images, groups=groups)
+    with pytest.raises(InvalidValueError, match=r"groups must hold 20 values.*got 3\."):
+        make().fit(images, groups=3)
+    for value in (None, float("nan"), 0.5, [1]):
+        with pytest.raises(InvalidTypeError, match=r"whole numbers or strings, got .* position 7"):
+            make().fit(images, groups=["a"] * 7 + [value] + ["b"] * 12)
+    with pytest.raises(InvalidValueError, match=r"8 normal images, of different parts if.*got 2"):
+        make().fit(images, groups=[0, 1] * 10)
     everyone = [str(i) for i in range(20)]  # each its own part: as if none were given
     same(make().fit(images, groups=everyone).detect(images), make().fit(images).detect(images))
 

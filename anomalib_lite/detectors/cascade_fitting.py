@@ -247,11 +247,6 @@ def _begin_gate(
         return Gate(backbone=backbone, whitening=whitening), learn
     # The scores of images that it was fitted on would be too low.
     half = len(learn) // 2
-    if not half:
-        raise InvalidValueError(
-            f"{_WHERE}: a detector as gate needs at least 2 normal images to learn from, beside "
-            f"those held out, got {len(learn)}. Give more, or images of more parts."
-        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # its own threshold is not used
         detector = clone(cascade.gate).fit(source.take(learn[:half]))
