@@ -195,6 +195,12 @@ def load(
     See :func:`save`.
     """
     path = Path(path)
+    for name, given in (("backbone", backbone), ("weights", weights)):
+        if isinstance(given, Mapping) and not given.keys() <= {"gate", "detector"}:
+            raise InvalidValueError(
+                f"load: {name} may be a dict with the keys 'gate' and 'detector', for the parts of "
+                f"a cascade, got the keys {list(given)}."
+            )
     arrays, header = _read(path)
     return _restore(arrays, header, path, backbone, weights, device)
 

@@ -534,6 +534,8 @@ def test_thresholds_can_be_chosen_again_after_load(fitted: GatedCascade, tmp_pat
     assert again.synthetic_
     assert again.set_thresholds(0.3, 0.7).routing_ != fitted.routing_
     assert again.set_thresholds().routing_ == fitted.routing_
+    with pytest.raises(InvalidValueError, match=r"'gate' and 'detector'.*\['gatee'\]"):
+        load(tmp_path / "cascade", backbone={"gatee": Small()})
 
 
 def test_a_file_with_everything_in_it(tmp_path: Path) -> None:
