@@ -15,14 +15,17 @@ import pytest
 import torch
 from scipy.stats import beta, binom
 from sklearn.base import clone
+from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, precision_score, recall_score
 from torch import Tensor, nn
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, load
+from anomalib_lite._moments import Moments
 from anomalib_lite.datasets import Folder, MVTecAD, Sample
+from anomalib_lite.detectors import cascade_fitting
 from anomalib_lite.detectors.cascade_fitting import _split
-from anomalib_lite.detectors.gate import Head, Probability
+from anomalib_lite.detectors.gate import Head, Probability, Whitening
 from anomalib_lite.detectors.routing import (
     Routing,
     anomalies_needed,
@@ -366,6 +369,35 @@ def test_too_few_anomalies_close_the_gate() -> None:
         assert lowest_probability(np.full(298, 0.9), np.ones(298), routing, 0.01) == 0
 
 
+def test_the_heatmap_model_is_asked_no_more_than_matters(
+    fitted: GatedCascade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = good(60, 3)
+    shares = _split(np.arange(60), np.arange(0), np.arange(60), fitted, np.random.RandomState(0))
+    routing, judged = fitted.routing_, []
+    for allowed in (cascade_fitting.losses_allowed, lambda *_: -1):  # the other way: asked of all
+        monkeypatch.setattr(cascade_fitting, "losses_allowed", allowed)
+        judged.append(
+            cascade_fitting._judge_anomalies(
+                fitted,
+                fitted.gate_,
+                fitted.detector_,
+                ImageSource(images),
+                shares,
+                routing.threshold,
+                0,
+            )
+        )
+    (p, some), (again, all_) = judged
+    np.testing.assert_array_equal(p, again)
+    assert np.isnan(some).any()
+    assert not np.isnan(all_).any()
+    known = ~np.isnan(some)
+    np.testing.assert_array_equal(some[known], all_[known])
+    low, naive = (lowest_probability(p, s, routing, 0.2) for s in (some, all_))
+    assert low == naive > 0
+
+
 def test_few_labelled_anomalies_are_learned_from_beside_synthetic_ones() -> None:
     normal = good(60)
     without = make().fit(normal)
@@ -488,6 +520,26 @@ def test_probabilities_are_calibrated(calibration: str) -> None:
     for low, high in ((0, 0.5), (0.5, 1.01)):
         inside = (p >= low) & (p < high)
         assert abs(p[inside].mean() - y[inside].mean()) < 0.1
+
+
+def test_what_a_gate_keeps_of_an_image() -> None:
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(6, 6))
+    normal, E = rng.normal(size=(300, 6)) @ mix + 3, (rng.normal(size=(4, 5, 8, 6)) @ mix + 3)
+    moments = Moments(6)
+    moments.add(normal)
+    whitening = Whitening.fit(moments)
+    kept = whitening.summaries(E.astype(np.float32))
+    estimator = LedoitWolf().fit(normal)
+    for row, e in zip(kept, E.reshape(4, 40, 6), strict=True):
+        d = np.sqrt(estimator.mahalanobis(e))
+        farthest = np.argsort(-d)[:2]  # 5 % of 40
+        by_hand = [d.max(), d[farthest].mean(), d.mean(), d.std()]
+        np.testing.assert_allclose(row[:4], by_hand, rtol=1e-3)
+        w = (e - whitening.center) @ whitening.factor
+        np.testing.assert_allclose(np.linalg.norm(w, axis=1), d, rtol=1e-3)
+        np.testing.assert_allclose(row[4:10], np.sqrt((w**2).mean(axis=0)), rtol=1e-3)
+        np.testing.assert_allclose(row[10:], w[farthest].mean(axis=0), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["network", "detector"])
