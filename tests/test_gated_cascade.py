@@ -818,6 +818,8 @@ def test_images_of_one_part_stay_together() -> None:
         # Parts, not images, come as if drawn at random: one image stands for each.
         for share in one_each:
             assert len(share) == len(set(shows[share]))
+        first = [np.flatnonzero(shows == part)[0] for part in shows[drawn.hold]]
+        assert drawn.hold.tolist() != first  # drawn, since the first may all have the same light
 
 
 def test_the_rate_is_kept_for_parts_to_come_exactly() -> None:
@@ -898,10 +900,17 @@ def test_the_front_has_no_row_that_is_beaten(fitted: GatedCascade) -> None:
     table = fitted.sweep(images, y, t_low=[0, 0.05, 0.2, 0.4], t_high=[0, 0.5, 0.9, 1])
     kept = [row for row in table.rows if row["keeps_rate"]]
     points = [(row["heatmap_call_rate"], row["recall"]) for row in kept]
-    for row in kept:
-        calls, recall = row["heatmap_call_rate"], row["recall"]
-        beaten = any(c <= calls and r >= recall and (c, r) != (calls, recall) for c, r in points)
-        assert row["pareto"] == (not beaten)
+    front = {
+        (c, r)
+        for c, r in points
+        if not any(a <= c and b >= r and (a, b) != (c, r) for a, b in points)
+    }
+    found = [(row["heatmap_call_rate"], row["recall"]) for row in table.pareto]
+    assert sorted(found) == sorted(front)  # each once
+    for row in table.pareto:
+        at = [r for r, point in zip(kept, points, strict=True) if point in found]
+        equal = [r for r in at if r["recall"] == row["recall"]]
+        assert row["false_alarm_rate"] == min(r["false_alarm_rate"] for r in equal)
     # A gate that calls all anomalous has full recall, without a call.
     alarms = [row for row in table.rows if not row["keeps_rate"]]
     assert alarms
@@ -914,6 +923,20 @@ def test_the_front_has_no_row_that_is_beaten(fitted: GatedCascade) -> None:
     calls_of = [row["heatmap_call_rate"] for row in table.pareto]
     assert calls_of == sorted(calls_of)
     assert len(table.pareto) >= 1
+
+
+def test_a_sweep_spans_what_the_gate_says(fitted: GatedCascade) -> None:
+    images, y = mixed()
+    table = fitted.sweep(images, y)
+    routing, p = fitted.routing_, fitted.detect(images, maps=False).probabilities
+    lows, highs = ({row[name] for row in table.rows} for name in ("t_low", "t_high"))
+    assert {0.0, routing.t_low} <= lows
+    assert {1.0, routing.t_high} <= highs
+    assert len({row["heatmap_call_rate"] for row in table.rows}) > 8
+    assert any(((p >= low) & (p <= 1)).mean() == 0.5 for low in lows)
+    for values in ("a", 0.1, [None]):
+        with pytest.raises(InvalidTypeError, match="of a sweep must"):
+            fitted.sweep(images, y, t_low=values)
 
 
 def test_one_class_has_no_auroc() -> None:

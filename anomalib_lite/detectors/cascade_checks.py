@@ -128,13 +128,18 @@ def parts_of(groups: Any, n: int) -> np.ndarray:
     return np.array([numbers[value] for value in given])
 
 
-def thresholds_of(values: Any) -> list[float]:
-    """Those of a sweep, as a list."""
+def thresholds_of(values: Any) -> list[float] | None:
+    """Those of a sweep, as a list; None if they are to be chosen."""
+    if values is None:
+        return None
     if not np.iterable(values) or isinstance(values, str):
         raise InvalidTypeError(
-            f"{_WHERE}: t_low and t_high of a sweep must be lists of numbers, got {values!r}."
+            f"{_WHERE}: t_low and t_high of a sweep must be lists of numbers or None, got "
+            f"{values!r}."
         )
     found = list(values)
     for value in found:
+        if value is None:
+            raise InvalidTypeError(f"{_WHERE}: t_low and t_high of a sweep must not hold None.")
         check_thresholds(value, value)
     return found

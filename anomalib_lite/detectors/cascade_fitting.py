@@ -140,19 +140,22 @@ def _split(
     return _Shares(
         learn=_of(order[:n_learn], normal, parts),
         check=_of(order[n_learn : n - n_hold], normal, parts),
-        hold=_of(order[n - n_hold :], normal, parts, one_each=True),
+        hold=_of(order[n - n_hold :], normal, parts, random),
         learn_bad=_of(bad_order[:n_learn_bad], anomalous, parts),
-        check_bad=_of(bad_order[n_learn_bad:], anomalous, parts, one_each=True),
+        check_bad=_of(bad_order[n_learn_bad:], anomalous, parts, random),
     )
 
 
 def _of(
-    chosen: np.ndarray, indices: np.ndarray, parts: np.ndarray, *, one_each: bool = False
+    chosen: np.ndarray,
+    indices: np.ndarray,
+    parts: np.ndarray,
+    one_each: np.random.RandomState | None = None,
 ) -> np.ndarray:
-    """Of these images those of the parts chosen, in their order; or the first of each part."""
+    """Of these images those of the parts chosen, in their order; or one of each part, drawn."""
     images = [indices[parts[indices] == part] for part in chosen]
-    if one_each:
-        images = [some[:1] for some in images]
+    if one_each is not None:
+        images = [some[[one_each.randint(len(some))]] for some in images]
     return np.concatenate([np.empty(0, np.int64), *images])
 
 

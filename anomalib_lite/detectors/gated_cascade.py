@@ -310,8 +310,8 @@ class GatedCascade(Answers, BaseEstimator):
         images: Any,
         y: Any,
         *,
-        t_low: Sequence[float] = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
-        t_high: Sequence[float] = (0.5, 0.7, 0.9, 0.95, 0.99, 1),
+        t_low: Sequence[float] | None = None,
+        t_high: Sequence[float] | None = None,
     ) -> Sweep:
         """What this cascade would do at other thresholds of its gate.
 
@@ -321,9 +321,10 @@ class GatedCascade(Answers, BaseEstimator):
             As in :meth:`fit`; not those that it was fitted on.
         y : array of shape (N,)
             0 for normal, 1 for anomalous.
-        t_low, t_high : sequences of float in [0, 1]
-            All pairs with ``t_low <= t_high`` are judged. Each has the threshold of the heatmap
-            model that :meth:`set_thresholds` would give it.
+        t_low, t_high : sequences of float in [0, 1], optional
+            By default what it has now, 0 and 1, and what parts the images' probabilities by
+            tenths. All pairs with ``t_low <= t_high`` are judged. Each has the threshold of the
+            heatmap model that :meth:`set_thresholds` would give it.
 
         Returns
         -------
@@ -338,6 +339,15 @@ class GatedCascade(Answers, BaseEstimator):
         source = ImageSource(images, max_pixels=self.max_pixels, where=_WHERE)
         truth = check_labels(y, len(source), _WHERE)
         lows, highs = (thresholds_of(values) for values in (t_low, t_high))
+        started = time.perf_counter()
+        p = self.gate_.probabilities(self.gate_.features(source, self)[0])
+        gate_ms = 1000 * (time.perf_counter() - started) / len(p)
+        usable = np.flatnonzero(~np.isnan(p))
+        if not len(usable):
+            raise InvalidValueError(f"{_WHERE}: sweep could use none of {len(p)} images.")
+        tenths = np.quantile(p[usable], np.linspace(0.1, 0.9, 9)).tolist()
+        lows = sorted({0.0, self.routing_.t_low, *tenths}) if lows is None else lows
+        highs = sorted({1.0, self.routing_.t_high, *tenths}) if highs is None else highs
         pairs = [(low, high) for low in lows for high in highs if low <= high]
         if not pairs:
             raise InvalidValueError(
@@ -347,19 +357,12 @@ class GatedCascade(Answers, BaseEstimator):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CalibrationWarning)  # one a pair would say nothing
             routings = [self._route(vars(self), low, high) for low, high in [*pairs, (0.0, 1.0)]]
-        started = time.perf_counter()
-        p = self.gate_.probabilities(self.gate_.features(source, self)[0])
-        gate_done = time.perf_counter()
-        usable = np.flatnonzero(~np.isnan(p))
-        s = np.full(len(p), np.nan)
-        if len(usable):
-            s[usable] = self.detector_.detect(source.take(usable), maps=False).scores
-        detector_done = time.perf_counter()
+        s, detector_started = np.full(len(p), np.nan), time.perf_counter()
+        s[usable] = self.detector_.detect(source.take(usable), maps=False).scores
+        detector_ms = 1000 * (time.perf_counter() - detector_started) / len(usable)
         kept = ~np.isnan(s)
         if not kept.any():
             raise InvalidValueError(f"{_WHERE}: sweep could use none of {len(p)} images.")
-        gate_ms = 1000 * (gate_done - started) / len(p)
-        detector_ms = 1000 * (detector_done - gate_done) / len(usable)
         return sweep_routings(
             routings[:-1],
             *(p[kept], s[kept], truth[kept]),

@@ -36,8 +36,9 @@ class Sweep:
         calls normal and the heatmap model would have found), ``ms_per_image`` (measured here),
         ``keeps_rate`` (whether ``t_high`` leaves room for the ``false_alarm_rate`` asked for, by
         the images held out for it), and ``pareto``: whether it does, and no other pair that does
-        has more recall for no more heatmap calls, or fewer calls for no less recall. What has no
-        value, as the AUROC of one class, is NaN.
+        has more recall for no more heatmap calls, or fewer calls for no less recall; of those
+        equal in both, the first of the fewest false alarms. What has no value, as the AUROC of
+        one class, is NaN.
     gate_ms, detector_ms : float
         Milliseconds that the gate and the heatmap model took for an image.
     alone : dict or None
@@ -178,9 +179,13 @@ def sweep_routings(
         row["keeps_rate"] = keeps
     # A gate that stops everything finds everything, with no call: that is no choice.
     eligible = [row for row in rows if row["keeps_rate"]]
+    by_alarms = sorted(eligible, key=lambda row: row["false_alarm_rate"])
+    first: dict[tuple[float, float], int] = {}
+    for row in by_alarms:
+        first.setdefault((row["heatmap_call_rate"], row["recall"]), id(row))
     for row in rows:
         beaten = any(_dominates(other, row) for other in eligible)
-        row["pareto"] = row["keeps_rate"] and not beaten
+        row["pareto"] = not beaten and id(row) in first.values()
     if alone is None:
         return Sweep(rows, gate_ms, detector_ms)
     without_gate = _judge(alone, probabilities, detector_scores, y) | {"ms_per_image": detector_ms}
