@@ -111,7 +111,7 @@ def _describe_gate(cascade: Any) -> list[str]:
     return [
         f"gate          {cascade.gate} ({backbone.device}, {dtype}): normal {normal}, "
         f"anomalous {anomalous}",
-        f"gate misses   {missed}",
+        f"gate loses    {missed}",
     ]
 
 

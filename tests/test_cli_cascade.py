@@ -95,7 +95,7 @@ class TestFit:
             rf"efficientnet_lite0 \(.+, \w+\): normal below {routing.t_low:.3g}, anomalous never",
             lines["gate"],
         )
-        assert lines["gate misses"] == (
+        assert lines["gate loses"] == (
             f"at most 0.2 of anomalies such as the {len(detector.anomaly_probabilities_)} made-up "
             "ones held out (95 % confidence)"
         )
@@ -227,7 +227,7 @@ class TestFit:
         )
         out, err = capsys.readouterr()
         assert "normal below 0.3, anomalous above 0.99" in out
-        assert "gate misses   as many as lie below the t_low given" in out
+        assert "gate loses    as many as lie below the t_low given" in out
         assert "the rate of 0.05 asked for is not guaranteed, see the warning" in out
         assert err.startswith("warning: --false-alarm-rate 0.05 needs 19 normal images, got 12;")
 
