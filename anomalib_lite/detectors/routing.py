@@ -188,7 +188,7 @@ def calibrate_routing(
     --------
     >>> p, s = np.arange(99) / 100, np.arange(99.0)[::-1]
     >>> calibrate_routing(p, s, 0.1, t_low=0.3)
-    Routing(t_low=0.3, t_high=0.97, threshold=91.0, scale=42.0)
+    Routing(t_low=0.3, t_high=0.94, threshold=94.0, scale=45.0)
     """
     p, s = np.asarray(probabilities, np.float64), np.asarray(detector_scores, np.float64)
     allowed = math.floor((len(p) + 1) * false_alarm_rate + 1e-9)
