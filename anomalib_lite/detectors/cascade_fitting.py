@@ -153,9 +153,11 @@ def _of(
     one_each: np.random.RandomState | None = None,
 ) -> np.ndarray:
     """Of these images those of the parts chosen, in their order; or one of each part, drawn."""
-    images = [indices[parts[indices] == part] for part in chosen]
+    ordered = indices[np.argsort(parts[indices], kind="stable")]
+    starts, ends = (np.searchsorted(parts[ordered], chosen, side) for side in ("left", "right"))
+    images = [ordered[start:end] for start, end in zip(starts, ends, strict=True)]
     if one_each is not None:
-        images = [some[[one_each.randint(len(some))]] for some in images]
+        images = [some[[one_each.randint(len(some))]] if len(some) > 1 else some for some in images]
     return np.concatenate([np.empty(0, np.int64), *images])
 
 
