@@ -54,7 +54,7 @@ FIT_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
     "coreset_ratio": (float, 0.1, "PatchCore: share of patches kept, in (0, 1]"),
     "n_neighbors": (int, 1, "PatchCore: nearest patches that a score averages over"),
-    "image_score": (str, "max", "max or top1%%; PatchCore: reweighted; PaDiM: smoothed, its own"),
+    "image_score": (str, "max", "max, top1%% or smoothed (PaDiM's default); PatchCore: reweighted"),
     "index": (str, "flat", "PatchCore: flat (exact), or a FAISS index-factory string"),
     "smoothing": (float, 4.0, "of heatmaps, in pixels of the image size"),
     "false_alarm_rate": (float, 0.01, "of future normal images, in (0, 1)"),

@@ -11,10 +11,11 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.special import softmax
 
 from anomalib_lite._threads import one_blas_thread
+from anomalib_lite._validation import check_choice
 
 __all__ = ["IMAGE_SCORES", "anomaly_maps", "image_scores", "reweight"]
 
-IMAGE_SCORES = ("max", "top1%", "reweighted")
+IMAGE_SCORES = ("max", "top1%", "smoothed")
 
 
 def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
@@ -32,12 +33,18 @@ def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
     -------
     ndarray of shape (B,), float32
 
+    Raises
+    ------
+    InvalidValueError
+        If ``how`` is none of these.
+
     Examples
     --------
     >>> import numpy as np
     >>> image_scores(np.arange(200, dtype=np.float32).reshape(1, 10, 20), "top1%")
     array([198.5], dtype=float32)
     """
+    check_choice("how", how, IMAGE_SCORES, "image_scores")
     if how == "smoothed":
         patch_scores = gaussian_filter1d(gaussian_filter1d(patch_scores, 1.0, axis=1), 1.0, axis=2)
     flat = patch_scores.reshape(len(patch_scores), -1)

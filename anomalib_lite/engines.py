@@ -389,5 +389,5 @@ def _made_by(engine: str) -> dict[str, str]:
             made_by[package] = ""
     folder = Path(__file__).parent
     sources = [(folder / f"{name}.py") for name in _MADE_BY]
-    made_by["sources"] = _cache.digest([p.read_text("utf-8") for p in sources if p.exists()])
+    made_by["sources"] = _cache.digest([p.read_text("utf-8") for p in sources])
     return made_by

@@ -8,6 +8,7 @@ import torch
 from scipy.ndimage import center_of_mass, gaussian_filter
 
 from anomalib_lite.anomaly_map import anomaly_maps, image_scores, reweight
+from anomalib_lite.errors import InvalidValueError
 
 RNG = np.random.default_rng(0)
 
@@ -130,3 +131,9 @@ def test_reweighting_is_equation_7(spread: float) -> None:
 
 def test_reweighting_with_one_point_in_the_bank_leaves_nothing() -> None:
     np.testing.assert_array_equal(reweight(np.float32([3.0]), np.float32([[3.0]])), [0.0])
+
+
+@pytest.mark.parametrize("how", ["median", "reweighted", "top_1%", None])
+def test_an_unknown_image_score_is_refused(how: str) -> None:
+    with pytest.raises(InvalidValueError, match=r"image_scores: how must be one of \['max', "):
+        image_scores(RNG.random((2, 3, 4), dtype=np.float32), how)

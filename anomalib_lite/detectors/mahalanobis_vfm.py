@@ -17,7 +17,7 @@ from anomalib_lite._validation import (
     check_memory,
     check_number,
 )
-from anomalib_lite.anomaly_map import image_scores
+from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.collecting import MomentsCollector, split_summary
 from anomalib_lite.detectors.embeddings import Embeddings
@@ -27,8 +27,6 @@ from anomalib_lite.gaussian import Gaussian, check_shrinkage
 from anomalib_lite.images import ImageSource
 
 __all__ = ["MahalanobisVFM"]
-
-IMAGE_SCORES = ("max", "top1%")
 
 
 class MahalanobisVFM(BaseDetector):
@@ -78,9 +76,9 @@ class MahalanobisVFM(BaseDetector):
         Of both covariances; see :class:`~anomalib_lite.gaussian.Gaussian`.
     global_weight : float in [0, 1], default=0.5
         Share of the whole image's distance in the image score; the rest is that of its patches.
-    image_score : {"max", "top1%"}, default="max"
-        How the patches of an image become one number: the largest, or the mean of the largest
-        1 %.
+    image_score : {"max", "top1%", "smoothed"}, default="max"
+        How the patches of an image become one number: the largest, the mean of the largest 1 %,
+        or the largest after smoothing over neighbours.
     calibration : {"split", "leave_one_out"}, default="split"
         As in :class:`~anomalib_lite.PaDiM`.
     memory_budget : int or str, optional

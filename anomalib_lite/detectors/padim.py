@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from anomalib_lite._validation import check_choice, check_int, check_memory, check_number
-from anomalib_lite.anomaly_map import image_scores
+from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.collecting import Collector
 from anomalib_lite.detectors.embeddings import Embeddings
@@ -19,7 +19,6 @@ from anomalib_lite.gaussian import GaussianGrid
 
 __all__ = ["PaDiM"]
 
-IMAGE_SCORES = ("smoothed", "max", "top1%")
 REDUCTIONS = ("random", "semi_orthogonal")
 # Images whose embeddings are in memory at a time, where no budget says how many.
 _SHARD_IMAGES = 32

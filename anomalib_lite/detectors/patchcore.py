@@ -47,9 +47,9 @@ class PatchCore(BaseDetector):
         How they are chosen.
     n_neighbors : int, default=1
         A patch's score is its mean distance to so many nearest patches of the bank.
-    image_score : {"max", "top1%", "reweighted"}, default="max"
-        Largest patch score; mean of the largest 1 %; or Equation 7 of the paper (b = 9), which
-        needs ``n_neighbors=1``.
+    image_score : {"max", "top1%", "smoothed", "reweighted"}, default="max"
+        Largest patch score; mean of the largest 1 %; largest of the smoothed patch scores; or
+        Equation 7 of the paper (b = 9), which needs ``n_neighbors=1``.
     index : str, default="flat"
         ``"flat"`` for exact search, or a FAISS index-factory string.
     nprobe, ef_search : int, optional
@@ -204,7 +204,7 @@ class PatchCore(BaseDetector):
         super()._check_parameters()
         check_number("coreset_ratio", self.coreset_ratio, "PatchCore", "(0, 1]")
         check_choice("coreset", self.coreset, METHODS, "PatchCore")
-        check_choice("image_score", self.image_score, IMAGE_SCORES, "PatchCore")
+        check_choice("image_score", self.image_score, (*IMAGE_SCORES, "reweighted"), "PatchCore")
         check_index(self.index, "PatchCore", nprobe=self.nprobe, efSearch=self.ef_search)
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
         if self.image_score == "reweighted" and self.n_neighbors != 1:
@@ -311,8 +311,10 @@ class PatchCore(BaseDetector):
         rows = E.reshape(-1, E.shape[-1])
         distances, neighbors = self.memory_bank_.search(rows, self.n_neighbors)
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
-        scores = image_scores(patch_scores, self.image_score)
-        if self.image_score == "reweighted":
+        if self.image_score != "reweighted":
+            scores = image_scores(patch_scores, self.image_score)
+        else:
+            scores = image_scores(patch_scores, "max")
             worst = patch_scores.reshape(len(E), -1).argmax(axis=1)
             worst += np.arange(len(E)) * (E.shape[1] * E.shape[2])
             scores = self._reweight(scores, rows[worst], neighbors[worst, 0])
