@@ -12,22 +12,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from anomalib_lite._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from anomalib_lite.detectors.gated_cascade import GatedCascade as GatedCascade
-    from anomalib_lite.detectors.mahalanobis_vfm import MahalanobisVFM as MahalanobisVFM
-    from anomalib_lite.detectors.padim import PaDiM as PaDiM
-    from anomalib_lite.detectors.patchcore import PatchCore as PatchCore
+    from anomalib_lite.cascade import GatedCascade as GatedCascade
+    from anomalib_lite.detectors import MahalanobisVFM as MahalanobisVFM
+    from anomalib_lite.detectors import PaDiM as PaDiM
+    from anomalib_lite.detectors import PatchCore as PatchCore
     from anomalib_lite.evaluation import evaluate as evaluate
     from anomalib_lite.memory_bank import MemoryBank as MemoryBank
     from anomalib_lite.persistence import load as load
 
-__version__ = "0.1.0"
-
 _HOME = {
-    "GatedCascade": "anomalib_lite.detectors.gated_cascade",
-    "MahalanobisVFM": "anomalib_lite.detectors.mahalanobis_vfm",
-    "PaDiM": "anomalib_lite.detectors.padim",
-    "PatchCore": "anomalib_lite.detectors.patchcore",
+    "GatedCascade": "anomalib_lite.cascade",
+    "MahalanobisVFM": "anomalib_lite.detectors",
+    "PaDiM": "anomalib_lite.detectors",
+    "PatchCore": "anomalib_lite.detectors",
     "MemoryBank": "anomalib_lite.memory_bank",
     "evaluate": "anomalib_lite.evaluation",
     "load": "anomalib_lite.persistence",

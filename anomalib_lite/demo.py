@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from anomalib_lite._demo_page import page
-from anomalib_lite._output import RowsFile, make_directory, writing
-from anomalib_lite._predictions import shortest
+from anomalib_lite._files import RowsFile, make_directory, shortest, writing
 from anomalib_lite._validation import check_int
 from anomalib_lite.datasets import ELPV, Dataset, Sample
 from anomalib_lite.detectors.patchcore import PatchCore
 from anomalib_lite.evaluation import Report, evaluate
 from anomalib_lite.plotting import color_bar, contact_sheet, overlay
+from anomalib_lite.report import page
 
 __all__ = ["Gallery", "Tile", "run_demo"]
 

@@ -8,12 +8,12 @@ import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
-from anomalib_lite import _faiss_index, _int8
-from anomalib_lite._faiss_index import check_index, faiss, serialize
-from anomalib_lite._int8_index import Int8Index
 from anomalib_lite._validation import check_choice, check_int, check_matrix, check_values
 from anomalib_lite.coreset import check_device, coreset_size, select_coreset
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
+from anomalib_lite.neighbors import faiss_index, int8
+from anomalib_lite.neighbors.faiss_index import check_index, faiss, serialize
+from anomalib_lite.neighbors.int8_index import Int8Index
 
 __all__ = ["MemoryBank", "check_index", "serialize"]
 
@@ -69,7 +69,7 @@ class MemoryBank(BaseEstimator):
     A query that an approximate index finds too few neighbours for is searched exactly.
 
     With ``"int8"``, the distance of a query to a row is known from the 8-bit product up to an
-    error that has a certain bound (see ``_int8.py``). A row is left out only if it is farther
+    error that has a certain bound (see ``int8.py``). A row is left out only if it is farther
     than ``k`` others whatever the errors, so the search is exact.
 
     References
@@ -133,7 +133,7 @@ class MemoryBank(BaseEstimator):
         check_int("n_neighbors", self.n_neighbors, "MemoryBank", low=1)
         check_choice("algorithm", self.algorithm, ALGORITHMS, "MemoryBank")
         check_index(self.index, "MemoryBank", **self._efforts())
-        if self.algorithm == "int8" and not _int8.is_fast_here():
+        if self.algorithm == "int8" and not int8.is_fast_here():
             raise InvalidValueError(
                 "MemoryBank: algorithm='int8' needs a processor with AVX-512 VNNI or AMX. Use "
                 "algorithm='auto'."
@@ -266,7 +266,7 @@ class MemoryBank(BaseEstimator):
     def _search_much(self, X: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """:meth:`search` by whatever is quickest for many queries of a large flat index."""
         if self._quick is None and self.device != "cpu":
-            from anomalib_lite._on_device import DeviceIndex  # it needs torch
+            from anomalib_lite.neighbors.torch_index import DeviceIndex  # it needs torch
 
             self._quick = DeviceIndex(self.embeddings_, self.device)
         if self._quick is None and self._wants_int8(len(X)):
@@ -284,8 +284,8 @@ class MemoryBank(BaseEstimator):
 
     def _wants_int8(self, n_queries: int) -> bool:
         if self.algorithm == "auto":
-            return _int8.pays(n_queries * self.embeddings_.size > _VERY_MANY)
-        return self.algorithm == "int8" and _int8.is_fast_here()  # it may come from elsewhere
+            return int8.pays(n_queries * self.embeddings_.size > _VERY_MANY)
+        return self.algorithm == "int8" and int8.is_fast_here()  # it may come from elsewhere
 
     def recall(self, X: Any, n_neighbors: int | None = None) -> float:
         """How many of the true nearest neighbours an approximate index finds.
@@ -349,8 +349,8 @@ class MemoryBank(BaseEstimator):
         if (serialized_index is None) != (bank.index == "flat"):
             raise InvalidValueError(f"MemoryBank: no serialized index fits index={bank.index!r}.")
         if serialized_index is not None:
-            bank.index_ = _faiss_index.deserialize(serialized_index, bank.embeddings_.shape)
-        _faiss_index.set_efforts(bank.index_, bank.index, "MemoryBank", **bank._efforts())
+            bank.index_ = faiss_index.deserialize(serialized_index, bank.embeddings_.shape)
+        faiss_index.set_efforts(bank.index_, bank.index, "MemoryBank", **bank._efforts())
         return bank
 
     def _rank(self, X: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -367,8 +367,8 @@ class MemoryBank(BaseEstimator):
         return np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
 
     def _remember(self, X: np.ndarray) -> None:
-        index = None if self.index == "flat" else _faiss_index.build(X, self.index)
-        _faiss_index.set_efforts(index, self.index, "MemoryBank", **self._efforts())
+        index = None if self.index == "flat" else faiss_index.build(X, self.index)
+        faiss_index.set_efforts(index, self.index, "MemoryBank", **self._efforts())
         self.embeddings_ = X
         self.index_ = index
         self._quick = None

@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
-from anomalib_lite._weights import weights_sha256
-from anomalib_lite.backbones import Backbone
+from anomalib_lite.backbones import Backbone, weights_sha256
 from anomalib_lite.errors import (
     AnomalibLiteError,
     InvalidTypeError,

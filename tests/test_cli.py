@@ -17,7 +17,7 @@ import pytest
 
 import anomalib_lite
 from anomalib_lite import MahalanobisVFM, PaDiM, PatchCore, cli, load
-from anomalib_lite._arguments import FIT_OPTIONS, MAHALANOBIS_OPTIONS, PADIM_OPTIONS
+from anomalib_lite.cli._parser import FIT_OPTIONS, MAHALANOBIS_OPTIONS, PADIM_OPTIONS
 
 Refused = Callable[..., str]
 FAST = ["--image-size", "64", "--coreset-ratio", "0.2", "--false-alarm-rate", "0.2"]

@@ -22,13 +22,13 @@ from cli_fixtures import save, scratched
 from PIL import Image
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, cli, load
-from anomalib_lite._arguments import (
+from anomalib_lite.cli._fit import _OF_BOTH, make_detector
+from anomalib_lite.cli._parser import (
     ALL_FIT_OPTIONS,
     CASCADE_OPTIONS,
     CASCADE_PARAMETERS,
     make_parser,
 )
-from anomalib_lite._fit_command import _OF_BOTH, make_detector
 from anomalib_lite.errors import CalibrationWarning
 from anomalib_lite.plotting import overlay
 
@@ -294,7 +294,7 @@ class TestFit:
         refused: Refused,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        learned = "anomalib_lite.detectors.cascade_fitting.Head.fit"
+        learned = "anomalib_lite.cascade._fitting.Head.fit"
         monkeypatch.setattr(learned, lambda *_: pytest.fail("it came to learn something"))
         save(np.zeros((64, 64), np.uint8), wall / "models/one/0.png")
         command = ["fit", wall / "train/good", "-o", tmp_path / "m", *CASCADE]

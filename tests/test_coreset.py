@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from anomalib_lite import _k_center, coreset
-from anomalib_lite._on_device import DeviceRows
+from anomalib_lite import coreset
 from anomalib_lite.backbones import Backbone
-from anomalib_lite.coreset import METHODS, covering_radius, greedy_k_center, select_coreset
+from anomalib_lite.coreset import (
+    METHODS,
+    _k_center,
+    covering_radius,
+    greedy_k_center,
+    select_coreset,
+)
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.fusion import patch_embeddings
 from anomalib_lite.images import ImageSource, iter_batches
+from anomalib_lite.neighbors.torch_index import DeviceRows
 
 
 @pytest.fixture(autouse=True, params=["float32", "int8", "torch"])

@@ -25,11 +25,12 @@ from PIL import Image
 from scipy.stats import beta
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, errors, load, plotting
-from anomalib_lite._arguments import make_parser
-from anomalib_lite._timm import EMBEDDED, default_layers
+from anomalib_lite.backbones import EMBEDDED
+from anomalib_lite.backbones._timm import default_layers
 from anomalib_lite.calibration import calibration_size
+from anomalib_lite.cascade.routing import anomalies_needed
 from anomalib_lite.cli import main
-from anomalib_lite.detectors.routing import anomalies_needed
+from anomalib_lite.cli._parser import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, DOCS, EXAMPLES = ROOT / "anomalib_lite", ROOT / "docs", ROOT / "examples"

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import anomalib_lite
-from anomalib_lite import PatchCore, _cache, load
-from anomalib_lite._runtimes import OpenVinoGraph, n_threads
+from anomalib_lite import PatchCore, load
 from anomalib_lite.datasets import MVTecAD
-from anomalib_lite.engines import FUSIONS, CompiledBackbone, open_backbone
+from anomalib_lite.engines import FUSIONS, CompiledBackbone, _cache, open_backbone
+from anomalib_lite.engines._runtimes import OpenVinoGraph, n_threads
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingDependencyError
 from anomalib_lite.fusion import STRATEGIES
 from anomalib_lite.metrics import aupro, auroc, pixel_auroc
@@ -398,10 +398,12 @@ def _made() -> int:
 
 @pytest.fixture
 def _count_conversions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from anomalib_lite import _graph
+    from anomalib_lite.engines import _conversion
 
-    real = _graph.graph_of
-    monkeypatch.setattr(_graph, "graph_of", lambda *a: (_conversions.append(a[1]), real(*a))[1])
+    real = _conversion.graph_of
+    monkeypatch.setattr(
+        _conversion, "graph_of", lambda *a: (_conversions.append(a[1]), real(*a))[1]
+    )
     yield
     _conversions.clear()
 

@@ -21,18 +21,17 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from torch import Tensor, nn
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, load
-from anomalib_lite._moments import Moments
-from anomalib_lite.datasets import Folder, MVTecAD, Sample
-from anomalib_lite.detectors import cascade_fitting
-from anomalib_lite.detectors.cascade_fitting import _split
-from anomalib_lite.detectors.gate import Head, Probability, Whitening
-from anomalib_lite.detectors.routing import (
+from anomalib_lite.cascade import _fitting
+from anomalib_lite.cascade._fitting import _split
+from anomalib_lite.cascade.gate import Head, Probability, Whitening
+from anomalib_lite.cascade.routing import (
     Routing,
     anomalies_needed,
     calibrate_routing,
     lowest_probability,
 )
-from anomalib_lite.detectors.sweep import sweep_routings
+from anomalib_lite.cascade.sweep import sweep_routings
+from anomalib_lite.datasets import Folder, MVTecAD, Sample
 from anomalib_lite.errors import (
     AnomalibLiteError,
     CalibrationWarning,
@@ -43,6 +42,7 @@ from anomalib_lite.errors import (
     NotFittedError,
 )
 from anomalib_lite.evaluation import evaluate
+from anomalib_lite.gaussian import Moments
 from anomalib_lite.images import ImageSource
 from anomalib_lite.metrics import auroc, average_precision
 
@@ -375,10 +375,10 @@ def test_the_heatmap_model_is_asked_no_more_than_matters(
     images = good(60, 3)
     shares = _split(np.arange(60), np.arange(0), np.arange(60), fitted, np.random.RandomState(0))
     routing, judged = fitted.routing_, []
-    for allowed in (cascade_fitting.losses_allowed, lambda *_: -1):  # the other way: asked of all
-        monkeypatch.setattr(cascade_fitting, "losses_allowed", allowed)
+    for allowed in (_fitting.losses_allowed, lambda *_: -1):  # the other way: asked of all
+        monkeypatch.setattr(_fitting, "losses_allowed", allowed)
         judged.append(
-            cascade_fitting._judge_anomalies(
+            _fitting._judge_anomalies(
                 fitted,
                 fitted.gate_,
                 fitted.detector_,

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PatchCore, load
 from anomalib_lite.backbones import Backbone
-from anomalib_lite.detectors import gate_tuning
-from anomalib_lite.detectors.gate import Gate, Head
-from anomalib_lite.detectors.gate_tuning import Tuned, tune_gate
+from anomalib_lite.cascade import _finetuning
+from anomalib_lite.cascade._finetuning import Tuned, tune_gate
+from anomalib_lite.cascade.gate import Gate, Head
 from anomalib_lite.errors import InvalidValueError, ModelFileError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.metrics import auroc
@@ -129,7 +129,7 @@ def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def last_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """So short a training may make nothing better: let the last epoch count, whatever it is."""
     epochs = itertools.count()
-    monkeypatch.setattr(gate_tuning, "_rank", lambda entry: (next(epochs), 0))
+    monkeypatch.setattr(_finetuning, "_rank", lambda entry: (next(epochs), 0))
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_it_tells_a_defect_that_the_frozen_network_does_not(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # This network's weights are random: it has everything to learn and nothing to forget.
-    monkeypatch.setattr(gate_tuning, "LEARNING_RATE", 1e-3)
+    monkeypatch.setattr(_finetuning, "LEARNING_RATE", 1e-3)
     images, y = labelled(120, 80)
     new, truth = np.concatenate([good(60, 7), bad(60, 8)]), np.repeat([0, 1], 60)
     cascade = make(gate=NETWORK, weights=weights, epochs=12).fit(images, y)
@@ -172,14 +172,14 @@ def test_weights_learn_and_statistics_stay(weights: Path, last_is_best: None) ->
 def test_the_first_line_is_that_of_the_frozen_features(weights: Path) -> None:
     """Standardized and back again, it is the line of ``Head.fit``; and features are the gate's."""
     network = backbone(weights=weights)
-    [examples, _] = gate_tuning._examples(
+    [examples, _] = _finetuning._examples(
         ImageSource(good(20)),
         ImageSource(bad(20)),
         0,
         {"image_size": 64, "stride": network.stride},
         np.random.RandomState(0),
     )
-    judge = gate_tuning._Judge(network, examples, "balanced")
+    judge = _finetuning._Judge(network, examples, "balanced")
     gate = Gate(backbone=backbone(weights=weights, trainable=False))
     X, _ = gate.features(ImageSource(examples.images), make())
     n = examples.n_normal
@@ -207,7 +207,7 @@ def test_the_best_epoch_is_kept(
         k = len(seen) - 1
         return {"validation_auroc": areas[k], "validation_loss": losses[k]}
 
-    monkeypatch.setattr(gate_tuning, "_validate", validate)
+    monkeypatch.setattr(_finetuning, "_validate", validate)
     tuned = tune(backbone(Learner), good(10), bad(10), epochs=3)
     assert [h["validation_auroc"] for h in tuned.history] == areas
     for k, (state, head) in enumerate(seen):
@@ -218,13 +218,13 @@ def test_the_best_epoch_is_kept(
 
 def test_history_is_measured_on_images_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, Any]] = []
-    validate = gate_tuning._validate
+    validate = _finetuning._validate
 
     def spy(judge: Any, examples: Any, class_weight: Any) -> dict[str, float]:
         asked.append((judge.logits(examples), examples))
         return validate(judge, examples, class_weight)
 
-    monkeypatch.setattr(gate_tuning, "_validate", spy)
+    monkeypatch.setattr(_finetuning, "_validate", spy)
     history = tune(backbone(Learner), good(20), bad(15), epochs=3, class_weight=None).history
     assert len(history) == 4
     assert "train_loss" not in history[0]
@@ -239,15 +239,15 @@ def test_history_is_measured_on_images_kept_apart(monkeypatch: pytest.MonkeyPatc
 
 def test_the_step_gets_smaller_along_half_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = []
-    learn = gate_tuning._learn
+    learn = _finetuning._learn
 
     def spy(judge: Any, optimizer: Any, *args: Any) -> float:
         rates.append(optimizer.param_groups[0]["lr"])
         return learn(judge, optimizer, *args)
 
-    monkeypatch.setattr(gate_tuning, "_learn", spy)
+    monkeypatch.setattr(_finetuning, "_learn", spy)
     tune(backbone(Learner), good(10), bad(10), epochs=4)
-    expected = gate_tuning.LEARNING_RATE * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2
+    expected = _finetuning.LEARNING_RATE * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2
     np.testing.assert_allclose(rates, expected)
 
 
@@ -264,11 +264,11 @@ def test_classes_weigh_in_the_loss(weights: Path, last_is_best: None) -> None:
     losses = []
     for class_weight in (None, "balanced", {0: 2, 1: 2}):
         y = np.repeat([0, 1], [30, 10])
-        examples = gate_tuning._Examples(list(np.concatenate([good(30), bad(10)])), [10])
-        judge = gate_tuning._Judge(backbone(weights=weights), examples, None)
+        examples = _finetuning._Examples(list(np.concatenate([good(30), bad(10)])), [10])
+        judge = _finetuning._Judge(backbone(weights=weights), examples, None)
         stay = torch.optim.SGD(judge.parameters(), lr=0.0)
         random = np.random.RandomState(0)
-        losses.append(gate_tuning._learn(judge, stay, examples, class_weight, random))
+        losses.append(_finetuning._learn(judge, stay, examples, class_weight, random))
         z = judge.logits(examples)
         by_hand = np.logaddexp(0, np.where(y == 1, -z, z))
         w = np.where(y == 1, 2.0, 2 / 3) if class_weight == "balanced" else np.ones(40)
@@ -281,7 +281,7 @@ def test_images_of_several_sizes() -> None:
     sizes = [(64, 96), (96, 64), (64, 64)]
     images = [np.resize(image, (*sizes[i % 3], 3)) for i, image in enumerate(good(60))]
     y = np.arange(60) % 5 < 2
-    examples = gate_tuning._Examples(images, [10, 14])
+    examples = _finetuning._Examples(images, [10, 14])
     batches = list(examples.batches(np.random.RandomState(0)))
     groups = [group for batch in batches for group in batch]
     assert sorted(itertools.chain(*groups)) == list(range(60))
@@ -297,10 +297,10 @@ def test_images_of_several_sizes() -> None:
 def test_one_step_for_all_sizes_of_a_batch() -> None:
     """The step for the mean over the whole batch, worked out one image at a time."""
     images = [image[: 96 - 32 * (i % 2)] for i, image in enumerate(np.tile(good(12), (2, 1, 1)))]
-    examples = gate_tuning._Examples(images, [4])
-    expected, judge = (gate_tuning._Judge(backbone(Learner), examples, None) for _ in range(2))
+    examples = _finetuning._Examples(images, [4])
+    expected, judge = (_finetuning._Judge(backbone(Learner), examples, None) for _ in range(2))
     by_step = torch.optim.SGD(judge.parameters(), lr=0.1)
-    gate_tuning._learn(judge, by_step, examples, "balanced", np.random.RandomState(0))
+    _finetuning._learn(judge, by_step, examples, "balanced", np.random.RandomState(0))
     w = np.where(examples.y == 1, 12 / 8, 12 / 16)
     losses = [
         w[i] * nn.functional.softplus(-expected([image])[0] if y else expected([image])[0])
@@ -318,14 +318,14 @@ def test_one_step_for_all_sizes_of_a_batch() -> None:
 def learned_from(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each call of ``_examples`` gives: to learn from, and to validate by."""
     found: list[Any] = []
-    divide = gate_tuning._examples
+    divide = _finetuning._examples
 
     def spy(*args: Any) -> Any:
         parts = list(divide(*args))
         found.append(parts)
         return iter(parts)
 
-    monkeypatch.setattr(gate_tuning, "_examples", spy)
+    monkeypatch.setattr(_finetuning, "_examples", spy)
     return found
 
 
@@ -359,8 +359,8 @@ def test_labelled_images_are_learned_from_once_each(learned_from: list[Any]) -> 
 def test_synthetic_anomalies_are_made_once(
     learned_from: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seeds, made = [], gate_tuning._made
-    monkeypatch.setattr(gate_tuning, "_made", lambda *a: (seeds.append(a[2]), made(*a))[1])
+    seeds, made = [], _finetuning._made
+    monkeypatch.setattr(_finetuning, "_made", lambda *a: (seeds.append(a[2]), made(*a))[1])
     images = good(60)
     cascade = make(epochs=3).fit(images)
     [(train, validation)] = learned_from
@@ -551,6 +551,6 @@ def test_too_few_to_validate_by_are_told() -> None:
 
 
 def test_no_numbers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_tuning, "LEARNING_RATE", 1e30)
+    monkeypatch.setattr(_finetuning, "LEARNING_RATE", 1e30)
     with pytest.raises(InvalidValueError, match=r"^gate: training='finetune' diverged in epoch"):
         tune(backbone(Learner), good(40), bad(40), epochs=3)

@@ -10,9 +10,8 @@ from sklearn.base import clone
 from sklearn.covariance import OAS, LedoitWolf, ShrunkCovariance
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from anomalib_lite._moments import Moments
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
-from anomalib_lite.gaussian import Gaussian, GaussianGrid
+from anomalib_lite.gaussian import Gaussian, GaussianGrid, Moments
 
 
 def rows(n: int, d: int, seed: int = 0) -> np.ndarray:

@@ -13,11 +13,12 @@ import torch
 from scipy.spatial.distance import cdist
 from threadpoolctl import threadpool_info
 
-from anomalib_lite import MemoryBank, _int8
-from anomalib_lite._int8_index import Int8Index
-from anomalib_lite._on_device import DeviceIndex
+from anomalib_lite import MemoryBank
 from anomalib_lite._threads import n_cores, workers
 from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.neighbors import int8
+from anomalib_lite.neighbors.int8_index import Int8Index
+from anomalib_lite.neighbors.torch_index import DeviceIndex
 
 RNG = np.random.default_rng(0)
 
@@ -64,12 +65,12 @@ KINDS = [normal, with_outliers, skewed, far, twins, saturated, sparse]
 @pytest.mark.parametrize("d", [4, 61, 152, 600])
 def test_no_score_is_farther_off_than_its_bound(kind: object, d: int) -> None:
     X, Q = kind(700, d), kind(90, d, 1)  # type: ignore[operator]
-    frame = _int8.Frame(X)
+    frame = int8.Frame(X)
     placed = frame.place(X)
     half = (placed.astype(np.float64) ** 2).sum(axis=1) / 2
     frame.make_room(float(np.ptp(half)) / 2, frame.smallest_step)
     items, queries = frame.items(placed), frame.queries(frame.place(Q))
-    codes = _int8.products(queries.codes, items.codes)
+    codes = int8.products(queries.codes, items.codes)
     steps = queries.steps.astype(np.float64) * items.step
     got = codes * steps[:, None] + items.shift
     centred = X.astype(np.float64) - frame.mean
@@ -84,27 +85,27 @@ def test_no_score_is_farther_off_than_its_bound(kind: object, d: int) -> None:
 
 def test_a_product_just_below_the_limit_is_below_the_score() -> None:
     X, Q = normal(300, 32), normal(40, 32, 1)
-    frame = _int8.Frame(X)
+    frame = int8.Frame(X)
     frame.make_room(100.0, frame.smallest_step)
     items, queries = frame.items(frame.place(X)), frame.queries(frame.place(Q))
     x, q = X - frame.mean, Q - frame.mean
     scores = q @ x.T - (x**2).sum(axis=1) / 2
-    codes = _int8.products(queries.codes, items.codes)
+    codes = int8.products(queries.codes, items.codes)
     least = np.partition(scores, -5, axis=1)[:, -5]  # the five best must all stay
-    kept = codes >= _int8.limit(least, queries, items)[:, None]
+    kept = codes >= int8.limit(least, queries, items)[:, None]
     assert kept[scores >= least[:, None]].all()
     assert kept.mean() < 0.5
 
 
 def test_turning_keeps_distances() -> None:
     X = with_outliers(500, 152)
-    frame = _int8.Frame(X)
+    frame = int8.Frame(X)
     assert frame.rotation is not None
     placed = frame.place(X).astype(np.float64)
     np.testing.assert_allclose(cdist(placed, placed), cdist(X, X), rtol=1e-5, atol=1e-3)
     rms = np.sqrt((placed**2).mean(axis=1))
     assert np.median(np.abs(placed).max(axis=1) / rms) < 4.5
-    assert _int8.Frame(normal(500, 152)).rotation is None
+    assert int8.Frame(normal(500, 152)).rotation is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,7 +150,7 @@ def test_rows_without_any_range(value: float) -> None:
 
 
 needs_vnni = pytest.mark.skipif(
-    not _int8.is_fast_here(), reason="this processor has no 8-bit products in hardware"
+    not int8.is_fast_here(), reason="this processor has no 8-bit products in hardware"
 )
 
 
@@ -173,7 +174,7 @@ def test_a_bank_answers_the_same_whoever_searches(k: int) -> None:
 
 
 def test_int8_is_refused_where_it_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_int8, "is_fast_here", lambda: False)
+    monkeypatch.setattr(int8, "is_fast_here", lambda: False)
     with pytest.raises(InvalidValueError, match=r"algorithm='int8' needs a processor with AVX-512"):
         MemoryBank(algorithm="int8").fit(normal(9, 3))
     bank = MemoryBank(1).fit(normal(20_000, 64))
@@ -203,7 +204,7 @@ def test_a_copy_does_not_carry_what_only_this_processor_can() -> None:
 def test_the_search_of_a_device(device: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    monkeypatch.setattr("anomalib_lite._on_device._VALUES", 2000 * 100)  # several chunks
+    monkeypatch.setattr("anomalib_lite.neighbors.torch_index._VALUES", 2000 * 100)  # several chunks
     X, Q = far(2000, 40), far(310, 40, 1)
     found = DeviceIndex(X, device).search(Q, k)
     exact = cdist(Q.astype(np.float64), X.astype(np.float64))

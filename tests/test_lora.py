@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 from sklearn.covariance import LedoitWolf
 
-from anomalib_lite import MahalanobisVFM, _lora_task, load, lora
-from anomalib_lite._lora_task import Example, Task, targets_of
+from anomalib_lite import MahalanobisVFM, load, lora
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingDependencyError
 from anomalib_lite.images import ImageSource
-from anomalib_lite.lora import Adapter, adaptive_rank, train_adapter
+from anomalib_lite.lora import Adapter, _task, adaptive_rank, train_adapter
+from anomalib_lite.lora._task import Example, Task, targets_of
 
 SIZE = (64, 96)
 LAYERS = ["blocks.2", "blocks.3"]
@@ -100,7 +100,7 @@ def test_features_of_normal_images_stay(weights: Path, monkeypatch: pytest.Monke
     always_better(monkeypatch)
     moved = []
     for keep in (0.0, 10.0):
-        monkeypatch.setattr(_lora_task, "KEEP", keep)
+        monkeypatch.setattr(_task, "KEEP", keep)
         learned, images = train(weights, learning_rate=3e-3), good(8, 5)
         before, after = (
             backbone(weights, adapter=a).embed(images)[..., :128] for a in (None, learned)
@@ -158,7 +158,7 @@ def test_patches_are_judged_by_their_share_of_the_mask() -> None:
 
 
 def test_the_loss_is_what_it_says(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lora_task, "resolve_dtype", lambda *args: torch.float32)
+    monkeypatch.setattr(_task, "resolve_dtype", lambda *args: torch.float32)
     network, images = backbone(weights), good(5)
     mask = np.zeros((5, *SIZE), bool)
     mask[3, :32, :32] = True

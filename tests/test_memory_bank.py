@@ -13,9 +13,10 @@ from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.estimator_checks import check_estimator
 
-from anomalib_lite import MemoryBank, _faiss_index
+from anomalib_lite import MemoryBank
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
 from anomalib_lite.memory_bank import check_index
+from anomalib_lite.neighbors import faiss_index
 
 
 def data(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -238,7 +239,7 @@ def test_copies_answer_alike_and_stand_alone(index: str, copied: Any) -> None:
 def test_a_bank_is_restored_from_its_arrays(index: str) -> None:
     X, Q = data(300, 8), data(20, 8, seed=1)
     bank = MemoryBank(index=index).fit(X)
-    serialized = _faiss_index.serialize(bank.index_)
+    serialized = faiss_index.serialize(bank.index_)
     assert serialized.dtype == np.uint8
     again = MemoryBank.restore(X, serialized, index=index, n_neighbors=3)
     for a, b in zip(again.kneighbors(Q), bank.kneighbors(Q, 3), strict=True):
@@ -383,7 +384,7 @@ def test_more_effort_finds_more(index: str, name: str, efforts: tuple[int, ...])
     for effort in efforts:
         bank = MemoryBank(5, index=index, **{name: effort}).fit(X)
         recalls.append(bank.recall(Q))
-        again = MemoryBank.restore(X, _faiss_index.serialize(bank.index_), **bank.get_params())
+        again = MemoryBank.restore(X, faiss_index.serialize(bank.index_), **bank.get_params())
         np.testing.assert_array_equal(again.kneighbors(Q)[1], bank.kneighbors(Q)[1])
     assert recalls == sorted(recalls)
     assert recalls[-1] > recalls[0]

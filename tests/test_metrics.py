@@ -16,9 +16,9 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from anomalib_lite import _ranking
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.metrics import (
+    _ranking,
     aupro,
     auroc,
     average_precision,

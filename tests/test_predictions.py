@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_lite import PatchCore, _predictions, cli, load
-from anomalib_lite._predictions import unique_names
+from anomalib_lite import PatchCore, cli, load
+from anomalib_lite.cli import _predictions
+from anomalib_lite.cli._predictions import unique_names
 from anomalib_lite.plotting import overlay
 
 Refused = Callable[..., str]

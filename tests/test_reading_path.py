@@ -65,7 +65,7 @@ def test_six_files_and_fifteen_functions(
         for code in journey.entered
     )
     # The watch is awake in this thread, in those that decode, and up to the end.
-    for landmark in ("Answers.score", "ImageSource.decode", "MemoryBank.search"):
+    for landmark in ("DetectorMixin.score", "ImageSource.decode", "MemoryBank.search"):
         assert landmark in report
     assert len({code.co_filename for code in journey.entered}) <= MOST_FILES, report
     assert len(journey.entered) <= MOST_FUNCTIONS, report

@@ -28,8 +28,8 @@ from anomalib_lite._validation import check_memory
 from anomalib_lite.calibration import conformal_threshold
 from anomalib_lite.datasets import MVTecAD
 from anomalib_lite.detectors import BaseDetector
-from anomalib_lite.detectors.collecting import Collector, Plan, plan_patches
-from anomalib_lite.detectors.fitting import _NETWORK_BYTES
+from anomalib_lite.detectors._patch_accumulator import Collector, Plan, plan_patches
+from anomalib_lite.detectors.fitting.shards import _NETWORK_BYTES
 from anomalib_lite.errors import (
     AnomalibLiteError,
     CalibrationWarning,

@@ -14,8 +14,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from anomalib_lite.detectors.routing import Routing
-from anomalib_lite.detectors.sweep import Sweep, sweep_routings
+from anomalib_lite.cascade.routing import Routing
+from anomalib_lite.cascade.sweep import Sweep, sweep_routings
 from anomalib_lite.errors import (
     InvalidTypeError,
     InvalidValueError,

@@ -13,10 +13,10 @@ from scipy.ndimage import binary_erosion, label
 from skimage import data
 from sklearn.base import clone
 
-from anomalib_lite._defects import MAKERS
 from anomalib_lite.errors import ImageError, InvalidTypeError, InvalidValueError, MissingPathError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.synthetic import KINDS, SyntheticAnomalies, SyntheticAnomaly, SyntheticSet
+from anomalib_lite.synthetic._defects import MAKERS
 
 STAGES = ("texture", "structural", "contextual")
 ALL_KINDS = [kind for stage in STAGES for kind in KINDS[stage]]

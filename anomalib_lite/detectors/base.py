@@ -2,125 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from tqdm import tqdm
 
 from anomalib_lite._validation import check_embeddings
 from anomalib_lite.anomaly_map import anomaly_maps
-from anomalib_lite.detectors.detections import Detections
-from anomalib_lite.detectors.embeddings import Embeddings, gather, stack
+from anomalib_lite.detectors.detections import Detections, DetectorMixin
 from anomalib_lite.detectors.learning import Learner
+from anomalib_lite.embeddings import Embeddings, gather, stack
 from anomalib_lite.engines import AnyBackbone, open_backbone
 from anomalib_lite.errors import InvalidValueError, NotFittedError
 from anomalib_lite.images import ImageSource, iter_batches
 
-__all__ = ["Answers", "BaseDetector"]
+__all__ = ["BaseDetector"]
 
 
-class Answers(ABC):
-    """What every detector answers, all of it from one ``detect(images)``."""
-
-    threshold_: float
-
-    @abstractmethod
-    def detect(self, images: Any, *, maps: Any = True) -> Detections:
-        """Scores, labels and, if wanted, heatmaps."""
-
-    def score(self, images: Any) -> np.ndarray:
-        """How anomalous each image is: higher is more anomalous.
-
-        Note that scikit-learn's outlier detectors have it the other way round; that direction is
-        :meth:`score_samples`.
-
-        Parameters
-        ----------
-        images
-            As in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (N,), float32
-            An image is called anomalous above ``threshold_``. Raw units (a distance); of a
-            cascade, in [0, 1].
-
-        Raises
-        ------
-        NotFittedError
-            Before :meth:`fit`.
-        AnomalibLiteError
-            For an image that cannot be used, unless ``on_error="skip"``: its score is NaN then.
-        """
-        return self.detect(images, maps=False).scores
-
-    def anomaly_map(self, images: Any) -> Any:
-        """Where each image is anomalous.
-
-        Parameters
-        ----------
-        images
-            As in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (N, H, W), float32, or list of N arrays (H, W)
-            At the images' own sizes, in the units of the scores; a list where sizes differ.
-
-        Raises
-        ------
-        NotFittedError, AnomalibLiteError
-            As :meth:`score`.
-        """
-        return self.detect(images, maps=True).maps
-
-    def predict(self, images: Any) -> np.ndarray:
-        """+1 for normal, -1 for anomalous (or skipped), as in scikit-learn: (N,) int64."""
-        return np.where(self.detect(images, maps=False).labels, -1, 1)
-
-    def score_samples(self, images: Any) -> np.ndarray:
-        """The negative of :meth:`score`: scikit-learn's direction, higher is more normal.
-
-        Takes images as :meth:`fit` does and gives an ndarray of shape (N,), float32.
-        """
-        return -self.score(images)
-
-    def decision_function(self, images: Any) -> np.ndarray:
-        """``threshold_ - score``: negative is anomalous, as in scikit-learn.
-
-        Takes images as :meth:`fit` does and gives an ndarray of shape (N,), float32.
-        """
-        scores = self.score(images)
-        return np.float32(self.threshold_) - scores
-
-    def save(self, path: str | os.PathLike[str], *, include_backbone: bool = False) -> None:
-        """Write everything that scoring needs into one safetensors file.
-
-        Parameters
-        ----------
-        path : str or Path
-            Written beside its place under another name, then renamed: a crash leaves an older
-            file whole.
-        include_backbone : bool, default=False
-            Put the weights of the backbone (of a cascade, of both) into the file too, so that it
-            can be loaded where they are not to be had (no network, no weights file).
-
-        Raises
-        ------
-        NotFittedError
-            Before :meth:`fit`.
-        OutputError
-            If the file cannot be written.
-        """
-        from anomalib_lite.persistence import save  # it knows all detectors, so it comes after
-
-        save(self, path, include_backbone=include_backbone)
-
-
-class BaseDetector(Answers, Learner):
+class BaseDetector(DetectorMixin, Learner):
     """Base of all detectors: a subclass says how to fit on embeddings and how to score them.
 
     Subclasses store the parameters that :class:`~anomalib_lite.PatchCore` documents, and
@@ -203,13 +104,24 @@ class BaseDetector(Answers, Learner):
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B, h, w, D) -> patch scores (B, h, w) and image scores (B,), both float32."""
 
-    @abstractmethod
-    def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """What a file must hold beside the parameters and the threshold: arrays, and JSON."""
+    def _fitted_backbone(self) -> AnyBackbone | None:
+        return getattr(self, "backbone_", None)
 
-    @abstractmethod
-    def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
-        """Become fitted from what :meth:`_get_state` gave; ValueError if it does not fit."""
+    def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        tensors, header = super()._describe(include_backbone)
+        return tensors | {"calibration_scores": self.calibration_scores_}, header
+
+    @classmethod
+    def _restore(
+        cls,
+        parameters: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        state: dict[str, Any],
+        members: dict[str, Any],
+    ) -> Self:
+        detector = super()._restore(parameters, arrays, state, members)
+        detector.calibration_scores_ = arrays["calibration_scores"]
+        return detector
 
     def _open_backbone(self, **instead: Any) -> AnyBackbone:
         """The backbone that the parameters describe, but for what is given ``instead``."""

@@ -19,9 +19,9 @@ from anomalib_lite._validation import (
     normal_indices,
 )
 from anomalib_lite.calibration import calibration_size
-from anomalib_lite.detectors.collecting import Collector
-from anomalib_lite.detectors.embeddings import Embeddings
-from anomalib_lite.detectors.fitting import learn_embeddings, learn_images
+from anomalib_lite.detectors._patch_accumulator import Collector
+from anomalib_lite.detectors.fitting.shards import learn_embeddings, learn_images
+from anomalib_lite.embeddings import Embeddings
 from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone
 from anomalib_lite.errors import InvalidValueError, NotFittedError
 from anomalib_lite.images import ImageSource

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from anomalib_lite._moments import Moments
 from anomalib_lite._validation import (
     check_choice,
     check_image_size,
@@ -18,12 +17,12 @@ from anomalib_lite._validation import (
     check_number,
 )
 from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores
+from anomalib_lite.detectors._patch_accumulator import MomentsCollector, split_summary
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.collecting import MomentsCollector, split_summary
-from anomalib_lite.detectors.embeddings import Embeddings
+from anomalib_lite.embeddings import Embeddings
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
-from anomalib_lite.gaussian import Gaussian, check_shrinkage
+from anomalib_lite.gaussian import Gaussian, Moments, check_shrinkage
 from anomalib_lite.images import ImageSource
 
 __all__ = ["MahalanobisVFM"]

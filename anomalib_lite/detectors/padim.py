@@ -11,9 +11,9 @@ import numpy as np
 
 from anomalib_lite._validation import check_choice, check_int, check_memory, check_number
 from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores
+from anomalib_lite.detectors._patch_accumulator import Collector
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.collecting import Collector
-from anomalib_lite.detectors.embeddings import Embeddings
+from anomalib_lite.embeddings import Embeddings
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import GaussianGrid
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite import GatedCascade, PatchCore
-from anomalib_lite._timm import EMBEDDED
-from anomalib_lite.backbones import Backbone
+from anomalib_lite.backbones import EMBEDDED, Backbone
 from anomalib_lite.errors import AnomalibLiteError
 
 # Heatmap models: parameters of PatchCore.

@@ -29,8 +29,9 @@ from report import write_report
 from sklearn.neighbors import NearestNeighbors
 from tqdm import tqdm
 
-from anomalib_lite import MemoryBank, _int8, _k_center
-from anomalib_lite.coreset import covering_radius, select_coreset
+from anomalib_lite import MemoryBank
+from anomalib_lite.coreset import _k_center, covering_radius, select_coreset
+from anomalib_lite.neighbors import int8
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ("coreset", "knn", "index", "growth")
@@ -73,7 +74,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "int8 in hardware": _int8.is_fast_here(),
+        "int8 in hardware": int8.is_fast_here(),
         "torch": torch.__version__,
         "faiss": faiss.__version__,
         "numpy": np.__version__,

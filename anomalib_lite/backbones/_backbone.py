@@ -1,0 +1,395 @@
+"""A name or a weights file -> a frozen network that gives feature maps, one per layer."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anomalib_lite._device import has_depthwise, resolve_device, resolve_dtype
+from anomalib_lite._validation import closest
+from anomalib_lite.adapter import Adapter
+from anomalib_lite.backbones._attention import class_attention, find_attention
+from anomalib_lite.backbones._folding import fold_batch_norms
+from anomalib_lite.backbones._timm import EMBEDDED, default_layers, from_timm
+from anomalib_lite.backbones._weights import load_state, weights_sha256
+from anomalib_lite.errors import InvalidTypeError, InvalidValueError
+from anomalib_lite.fusion import patch_embeddings
+
+__all__ = ["EMBEDDED", "Backbone"]
+
+_is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]  # has no types
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_QKV = "queries, keys and values"  # of the attention, beside the names of layers
+# On a CPU the activations of a few images at a time stay in the cache, which is faster
+# and bounds the memory, whatever the batch size. In float32 one image is as fast as any number,
+# and its embeddings have the same bits whatever images share its batch.
+_PIXELS_AT_ONCE = {("cpu", torch.float32): 1, ("cpu", torch.bfloat16): 8 * 256 * 256}
+
+
+class Backbone:
+    """A frozen network, cut after the last of the layers asked for.
+
+    Parameters
+    ----------
+    backbone : str or torch.nn.Module
+        ``"efficientnet_lite0"`` (weights installed with this package), any timm name, or a
+        module. A module without ``layers`` must return feature maps itself: a tensor, or a
+        list, tuple or dict of tensors of shape (B, C, h, w). Pixels are normalised with the mean
+        and deviation of its ``pretrained_cfg`` (timm's modules have one), else with ImageNet's.
+    weights : str or Path, optional
+        A ``.safetensors`` or ``.pth`` file in timm's key names. Without it, a timm name takes
+        its weights from the hub.
+    layers : sequence of str or int, optional
+        Names of layers, or their positions in timm's list of feature stages. By default the
+        stages of a pyramid that have ``strides`` (in pixels), or the blocks half and three
+        quarters of the way through a vision transformer.
+    device : {"auto", "cpu", "cuda", "mps"} or torch.device, default="auto"
+        ``"auto"`` takes CUDA where there is a GPU.
+    dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
+        ``"auto"`` is float16 on CUDA; on a CPU that multiplies bfloat16 in hardware (AMX,
+        AVX-512 BF16) it is bfloat16, except for networks with depthwise convolutions, whose
+        maps that type blurs; float32 elsewhere.
+    fusion : {"concat"}, default="concat"
+        How :meth:`embed` brings the layers together; see :func:`~anomalib_lite.fusion`.
+    scales : sequence of float in (0, 1], default=(1.0,)
+        Each image goes through the network once at each of these fractions of its size, and all
+        maps are fused; the last must be 1.
+    attention : bool, default=False
+        With ``fusion="summary"`` on a vision transformer: one more map (B, 1, h, w), which says how
+        much the class token attends to each patch in the last layer; its mean is 1.
+    adapter : Adapter, optional
+        Changes of the weights that :mod:`~anomalib_lite.lora` has learned.
+    state : mapping of str to tensor, optional
+        Weights at hand already, as a model file holds them: used instead of any other source.
+    trainable : bool, default=False
+        Whether the weights may learn: maps then have gradients, and ``network`` its own tensors.
+    where : str
+        Who asks; the first word of error messages.
+
+    Attributes
+    ----------
+    layers : list of str
+    stride : int
+        Sides of the input are best multiples of this.
+    mean, std : list of float
+        With which pixels in [0, 1] are normalised, one for each channel.
+    sha256 : str
+        Of the weights without the adapter, see ``weights_sha256`` in ``_weights.py``.
+    device, dtype : torch.device, torch.dtype
+        What "auto" became.
+    engine : "torch"
+        As the networks of :mod:`~anomalib_lite.engines` say what runs them.
+    pixels_at_once : int
+        Pixels (of all images of a call together) that this device does best with.
+
+    Raises
+    ------
+    InvalidValueError
+        For an unknown name or layer, or weights that do not fit.
+    MissingPathError
+        If the weights file does not exist.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> backbone = Backbone("efficientnet_lite0")
+    >>> [tuple(m.shape) for m in backbone(np.zeros((2, 64, 96, 3), np.uint8))]
+    [(2, 40, 8, 12), (2, 112, 4, 6)]
+    >>> backbone.layers
+    ['blocks.2', 'blocks.4']
+    """
+
+    engine = "torch"
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        *,
+        weights: str | Path | None = None,
+        layers: Sequence[str | int] | None = None,
+        strides: Sequence[int] = (8, 16),
+        device: str | torch.device = "auto",
+        dtype: str = "auto",
+        fusion: str = "concat",
+        scales: Sequence[float] = (1.0,),
+        attention: bool = False,
+        adapter: Adapter | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        trainable: bool = False,
+        where: str = "Backbone",
+    ) -> None:
+        self.where, self.fusion, self.scales, self.adapter = where, fusion, tuple(scales), adapter
+        self.device = resolve_device(device, where)
+        self.dtype = resolve_dtype(dtype, self.device, where)
+        if isinstance(backbone, str):
+            network, stages = from_timm(backbone, weights, state, where)
+        elif isinstance(backbone, nn.Module):
+            if weights is not None:
+                raise InvalidValueError(
+                    f"{where}: weights go with the name of a backbone, not with a module. Load "
+                    "them into the module yourself."
+                )
+            network = copy.deepcopy(backbone)
+            stages = list(getattr(backbone, "feature_info", []))  # timm's modules have it
+            if state is not None:
+                load_state(network, state, where)
+        else:
+            raise InvalidTypeError(
+                f"{where}: backbone must be a name or a torch.nn.Module, "
+                f"got {type(backbone).__name__}."
+            )
+        chosen = default_layers(stages, strides) if layers is None else layers
+        if layers is None and not chosen:
+            self.layers: list[str] = []  # the module gives its maps itself
+        else:
+            self.layers = self._resolve_layers(chosen, network, [s["module"] for s in stages])
+        self.stride = max((s["reduction"] for s in stages if s["module"] in self.layers), default=1)
+        channels = {s["module"]: s["num_chs"] for s in stages}
+        self._channels = [channels.get(name) for name in self.layers]
+        self.sha256 = weights_sha256(network)
+        self._origin = (backbone, weights, state)
+        self._read_conventions(network)
+        self._captured: dict[int, dict[str, Tensor]] = {}  # by thread: several may ask at once
+        self.depthwise = has_depthwise(network)
+        if dtype == "auto" and self.depthwise and self.device.type == "cpu":
+            self.dtype = torch.float32
+        self.pixels_at_once = _PIXELS_AT_ONCE.get((self.device.type, self.dtype), sys.maxsize)
+        if adapter is not None:
+            adapter.add_to(network, where)
+        network.eval().requires_grad_(trainable)
+        if not trainable:
+            network = fold_batch_norms(network, keep=self.layers)
+        for name in self.layers:
+            network.get_submodule(name).register_forward_hook(partial(self._capture, name))
+        self._attention: Any = None
+        if attention:
+            self._attention = find_attention(network, self.layers, where)
+            self._attention.qkv.register_forward_hook(partial(self._capture, _QKV))
+        network.to(self.device, self.dtype)
+        self.network = network.to(memory_format=torch.channels_last)
+
+    def embed(self, pixels: np.ndarray, channels: np.ndarray | None = None) -> np.ndarray:
+        """Patch embeddings of a batch: the feature maps, brought together by ``fusion``.
+
+        Parameters
+        ----------
+        pixels : ndarray of shape (B, H, W, 3)
+            uint8 in [0, 255], or float32 in [0, 1].
+        channels : ndarray of shape (d,), int64, optional
+            Those of the D that are wanted. All by default.
+
+        Returns
+        -------
+        ndarray of shape (B, h, w, D), float32
+
+        Raises
+        ------
+        InvalidValueError
+            As a call.
+        """
+        step = max(1, self.pixels_at_once // pixels[0, :, :, 0].size)
+        wanted = slice(None) if channels is None else torch.from_numpy(channels)
+        with torch.no_grad():
+            parts = [
+                patch_embeddings(self(pixels[i : i + step]), self.fusion)[..., wanted].cpu().numpy()
+                for i in range(0, len(pixels), step)
+            ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def __call__(self, pixels: np.ndarray | Tensor) -> list[Tensor]:
+        """Feature maps of a batch.
+
+        Parameters
+        ----------
+        pixels : ndarray or tensor of shape (B, H, W, 3)
+            uint8 in [0, 255], or float32 in [0, 1].
+
+        Returns
+        -------
+        list of tensors of shape (B, C, h, w)
+            One per layer (and scale), of ``dtype``, on ``device``. With ``fusion="summary"`` as
+            many of shape (B, C, 1, 1) follow: the class tokens, or means over all positions; and
+            last the attention, if asked for. They have gradients only if ``trainable``, or if
+            something was put into ``network`` that learns.
+
+        Raises
+        ------
+        InvalidValueError
+            If the network cannot take images of this size, or gives no feature maps.
+        """
+        if self.scales != (1.0,):
+            return self._at_all_scales(pixels)
+        height, width = pixels.shape[1:3]
+        white = 255.0 if pixels.dtype in (np.uint8, torch.uint8) else 1.0
+        x = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels, device=self.device)
+        x = x.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
+        x = x.mul(1 / (white * self._std)).sub_(self._mean / self._std)
+        captured = self._captured[threading.get_ident()] = {}
+        try:
+            output = self.network(x.to(self.dtype))
+        except _LastLayerReached:
+            output = [captured[name] for name in self.layers]
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError) as error:  # how networks refuse a size
+            raise InvalidValueError(
+                f"{self.where}: the backbone cannot take images of {height}x{width}: {error}. "
+                "Set image_size to what it was trained with."
+            ) from error
+        else:
+            output = self._own_maps(output, captured)
+        finally:
+            del self._captured[threading.get_ident()]
+        expected = self._channels or [None] * len(output)
+        shapes = [tuple(getattr(m, "shape", ())) for m in output]
+        as_announced = all(len(s) == 4 and s[1] == c for s, c in zip(shapes, expected, strict=True))
+        maps = output
+        if self._channels_last or not as_announced:
+            size = (height, width)
+            maps = [self._to_map(m, c, size) for m, c in zip(output, expected, strict=True)]
+        if self.fusion == "summary":
+            maps = [*maps, *(self._summary(o, m) for o, m in zip(output, maps, strict=True))]
+        if self._attention is not None:
+            maps.append(class_attention(self._attention, captured[_QKV], maps[0].shape[2:]))
+        return maps
+
+    def _at_all_scales(self, pixels: np.ndarray | Tensor) -> list[Tensor]:
+        """The maps of all scales, then their summaries, then the attention at full size."""
+        white = 255.0 if pixels.dtype in (np.uint8, torch.uint8) else 1.0
+        x = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels, device=self.device)
+        x = x.permute(0, 3, 1, 2).float() / white
+        once = copy.copy(self)
+        once.scales = (1.0,)
+        found = []
+        for scale in self.scales:
+            sides = [max(1, round(scale * n / self.stride)) * self.stride for n in x.shape[2:]]
+            scaled = nn.functional.interpolate(x, sides, mode="bilinear", antialias=True)
+            try:
+                found.append(once(scaled.permute(0, 2, 3, 1)))
+            except InvalidValueError as error:
+                raise InvalidValueError(f"{error} Or use multi_scale=False.") from error
+        n = len(found[0]) // 2 if self.fusion == "summary" else len(found[0])
+        in_order = [m for maps in found for m in maps[:n]]
+        in_order += [m for maps in found for m in maps[n : 2 * n]]
+        return in_order + found[-1][2 * n :]
+
+    def original_state(self) -> dict[str, Tensor]:
+        """The weights as they were before they took on ``dtype``, read again from their source.
+
+        Returns
+        -------
+        dict of str to tensor
+
+        Raises
+        ------
+        InvalidValueError, MissingPathError
+            If the source has gone, or holds other weights by now.
+        """
+        backbone, weights, state = self._origin
+        if state is not None:
+            return dict(state)
+        if isinstance(backbone, str):
+            network = from_timm(backbone, weights, None, self.where)[0]
+        else:
+            network = backbone
+        if weights_sha256(network) != self.sha256:
+            raise InvalidValueError(
+                f"{self.where}: the weights of the backbone have changed since fit; fit again."
+            )
+        return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+
+    def _capture(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        captured = self._captured[threading.get_ident()]
+        # A copy, since a later layer may work in place.
+        captured[name] = output.clone() if isinstance(output, Tensor) else output
+        if name != _QKV and all(layer in captured for layer in self.layers):
+            raise _LastLayerReached
+
+    def _to_map(self, output: Any, channels: int | None, size: tuple[Any, Any]) -> Tensor:
+        """What a layer gives, as (B, C, h, w): tokens on their grid, channels in front."""
+        if isinstance(output, Tensor) and output.ndim == 3:  # (B, prefix + h*w, C)
+            prefix = int(getattr(self.network, "num_prefix_tokens", 0))
+            n_patches = int(output.shape[1]) - prefix
+            height = round((n_patches * int(size[0]) / int(size[1])) ** 0.5)
+            if height > 0 and n_patches % height == 0:
+                grid = (height, n_patches // height)
+                if _is_tracing():  # in terms of the size, which will be another
+                    sides = zip(size, grid, strict=True)
+                    grid = tuple(side // (int(side) // cells) for side, cells in sides)
+                output = output[:, prefix:].transpose(1, 2)
+                output = output.reshape(*output.shape[:2], *grid)
+        elif isinstance(output, Tensor) and output.ndim == 4:
+            last = channels not in (None, output.shape[1]) and output.shape[3] == channels
+            if last or self._channels_last:
+                output = output.permute(0, 3, 1, 2)
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise InvalidValueError(
+                f"{self.where}: the backbone must give feature maps (B, C, h, w) or patch tokens "
+                f"(B, h*w, C), got {got}. Name layers that do: "
+                f"{[n for n, _ in self.network.named_children()]}."
+            )
+        return output
+
+    def _summary(self, output: Tensor, feature_map: Tensor) -> Tensor:
+        """(B, C, 1, 1): the class token of a layer, or the mean over its positions."""
+        if output.ndim == 3 and getattr(self.network, "cls_token", None) is not None:
+            return output[:, 0, :, None, None]
+        return feature_map.mean(dim=(2, 3), keepdim=True)
+
+    def _own_maps(self, output: Any, captured: dict[str, Any]) -> list[Any]:
+        """What a network returns that ran to its end: its maps, if no layers were named."""
+        if self.layers:
+            unseen = [name for name in self.layers if name not in captured]
+            raise InvalidValueError(
+                f"{self.where}: no image passes through layers {unseen} of the backbone. Choose "
+                "others."
+            )
+        maps = list(output.values()) if isinstance(output, Mapping) else output
+        return list(maps) if isinstance(maps, list | tuple) and maps else [maps]
+
+    def _resolve_layers(
+        self, layers: Sequence[str | int], network: nn.Module, names: list[str]
+    ) -> list[str]:
+        if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
+            raise InvalidTypeError(
+                f"{self.where}: layers must be a list of names or positions, got {layers!r}."
+            )
+        modules = dict(network.named_modules())
+        resolved = []
+        for layer in layers:
+            if isinstance(layer, int | np.integer) and -len(names) <= layer < len(names):
+                resolved.append(names[layer])
+            elif isinstance(layer, str) and layer in modules and layer:
+                resolved.append(layer)
+            else:
+                valid = names or [name for name, _ in network.named_children()]
+                raise InvalidValueError(
+                    f"{self.where}: layer {layer!r} does not exist; the backbone has {valid}."
+                    f"{closest(layer, [*valid, *modules])}"
+                )
+        if len(set(resolved)) < len(resolved):
+            raise InvalidValueError(f"{self.where}: layers name one layer twice: {resolved}.")
+        return resolved
+
+    def _read_conventions(self, network: nn.Module) -> None:
+        """Mean and deviation of the pixels, and whether maps have their channels last."""
+        self._channels_last = "NHWC" in str(getattr(network, "output_fmt", ""))
+        cfg = getattr(network, "pretrained_cfg", None) or {}
+        self.mean = [float(m) for m in cfg.get("mean", _IMAGENET_MEAN)]
+        self.std = [float(s) for s in cfg.get("std", _IMAGENET_STD)]
+        self._mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
+
+
+class _LastLayerReached(Exception):  # noqa: N818, it is no error
+    """Ends a forward pass once every layer asked for has been seen."""

@@ -1,0 +1,398 @@
+"""What stands in front of a heatmap model: features of an image -> the probability of a defect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_expit
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
+from tqdm import tqdm
+
+from anomalib_lite._validation import check_choice
+from anomalib_lite.engines import AnyBackbone
+from anomalib_lite.errors import InvalidTypeError, InvalidValueError
+from anomalib_lite.gaussian import Gaussian, Moments
+from anomalib_lite.images import ImageSource, iter_batches
+
+__all__ = [
+    "CALIBRATIONS",
+    "Gate",
+    "Head",
+    "Probability",
+    "Whitening",
+    "check_class_weight",
+    "embed_images",
+    "example_weights",
+    "pooled",
+]
+
+CALIBRATIONS = ("temperature", "isotonic")
+# Of the logistic regression: features are many and images few.
+_C = 0.01
+# Of isotonic probabilities, the share that is logistic.
+_LEAN = 1e-3
+# Share of an image's patches that its farthest are.
+_FARTHEST = 0.05
+
+
+def embed_images(
+    backbone: AnyBackbone, source: ImageSource, options: Any, skipped: list[tuple[int, str]]
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Positions of B images and patch embeddings (B, h, w, D), batch by batch.
+
+    Parameters
+    ----------
+    backbone : Backbone or CompiledBackbone
+    source : ImageSource
+    options
+        Has ``image_size``, ``batch_size``, ``on_error`` and ``verbose``, as a cascade has.
+    skipped : list of (int, str)
+        Position and reason of what cannot be used are added to it.
+
+    Raises
+    ------
+    AnomalibLiteError
+        For an image that cannot be used, unless it is skipped; for embeddings that are not finite.
+    """
+    quiet = None if options.verbose else True  # None: in a terminal only
+    with tqdm(total=len(source), desc="gate", unit="image", leave=False, disable=quiet) as bar:
+        for batch in iter_batches(
+            source,
+            image_size=options.image_size,
+            stride=backbone.stride,
+            batch_size=options.batch_size,
+            on_error=options.on_error,
+            skipped=skipped,
+        ):
+            E = backbone.embed(batch.pixels)
+            if not np.isfinite(E).all():
+                raise InvalidValueError(
+                    f"{source.where}: the gate's backbone gives NaN or infinity in "
+                    f"{backbone.dtype}. Use dtype='float32'."
+                )
+            yield batch.indices, E
+            bar.update(len(E))
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """How far patches are from those of normal images, and in which directions.
+
+    Attributes
+    ----------
+    center : ndarray of shape (D,), float32
+    factor : ndarray of shape (D, D), float32
+        Of normal patches x, ``(x - center) @ factor`` has mean 0 and nearly no correlation.
+
+    Notes
+    -----
+    Of an image with whitened patches :math:`w_i` and distances :math:`d_i = |w_i|`, these numbers
+    are kept: the largest distance, the mean of the largest 5 %, the mean and the standard
+    deviation of all; the root mean square of each direction of w; the mean w of the 5 % that are
+    farthest. The d are Mahalanobis distances, of a Gaussian fitted as in Rippel, Mertens and
+    Merhof, "Modeling the distribution of normal data in pre-trained deep features for anomaly
+    detection", ICPR 2021. They say that something is unusual, whatever it is, the w say what.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from anomalib_lite.gaussian import Moments
+    >>> E = np.random.default_rng(0).normal(size=(8, 4, 6, 5)).astype("float32")
+    >>> moments = Moments(5)
+    >>> moments.add(E.reshape(-1, 5))
+    >>> Whitening.fit(moments).summaries(E).shape
+    (8, 14)
+    """
+
+    center: np.ndarray
+    factor: np.ndarray
+
+    @classmethod
+    def fit(cls, normal: Moments) -> Whitening:
+        """From what normal patches (n, D) add up to."""
+        gaussian = Gaussian().fit_moments(normal)
+        factor = np.linalg.cholesky(gaussian.precision_)
+        return cls(gaussian.location_.astype(np.float32), factor.astype(np.float32))
+
+    def summaries(self, E: np.ndarray) -> np.ndarray:
+        """(B, h, w, D) -> (B, 2 D + 4) float32, of each image what Notes says, in that order."""
+        # One by one: the bits of a matrix product depend on how many rows there are.
+        return np.stack([self._summary(e.reshape(-1, len(self.center))) for e in E])
+
+    def _summary(self, patches: np.ndarray) -> np.ndarray:
+        w = (patches - self.center) @ self.factor
+        d = np.sqrt(np.einsum("nd,nd->n", w, w))
+        far = np.argsort(-d, kind="stable")[: max(1, round(_FARTHEST * len(d)))]
+        numbers = [d[far[0]], d[far].mean(), d.mean(), d.std()]
+        return np.concatenate([numbers, np.sqrt((w**2).mean(axis=0)), w[far].mean(axis=0)])
+
+
+def pooled(E: np.ndarray) -> np.ndarray:
+    """Mean and maximum over all positions: (B, h, w, D) -> (B, 2 D)."""
+    return np.concatenate([E.mean(axis=(1, 2)), E.max(axis=(1, 2))], axis=1)
+
+
+def example_weights(n_normal: int, kinds: Sequence[int], class_weight: Any) -> np.ndarray:
+    """(N,) weights of normal images, then of anomalies, of which there are so many of each kind.
+
+    Classes as in scikit-learn; of the anomalies, all kinds together weigh the same.
+
+    Examples
+    --------
+    >>> example_weights(4, [1, 3], "balanced").round(2).tolist()
+    [1.0, 1.0, 1.0, 1.0, 2.0, 0.67, 0.67, 0.67]
+    """
+    n = sum(kinds)
+    weights = compute_sample_weight(class_weight, np.repeat([0, 1], [n_normal, n]))
+    weights[n_normal:] *= np.repeat([n / (len(kinds) * m) for m in kinds], kinds)
+    return np.asarray(weights, np.float64)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A line through features: positive on the side of the anomalies.
+
+    Attributes
+    ----------
+    weights : ndarray of shape (d,), float64
+    bias : float
+    """
+
+    weights: np.ndarray
+    bias: float
+
+    @classmethod
+    def fit(
+        cls, normal: np.ndarray, anomalous: Sequence[np.ndarray], class_weight: Any, where: str
+    ) -> Head:
+        """Logistic regression on standardized features.
+
+        Parameters
+        ----------
+        normal : ndarray of shape (n, d)
+        anomalous : sequence of ndarrays of shape (m, d)
+            Kinds of anomalies, such as labelled and synthetic ones. However many there are of
+            each, all kinds count the same.
+        class_weight : "balanced", dict or None
+            As in scikit-learn, of the classes 0 and 1.
+        where : str
+            Who asks; the first word of error messages.
+
+        Raises
+        ------
+        InvalidValueError
+            If one class is missing: there is nothing to tell apart then.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> normal, anomalous = np.array([[0.0], [1.0]]), np.array([[4.0], [5.0]])
+        >>> head = Head.fit(normal, [anomalous], "balanced", "example")
+        >>> (head.logits(np.array([[1.0], [4.0]])) > 0).tolist()
+        [False, True]
+        """
+        sizes = [len(kind) for kind in anomalous if len(kind)]
+        if not len(normal) or not sizes:
+            raise InvalidValueError(
+                f"{where}: a gate learns to tell normal images from anomalous ones and needs both, "
+                f"got {len(normal)} normal and {sum(sizes)} anomalous. Give images of both in y, "
+                "or leave out y: anomalies are then made from the normal images."
+            )
+        X = np.concatenate([normal, *anomalous]).astype(np.float64)
+        y = np.repeat([0, 1], [len(normal), sum(sizes)])
+        weights = example_weights(len(normal), sizes, class_weight)
+        scaler = StandardScaler().fit(X)
+        line = LogisticRegression(C=_C, max_iter=5000).fit(scaler.transform(X), y, weights)
+        slopes = line.coef_[0] / scaler.scale_
+        return cls(slopes, float(line.intercept_[0] - scaler.mean_ @ slopes))
+
+    def logits(self, X: np.ndarray) -> np.ndarray:
+        """(N, d) -> (N,) float64, above 0 where an anomaly is likelier; NaN for rows of NaN."""
+        # Not by a matrix product, whose bits depend on how many rows there are.
+        products = np.asarray(X, np.float64) * self.weights
+        return np.asarray(products.sum(axis=1) + self.bias)
+
+
+@dataclass(frozen=True)
+class Probability:
+    """Logits -> probabilities, fitted on images that the line was not fitted on.
+
+    Attributes
+    ----------
+    kind : {"temperature", "isotonic"}
+    temperature : float
+        Logits are divided by it.
+    x, y : ndarray of shape (k,), float64
+        Corners of the isotonic function of the logit.
+
+    Notes
+    -----
+    Temperature: Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks",
+    ICML 2017; the targets are smoothed after Platt, "Probabilistic outputs for support vector
+    machines", 1999, or perfectly separated images would drive T to 0. Isotonic: Zadrozny and
+    Elkan, "Transforming classifier scores into accurate multiclass probability estimates",
+    KDD 2002. Both never change the order of two images.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> z = np.array([-9.0, -6.0, 3.0, -3.0, 6.0, 9.0])
+    >>> fitted = Probability.fit("temperature", z, np.array([0, 0, 0, 1, 1, 1]), None)
+    >>> bool(fitted.temperature > 1), fitted(np.array([0.0]))
+    (True, array([0.5]))
+    """
+
+    kind: str
+    temperature: float = 1.0
+    x: np.ndarray = field(default_factory=lambda: np.empty(0))
+    y: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    @classmethod
+    def fit(cls, kind: str, logits: np.ndarray, y: np.ndarray, class_weight: Any) -> Probability:
+        """From held-out logits (n,) and labels (n,), weighted as the line was."""
+        weights = compute_sample_weight(class_weight, y)
+        if kind == "isotonic":
+            line = IsotonicRegression(y_min=0, y_max=1).fit(logits, y, weights)
+            return cls(kind, x=line.X_thresholds_, y=line.y_thresholds_)
+        n_anomalous = int(np.sum(y))
+        n_normal = len(y) - n_anomalous
+        smoothed = np.where(y == 1, (n_anomalous + 1) / (n_anomalous + 2), 1 / (n_normal + 2))
+
+        def loss(log_temperature: float) -> float:
+            z = logits * np.exp(-log_temperature)
+            entropy = smoothed * log_expit(z) + (1 - smoothed) * log_expit(-z)
+            return -float(np.average(entropy, weights=weights))
+
+        found = minimize_scalar(loss, bounds=(-7, 7), method="bounded")
+        return cls(kind, temperature=float(np.exp(found.x)))
+
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
+        """(N,) -> (N,) float64 in [0, 1]; NaN stays NaN."""
+        if self.kind == "isotonic":
+            # Its steps lean a little: images that tie could not be told apart by a threshold.
+            steps = np.interp(logits, self.x, self.y)
+            return np.asarray((1 - _LEAN) * steps + _LEAN * expit(logits))
+        return np.asarray(expit(logits / self.temperature))
+
+
+@dataclass
+class Gate:
+    """Images -> features -> the probability of a defect.
+
+    Attributes
+    ----------
+    backbone : Backbone or CompiledBackbone, optional
+        Gives the patches of an image.
+    whitening : Whitening, optional
+        Says what is kept of them; without one, as for a tuned backbone, their :func:`pooled`.
+    detector : BaseDetector, optional
+        In place of both: its score is the only feature then.
+    head : Head
+    probability : Probability
+    history : list of dict
+        Of a backbone that was tuned: see :class:`~anomalib_lite.cascade._finetuning.Tuned`.
+        Empty, if it was not.
+    """
+
+    backbone: Any = None
+    whitening: Any = None
+    detector: Any = None
+    head: Any = None
+    probability: Any = None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """What a file must hold of it beside its backbone or detector: arrays, and JSON."""
+        arrays = {"gate_weights": self.head.weights}
+        if self.whitening is not None:
+            arrays |= {"gate_center": self.whitening.center, "gate_factor": self.whitening.factor}
+        if self.probability.kind == "isotonic":
+            arrays |= {"gate_x": self.probability.x, "gate_y": self.probability.y}
+        state = {
+            "bias": self.head.bias,
+            "kind": self.probability.kind,
+            "temperature": self.probability.temperature,
+            "history": self.history,
+        }
+        return arrays, state
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> Gate:
+        """What :meth:`to_arrays` took apart; KeyError or ValueError where a part is missing."""
+        head = Head(np.asarray(arrays["gate_weights"], np.float64), float(state["bias"]))
+        probability = Probability(str(state["kind"]), float(state["temperature"]))
+        if probability.kind == "isotonic":
+            x, y = (np.asarray(arrays[name], np.float64) for name in ("gate_x", "gate_y"))
+            if x.ndim != 1 or x.shape != y.shape or not len(x):
+                raise ValueError(f"isotonic corners have shapes {x.shape} and {y.shape}")
+            probability = Probability("isotonic", x=x, y=y)
+        whitening = None
+        if "gate_center" in arrays:
+            center, factor = (
+                np.asarray(arrays[f"gate_{k}"], np.float32) for k in ("center", "factor")
+            )
+            if (
+                factor.shape != (len(center), len(center))
+                or len(head.weights) != 2 * len(center) + 4
+            ):
+                raise ValueError(
+                    f"the gate's center and factor have shapes {center.shape} and {factor.shape}"
+                )
+            whitening = Whitening(center, factor)
+        history = [dict(epoch) for epoch in state.get("history", [])]
+        return cls(whitening=whitening, head=head, probability=probability, history=history)
+
+    def features(
+        self, source: ImageSource, options: Any
+    ) -> tuple[np.ndarray, list[tuple[int, str]]]:
+        """(N, d) float32, rows of NaN for skipped images, and these; ``options`` is a cascade."""
+        if self.detector is not None:
+            judged = self.detector.detect(source, maps=False)
+            return judged.scores[:, None], list(judged.skipped)
+        found: np.ndarray | None = None
+        skipped: list[tuple[int, str]] = []
+        for indices, E in embed_images(self.backbone, source, options, skipped):
+            rows = pooled(E) if self.whitening is None else self.whitening.summaries(E)
+            if found is None:
+                found = np.full((len(source), rows.shape[1]), np.nan, np.float32)
+            found[indices] = rows
+        if found is None:  # not one could be used
+            found = np.full((len(source), 1), np.nan, np.float32)
+        return found, skipped
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """(N, d) -> (N,) float64 in [0, 1]; NaN for rows of NaN."""
+        if np.isnan(features).all():  # not one image could be used, so d is not known
+            return np.full(len(features), np.nan)
+        return np.asarray(self.probability(self.head.logits(features)))
+
+
+def check_class_weight(class_weight: Any, where: str) -> None:
+    """Raise unless it is "balanced", None, or weights of the classes 0 and 1."""
+    if class_weight is None:
+        return
+    if isinstance(class_weight, str):
+        check_choice("class_weight", class_weight, ("balanced",), where)
+        return
+    if not isinstance(class_weight, dict):
+        raise InvalidTypeError(
+            f"{where}: class_weight must be 'balanced', None or a dict such as {{0: 1, 1: 5}}, got "
+            f"{class_weight!r}."
+        )
+    numbers = [
+        w
+        for w in class_weight.values()
+        if isinstance(w, int | float | np.number) and 0 < w < np.inf
+    ]
+    if set(class_weight) != {0, 1} or len(numbers) != 2:
+        raise InvalidValueError(
+            f"{where}: class_weight must give a number above 0 for each of the classes 0 and 1, "
+            f"got {class_weight!r}."
+        )

@@ -1,0 +1,7 @@
+"""``python -m anomalib_lite.cli``."""
+
+import sys
+
+from anomalib_lite.cli import main
+
+sys.exit(main())

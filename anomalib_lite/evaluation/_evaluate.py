@@ -1,0 +1,296 @@
+"""One call from a detector and a data set to every figure that a comparison needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from anomalib_lite._validation import check_int, check_number
+from anomalib_lite.datasets import Dataset, Sample
+from anomalib_lite.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    MissingPathError,
+    NotFittedError,
+)
+from anomalib_lite.evaluation._report import Report
+from anomalib_lite.metrics import _image
+
+__all__ = ["Detector", "Report", "evaluate"]
+
+
+class Detector(Protocol):
+    """What :func:`evaluate` needs of a detector; every detector of this library has it."""
+
+    threshold_: float
+
+    def fit(self, images: Any, /) -> Any:
+        """Fit on normal images; sets ``threshold_``."""
+
+    def detect(self, images: Any, /) -> Any:
+        """Return an object with ``scores`` (n,), ``maps`` (n of (H, W)) and ``labels`` (n,)."""
+
+
+def evaluate(
+    detector: Detector,
+    dataset: Dataset | Sequence[Sample],
+    *,
+    fpr_limit: float = 0.3,
+    pixel_metrics: bool = True,
+    chunk_size: int = 64,
+    progress: bool = False,
+) -> Report:
+    """Test a detector on a data set, fitting it first if need be.
+
+    Parameters
+    ----------
+    detector : Detector
+        Fitted or not. Without a ``threshold_`` it counts as not fitted, and is fitted here on
+        ``dataset.train``; a fitted one is tested as it is.
+    dataset : Dataset or sequence of Sample
+        A sequence of samples is tested on only; the detector must then be fitted.
+    fpr_limit : float, default=0.3
+        Limit of :func:`~anomalib_lite.metrics.aupro`, in (0, 1].
+    pixel_metrics : bool, default=True
+        Whether to compute pixel metrics where there are masks.
+    chunk_size : int, default=64
+        How many images go into one call of ``detect``. More than this are never held decoded.
+        Maps are kept, in float32, only if pixel metrics are computed.
+    progress : bool, default=False
+        Show a bar if standard error is a terminal.
+
+    Returns
+    -------
+    Report
+        The metrics by name in ``metrics``; timings, memory and parameters beside them.
+
+    Raises
+    ------
+    NotFittedError
+        If the detector is not fitted and there are no training images.
+    MissingPathError
+        If an anomalous image has no mask while others have one.
+    InvalidValueError
+        If there is nothing to test on, an argument is outside of what is allowed, a map is not
+        of its mask's size, or the detector answers with another number of scores than images.
+    InvalidTypeError
+        If ``dataset`` is neither a data set nor samples.
+
+    Notes
+    -----
+    Nothing is chosen on the test labels: decisions are the detector's own, at the threshold it
+    brought along. The exception is ``image_f1_max``, which is an upper bound by definition.
+    Pixel metrics compare maps at the masks' own sizes; neither is ever resized here.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> from anomalib_lite import PatchCore
+    >>> from anomalib_lite.datasets import Folder
+    >>> rng = np.random.default_rng(0)
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for kind, n in (("good", 40), ("dark", 4)):
+    ...         Path(root, kind).mkdir()
+    ...         for i in range(n):
+    ...             pixels = rng.integers(100, 140, (64, 80, 3), dtype=np.uint8)
+    ...             pixels[20:40, 30:60] //= 4 if kind == "dark" else 1
+    ...             Image.fromarray(pixels).save(Path(root, kind, f"{i}.png"))
+    ...     detector = PatchCore(image_size=64, false_alarm_rate=0.25)
+    ...     report = evaluate(detector, Folder(root, anomalous="dark", name="plates"))
+    >>> report
+    Report(PatchCore on 'plates', 12 images)
+    >>> report.metrics["image_auroc"]
+    1.0
+    >>> report.per_kind["dark"]["images"]
+    4.0
+    """
+    check_number("fpr_limit", fpr_limit, "evaluate", "(0, 1]")
+    check_int("chunk_size", chunk_size, "evaluate", low=1)
+    name, train, test = _unpack(dataset)
+    with_masks = pixel_metrics and _masks_complete(test)
+    if with_masks and getattr(detector, "maps", None) == "escalated":
+        raise InvalidValueError(
+            f"evaluate: pixel metrics need heatmaps of all images, but {type(detector).__name__} "
+            "has maps='escalated', which makes them for some alone. Set maps='always', or pass "
+            "pixel_metrics=False."
+        )
+    fit_s = _fit_if_needed(detector, train)
+    tested = _test(detector, test, with_masks, chunk_size, progress)
+    figures = _image_metrics(test, tested)
+    if tested.routes:
+        routes = np.concatenate(tested.routes)
+        figures["heatmap_call_rate"] = _share((routes == "detector")[routes != "skipped"])
+    if with_masks:
+        figures |= _image.pixel_metrics(tested.masks, tested.maps, fpr_limit=fpr_limit)
+    timings = {"test_s": tested.seconds, "ms_per_image": 1000 * tested.seconds / len(test)}
+    return Report(
+        dataset=name,
+        detector=type(detector).__name__,
+        parameters=getattr(detector, "get_params", dict)(),
+        threshold=float(detector.threshold_),
+        counts=_counts(train if fit_s is not None else (), test, tested),
+        metrics=figures,
+        per_kind=_kinds(test, tested),
+        timings=timings if fit_s is None else {"fit_s": fit_s, **timings},
+        fpr_limit=fpr_limit,
+        samples=test,
+        scores=tested.scores,
+        decisions=tested.decisions,
+    )
+
+
+class _Tested(NamedTuple):
+    scores: npt.NDArray[np.float32]
+    decisions: npt.NDArray[np.bool_]
+    maps: list[npt.NDArray[np.float32]]
+    masks: list[npt.NDArray[np.bool_] | None]
+    seconds: float
+    routes: list[npt.NDArray[np.str_]]  # of a cascade
+
+
+def _unpack(
+    dataset: Dataset | Sequence[Sample],
+) -> tuple[str, tuple[Sample, ...], tuple[Sample, ...]]:
+    if isinstance(dataset, Dataset):
+        name, train, test = dataset.name, dataset.train, dataset.test
+    else:
+        name, train = "samples", ()
+        test = tuple(dataset) if isinstance(dataset, Sequence) else (dataset,)
+    for sample in test:
+        if not isinstance(sample, Sample):
+            raise InvalidTypeError(
+                "evaluate: dataset must be a Dataset or a sequence of Sample, "
+                f"got {type(sample).__name__}. See anomalib_lite.datasets.Folder."
+            )
+    if not test:
+        raise InvalidValueError("evaluate: dataset must hold test images, got none.")
+    return name, train, test
+
+
+def _masks_complete(test: tuple[Sample, ...]) -> bool:
+    """Whether the anomalous samples have masks; raises if only some have."""
+    anomalous = [s for s in test if s.label]
+    missing = [s for s in anomalous if s.mask_path is None]
+    if missing and len(missing) < len(anomalous):
+        raise MissingPathError(
+            "evaluate: all anomalous images must have masks, or none, got none for "
+            f"{missing[0].path}. Add it, or pass pixel_metrics=False."
+        )
+    return bool(anomalous) and not missing
+
+
+def _fit_if_needed(detector: Detector, train: tuple[Sample, ...]) -> float | None:
+    """Fit and return the seconds it took; None if the detector is fitted already."""
+    if hasattr(detector, "threshold_"):
+        return None
+    if not train:
+        raise NotFittedError(
+            f"evaluate: {type(detector).__name__} must be fitted to be tested on samples alone. "
+            "Call fit first, or pass a data set with training images."
+        )
+    start = time.perf_counter()
+    detector.fit(train)
+    return time.perf_counter() - start
+
+
+def _test(
+    detector: Detector, test: tuple[Sample, ...], with_masks: bool, chunk_size: int, progress: bool
+) -> _Tested:
+    scores = np.empty(len(test), np.float32)
+    decisions = np.empty(len(test), bool)
+    maps: list[npt.NDArray[np.float32]] = []
+    masks: list[npt.NDArray[np.bool_] | None] = []
+    routes: list[npt.NDArray[np.str_]] = []
+    seconds = 0.0
+    # disable=None: shown on a terminal only, never written into a log file.
+    with tqdm(
+        total=len(test), desc="test", unit="image", disable=None if progress else True
+    ) as bar:
+        for start in range(0, len(test), chunk_size):
+            chunk = test[start : start + chunk_size]
+            began = time.perf_counter()
+            found = detector.detect(chunk)
+            seconds += time.perf_counter() - began
+            _check_lengths(found, len(chunk), with_masks)
+            scores[start : start + len(chunk)] = found.scores
+            decisions[start : start + len(chunk)] = found.labels
+            if hasattr(found, "routes"):
+                routes.append(found.routes)
+            if with_masks:
+                for sample, amap in zip(chunk, found.maps, strict=True):
+                    masks.append(_mask_of(sample, np.shape(amap)))
+                    maps.append(np.asarray(amap, np.float32))
+            bar.update(len(chunk))
+    return _Tested(scores, decisions, maps, masks, seconds, routes)
+
+
+def _check_lengths(found: Any, n_images: int, with_masks: bool) -> None:
+    for name in ("scores", "labels", "maps") if with_masks else ("scores", "labels"):
+        if len(getattr(found, name)) != n_images:
+            raise InvalidValueError(
+                f"evaluate: detect must answer with as many {name} as there are images, "
+                f"got {len(getattr(found, name))} for {n_images}."
+            )
+
+
+def _mask_of(sample: Sample, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
+    mask = sample.mask()
+    if mask is not None and mask.shape != shape:
+        raise InvalidValueError(
+            f"evaluate: the map of {sample.path} must have the size of its mask {mask.shape}, "
+            f"got {shape}. Image and mask must be of one size; check {sample.mask_path}."
+        )
+    return mask
+
+
+def _image_metrics(test: tuple[Sample, ...], tested: _Tested) -> dict[str, float]:
+    truth = np.array([s.label for s in test])
+    return {
+        "image_auroc": _image.auroc(truth, tested.scores),
+        "image_ap": _image.average_precision(truth, tested.scores),
+        "image_f1_max": _image.f1_max(truth, tested.scores),
+        "false_alarm_rate": _share(tested.decisions[truth == 0]),
+        "detection_rate": _share(tested.decisions[truth == 1]),
+    }
+
+
+def _kinds(test: tuple[Sample, ...], tested: _Tested) -> dict[str, dict[str, float]]:
+    """Each kind of anomaly by itself, against all normal images."""
+    truth = np.array([s.label for s in test])
+    kinds = np.array([s.kind for s in test])
+    rows = {}
+    for kind in sorted(set(kinds[truth == 1].tolist())):
+        chosen = (truth == 1) & (kinds == kind)
+        against = chosen | (truth == 0)
+        rows[kind] = {
+            "images": float(chosen.sum()),
+            "image_auroc": _image.auroc(chosen[against], tested.scores[against]),
+            "detection_rate": _share(tested.decisions[chosen]),
+        }
+    return rows
+
+
+def _counts(train: tuple[Sample, ...], test: tuple[Sample, ...], tested: _Tested) -> dict[str, int]:
+    n_anomalous = sum(s.label for s in test)
+    counts = {
+        "train": len(train),
+        "test": len(test),
+        "test_normal": len(test) - n_anomalous,
+        "test_anomalous": n_anomalous,
+    }
+    if tested.masks:
+        truths = zip(test, tested.masks, strict=True)
+        counts["empty_masks"] = sum(s.label and m is not None and not m.any() for s, m in truths)
+    return counts
+
+
+def _share(decisions: npt.NDArray[np.bool_]) -> float:
+    return float(decisions.mean()) if decisions.size else float("nan")

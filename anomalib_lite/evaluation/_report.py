@@ -1,0 +1,200 @@
+"""What an evaluation found: the record, its table and its files."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from anomalib_lite._files import write_text
+from anomalib_lite._version import __version__
+from anomalib_lite.datasets import Sample
+
+_TITLES = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1_max": "image F1-max",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "aupro": "AUPRO",
+    "false_alarm_rate": "false-alarm rate",
+    "detection_rate": "detection rate",
+    "heatmap_call_rate": "heatmap call rate",
+}
+_UNITS = {"fit_s": "fit, s", "test_s": "test, s", "ms_per_image": "ms per image"}
+_PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "timm", "faiss-cpu", "pillow")
+
+
+def _peak_memory_mb() -> float | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak) / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "anomalib_lite": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # another build of it, such as faiss-gpu
+    return versions
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Report:
+    """What :func:`evaluate` found. Print it for a table.
+
+    Attributes
+    ----------
+    dataset, detector : str
+        Name of the data set, class of the detector.
+    parameters : dict
+        The detector's ``get_params()``, empty if it has none.
+    threshold : float
+        Its ``threshold_``: the decisions below are those at this threshold.
+    counts : dict of str to int
+        ``train`` (0 if not fitted here), ``test``, ``test_normal``, ``test_anomalous``;
+        with masks also ``empty_masks``, the anomalous images whose mask marks nothing.
+    metrics : dict of str to float
+        ``image_auroc``, ``image_ap``, ``image_f1_max``, ``false_alarm_rate``,
+        ``detection_rate``; of a cascade ``heatmap_call_rate``, the share of images that its
+        heatmap model decided; with masks ``pixel_auroc``, ``pixel_ap``, ``aupro``. ``nan`` where
+        a class is missing.
+    per_kind : dict of str to dict of str to float
+        For each kind of anomaly: ``images``, ``image_auroc`` against all normal test images,
+        ``detection_rate``.
+    timings : dict of str to float
+        ``test_s``, the seconds spent in ``detect``, decoding included; ``ms_per_image``, the
+        same per image in milliseconds; ``fit_s`` if the detector was fitted here.
+    fpr_limit : float
+        The limit of ``aupro``.
+    samples : tuple of Sample
+        The test images, in the order of ``scores`` and ``decisions``.
+    scores : ndarray of shape (n,), float32
+        Higher is more anomalous.
+    decisions : ndarray of shape (n,), bool
+        True where the detector called the image anomalous.
+    peak_memory_mb : float or None
+        Largest resident memory of this process since it started, in MiB; None on Windows.
+    versions : dict of str to str
+        Python, platform, this library and those below it.
+    """
+
+    dataset: str
+    detector: str
+    parameters: dict[str, Any]
+    threshold: float
+    counts: dict[str, int]
+    metrics: dict[str, float]
+    per_kind: dict[str, dict[str, float]]
+    timings: dict[str, float]
+    fpr_limit: float
+    samples: tuple[Sample, ...]
+    scores: npt.NDArray[np.float32]
+    decisions: npt.NDArray[np.bool_]
+    peak_memory_mb: float | None = field(default_factory=_peak_memory_mb)
+    versions: dict[str, str] = field(default_factory=_versions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the single images, in types that JSON knows; not finite becomes None."""
+        names = ("dataset", "detector", "parameters", "threshold", "counts", "metrics")
+        more = ("per_kind", "fpr_limit", "timings", "peak_memory_mb", "versions")
+        return {name: _plain(getattr(self, name)) for name in names + more}
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_dict` to a file; a file that stood there is replaced in one step.
+
+        Raises
+        ------
+        OutputError
+            If the file cannot be written; what stood there stays as it was.
+        """
+        write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", "Report")
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write one row per figure, so that several files can be stacked into one table.
+
+        The columns are dataset, detector, kind, metric, value. The kind is ``all``, or a kind of
+        anomaly. An undefined figure is an empty value.
+
+        Raises
+        ------
+        OutputError
+            If the file cannot be written; what stood there stays as it was.
+        """
+        whole: dict[str, Any] = {**self.metrics, **self.timings, **self.counts}
+        whole |= {"threshold": self.threshold, "peak_memory_mb": self.peak_memory_mb}
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["dataset", "detector", "kind", "metric", "value"])
+        for kind, values in [("all", whole), *self.per_kind.items()]:
+            for name, value in values.items():
+                rows.writerow([self.dataset, self.detector, kind, name, _plain(value)])
+        write_text(path, text.getvalue(), "Report")
+
+    def __repr__(self) -> str:
+        return f"Report({self.detector} on {self.dataset!r}, {self.counts['test']} images)"
+
+    def __str__(self) -> str:
+        counts = self.counts
+        trained = f"{counts['train']} training images" if counts["train"] else "fitted before"
+        lines = [
+            f"{self.detector} on {self.dataset}: {trained}, {counts['test_normal']} normal and "
+            f"{counts['test_anomalous']} anomalous test images",
+            "",
+        ]
+        for name, value in self.metrics.items():
+            limit = f", FPR to {self.fpr_limit:g}" if name == "aupro" else ""
+            lines.append(f"{_TITLES[name] + limit:<22}{_shown(value):>10}")
+        figures = {"threshold": self.threshold, **self.timings}
+        lines += [f"{_UNITS.get(name, name):<22}{value:>10.4g}" for name, value in figures.items()]
+        if self.peak_memory_mb is not None:
+            lines.append(f"{'peak memory, MiB':<22}{self.peak_memory_mb:>10.0f}")
+        if self.per_kind:
+            width = max(22, *(len(kind) + 2 for kind in self.per_kind))
+            lines += ["", f"{'kind':<{width}}{'images':>10}{'AUROC':>10}{'detected':>10}"]
+            lines += [
+                f"{kind:<{width}}{row['images']:>10.0f}{_shown(row['image_auroc']):>10}"
+                f"{_shown(row['detection_rate']):>10}"
+                for kind, row in self.per_kind.items()
+            ]
+        if counts.get("empty_masks"):
+            lines += ["", f"Note: the masks of {counts['empty_masks']} anomalous images are empty."]
+        return "\n".join(lines)
+
+
+def _shown(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.4f}"
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` in types that JSON knows; objects become the name of their class."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value) if isinstance(value, os.PathLike) else type(value).__name__

@@ -1,0 +1,10 @@
+"""Low-rank adaptation of a vision transformer to normal images."""
+
+from anomalib_lite.lora._training import Adapter, adaptive_rank, check_peft, train_adapter
+
+__all__ = [
+    "Adapter",
+    "adaptive_rank",
+    "check_peft",
+    "train_adapter",
+]

@@ -1,0 +1,1 @@
+"""Nearest neighbours: the searches under the coreset and the memory bank."""
