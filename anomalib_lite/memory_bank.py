@@ -42,6 +42,7 @@ class MemoryBank(BaseEstimator):
         rows by products of 8-bit integers and computes the others in float32. Both find the
         same neighbours. ``"auto"`` takes ``"int8"`` for large searches where the processor
         has instructions for it (AVX-512 VNNI, AMX), which is about three times as fast there.
+        ``"int8"`` is refused where the 8-bit products of torch are not exact.
     nprobe : int, optional
         For an index of kind ``"IVF..."``: cells looked into (FAISS: 1).
     ef_search : int, optional
@@ -70,7 +71,8 @@ class MemoryBank(BaseEstimator):
 
     With ``"int8"``, the distance of a query to a row is known from the 8-bit product up to an
     error that has a certain bound (see ``int8.py``). A row is left out only if it is farther
-    than ``k`` others whatever the errors, so the search is exact.
+    than ``k`` others whatever the errors, so the search is exact. Products are checked: if one is
+    wrong, ``"auto"`` searches again in float32, and ``"int8"`` raises.
 
     References
     ----------
@@ -120,8 +122,7 @@ class MemoryBank(BaseEstimator):
 
         Returns
         -------
-        MemoryBank
-            Itself.
+        MemoryBank: itself.
 
         Raises
         ------
@@ -133,11 +134,8 @@ class MemoryBank(BaseEstimator):
         check_int("n_neighbors", self.n_neighbors, "MemoryBank", low=1)
         check_choice("algorithm", self.algorithm, ALGORITHMS, "MemoryBank")
         check_index(self.index, "MemoryBank", **self._efforts())
-        if self.algorithm == "int8" and not int8.is_fast_here():
-            raise InvalidValueError(
-                "MemoryBank: algorithm='int8' needs a processor with AVX-512 VNNI or AMX. Use "
-                "algorithm='auto'."
-            )
+        if self.algorithm == "int8":
+            int8.check_exact("MemoryBank")
         check_device(self.device, "MemoryBank")
         before = self.__dict__.copy()
         try:
@@ -241,7 +239,8 @@ class MemoryBank(BaseEstimator):
         NotFittedError
             If the bank is empty.
         InvalidValueError
-            If D differs, queries are not finite, or more neighbours are wanted than there are.
+            If D differs, queries are not finite, more neighbours are wanted than there are, or
+            ``algorithm="int8"`` is not to be had here.
         """
         self._check_fitted()
         k = self.n_neighbors if n_neighbors is None else n_neighbors
@@ -275,7 +274,11 @@ class MemoryBank(BaseEstimator):
             return self._rank(X, _by_faiss(X, self.embeddings_, k))
         if not isinstance(self._quick, Int8Index):
             return self._rank(X, self._quick.search(X, k))
-        distances, indices = self._quick.search(X, k)
+        try:
+            distances, indices = self._quick.search(X, k)
+        except int8.WrongProductError:  # from now on it is not wanted
+            self._quick = None
+            return self._search_much(X, k)
         missing = indices[:, 0] < 0  # queries that are too large for it
         if missing.any():
             Q = X[missing]
@@ -283,9 +286,10 @@ class MemoryBank(BaseEstimator):
         return distances, indices
 
     def _wants_int8(self, n_queries: int) -> bool:
-        if self.algorithm == "auto":
-            return int8.pays(n_queries * self.embeddings_.size > _VERY_MANY)
-        return self.algorithm == "int8" and int8.is_fast_here()  # it may come from elsewhere
+        if self.algorithm == "int8":  # the bank may come from elsewhere
+            int8.check_exact("MemoryBank")
+        much = n_queries * self.embeddings_.size > _VERY_MANY
+        return self.algorithm == "int8" or (self.algorithm == "auto" and int8.pays(much))
 
     def recall(self, X: Any, n_neighbors: int | None = None) -> float:
         """How many of the true nearest neighbours an approximate index finds.
@@ -332,10 +336,6 @@ class MemoryBank(BaseEstimator):
             ``index_`` as FAISS's bytes.
         **parameters
             Of the constructor.
-
-        Returns
-        -------
-        MemoryBank
 
         Raises
         ------

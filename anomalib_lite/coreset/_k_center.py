@@ -42,8 +42,33 @@ def greedy(
     The first pick is ``first`` if there are no centres ``existing`` (M, D). ``int8`` says
     whether to use 8-bit products; by default where they pay.
     """
-    picks = np.empty(n_samples, np.int64)
     kind = _kind_of_rows(X, n_samples, int8)
+    try:
+        return _picks(kind, X, n_samples, first, existing, bar, device)
+    except int8_products.WrongProductError:
+        bar.reset()
+        return _picks(_Rows, X, n_samples, first, existing, bar, device)
+
+
+def radius(X: np.ndarray, centers: np.ndarray) -> float:
+    """Largest distance from a row of ``X`` (N, D) to its nearest row of ``centers`` (M, D)."""
+    kind = _kind_of_rows(X, len(centers))
+    try:
+        return _radius_around(kind, X, centers)
+    except int8_products.WrongProductError:
+        return _radius_around(_Rows, X, centers)
+
+
+def _picks(
+    kind: type[_Rows],
+    X: np.ndarray,
+    n_samples: int,
+    first: int,
+    existing: np.ndarray | None,
+    bar: tqdm[Any],
+    device: str,
+) -> tuple[np.ndarray, float]:
+    picks = np.empty(n_samples, np.int64)
     with workers() as executor:
         rows = _on(device, X) if device != "cpu" else kind(X, executor)
         done = n_picked = 0
@@ -63,9 +88,7 @@ def greedy(
             n_picked = _pick_from_pool(rows, picks, n_picked)
 
 
-def radius(X: np.ndarray, centers: np.ndarray) -> float:
-    """Largest distance from a row of ``X`` (N, D) to its nearest row of ``centers`` (M, D)."""
-    kind = _kind_of_rows(X, len(centers))
+def _radius_around(kind: type[_Rows], X: np.ndarray, centers: np.ndarray) -> float:
     with workers() as executor:
         rows = kind(X, executor)
         rows.meet(centers)

@@ -7,7 +7,8 @@ floats. With codes ``x' = s * c`` (integers ``c`` in [-127, 127], a step ``s``) 
     |q.x - q'.x'| <= e_q |x'| + |q| e_x
 
 so what such a product rules out is ruled out for certain, and only what it leaves open is computed
-in float32.
+in float32. All of this rests on exact products, which not every processor gives: they are checked,
+once with what would go wrong first, and then in samples.
 """
 
 from __future__ import annotations
@@ -22,7 +23,20 @@ from typing import Any
 import numpy as np
 from scipy.linalg import hadamard
 
-__all__ = ["Frame", "Items", "Queries", "is_fast_here", "limit", "pays", "products"]
+from anomalib_lite._threads import workers
+from anomalib_lite.errors import InvalidValueError
+
+__all__ = [
+    "Frame",
+    "Items",
+    "Queries",
+    "WrongProductError",
+    "check_exact",
+    "fault",
+    "limit",
+    "pays",
+    "products",
+]
 
 # Products of steps stay far from where float32 ends.
 _SHORTEST_STEP = 1e-15
@@ -32,40 +46,129 @@ _ROUNDING = 2e-5
 # Largest value / root mean square above which a row is turned before it is rounded. About 3 for
 # rows of a hundred normally distributed values, 4 for a thousand.
 _OUTLIERS = 3.8
+# Sizes of the products that are checked once, and how many rows and columns of each later one.
+# Tiles are of 1,024, pools of 256, and what is left over of any size. Numbers of columns are
+# multiples of four.
+_CHECKED_SIZES = ((1024, 1024), (256, 300), (1024, 1), (1, 1024), (33, 7), (7, 33), (1, 1))
+_CHECKED_COLUMNS = (4, 60, 156, 388, 772)
+_SAMPLES = 8
+
+_scratch = threading.local()
+# What was found wrong in a search, although all that was checked before was right.
+_seen_wrong: list[str] = []
+
+
+class WrongProductError(ArithmeticError):
+    """The 8-bit products of this process are not exact, so nothing that rests on them is."""
 
 
 def pays(much: bool) -> bool:
     """Whether to use 8-bit products: they need torch, which is imported only if there is much
     work, since that takes seconds.
     """
-    return (much or "torch" in sys.modules) and is_fast_here()
+    return (much or "torch" in sys.modules) and _is_fast() and fault() is None
 
 
-_scratch = threading.local()
+def fault() -> str | None:
+    """Say what is wrong with the 8-bit products of this process; None if they are exact.
+
+    The processor's flags do not tell, since oneDNN can be told not to use them. On x86 without
+    VNNI or AMX it adds 128 to the codes of one side and sums products in pairs of 16 bits, which
+    saturate.
+    """
+    return _seen_wrong[0] if _seen_wrong else _fault_of_patterns()
 
 
-@cache
-def is_fast_here() -> bool:
-    """Whether this processor multiplies 8-bit integers in hardware, and torch can make it."""
-    import torch
-
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if not any(capabilities.get(k) for k in ("avx512_vnni", "amx_int8")):
-        return False
-    if not hasattr(torch, "_int_mm"):
-        return False
-    try:  # the largest values there are: no saturation on the way
-        a = torch.full((32, 64), -127, dtype=torch.int8)
-        return bool((torch._int_mm(a, a.T) == 64 * 127**2).all())
-    except RuntimeError:
-        return False
+def check_exact(where: str) -> None:
+    """Raise InvalidValueError unless ``algorithm="int8"`` is to be had here."""
+    if (reason := fault()) is not None:
+        raise InvalidValueError(
+            f"{where}: algorithm='int8' needs exact products of 8-bit integers, as processors with "
+            f"VNNI or AMX have them, but here {reason}. Set algorithm='auto', which is exact here "
+            "too."
+        )
 
 
 def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """``a @ b.T`` of int8 (m, K) and (n, K): (m, n) int32, good until this thread's next call.
 
     Each thread has one place for its results: fresh memory for each would cost a fifth of the time.
+    A sample of each product is computed again, which costs half a percent of its time.
+
+    Raises
+    ------
+    WrongProductError
+        If this product, or any before in this process, is not exact.
     """
+    if (reason := fault()) is not None:
+        raise WrongProductError(reason)
+    result = _multiply(a, b)
+    _scratch.n_products = n = getattr(_scratch, "n_products", 0) + 1
+    row_step, column_step = -(-len(a) // _SAMPLES), -(-len(b) // _SAMPLES)
+    rows = slice(n % row_step, None, row_step)  # other ones each time
+    columns = slice(37 * n % column_step, None, column_step)
+    reason = _difference(result[rows, columns], _exact_product(a[rows], b[columns]))
+    if reason is not None:
+        _seen_wrong.append(reason)
+        raise WrongProductError(reason)
+    return result
+
+
+@cache
+def _is_fast() -> bool:
+    """Whether exact 8-bit products would take less time here than those of float32."""
+    import torch
+
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    in_hardware = any(capabilities.get(k) for k in ("avx512_vnni", "amx_int8"))
+    return in_hardware and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+@cache
+def _fault_of_patterns() -> str | None:
+    """Multiply codes that make 16-bit sums saturate, in one thread, as a search does."""
+    import torch  # noqa: F401, workers() limits its threads only if it is there
+
+    sizes = [(m, n, k) for k in _CHECKED_COLUMNS for m, n in _CHECKED_SIZES]
+    try:
+        with workers() as executor:
+            reasons = executor.submit(lambda: [_fault_of_size(*size) for size in sizes]).result()
+    except (AttributeError, RuntimeError) as error:
+        return f"torch._int_mm fails ({error})"
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _fault_of_size(m: int, n: int, n_columns: int) -> str | None:
+    """Multiply all signs of pairs of the largest codes, and random codes."""
+    random = np.random.default_rng(0)
+    largest = (127, -127)
+    pairs = [[first, second] for first in largest for second in largest]
+    patterns = np.concatenate(
+        [
+            np.tile(pairs, n_columns // 2),
+            random.choice(largest, (5, n_columns)),
+            random.integers(-127, 128, (8, n_columns)),
+        ]
+    ).astype(np.int8)
+    # Rows repeat; 17 is a prime, so each pattern comes to each place of a kernel.
+    left, right = np.arange(m) % len(patterns), np.arange(n) % len(patterns)
+    expected = _exact_product(patterns, patterns).astype(np.int32)[left][:, right]
+    return _difference(_multiply(patterns[left], patterns[right]), expected)
+
+
+def _exact_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``a @ b.T`` in float64, which holds every such sum exactly."""
+    return np.asarray(a.astype(np.float64) @ b.T.astype(np.float64))
+
+
+def _difference(got: np.ndarray, expected: np.ndarray) -> str | None:
+    wrong = got != expected
+    if not wrong.any():
+        return None
+    return f"torch._int_mm gives {got[wrong][0]} where {int(expected[wrong][0])} is right"
+
+
+def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     import torch
 
     out: np.ndarray | None = getattr(_scratch, "out", None)

@@ -74,7 +74,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "int8 in hardware": int8.is_fast_here(),
+        "int8 in hardware": int8.pays(True),
         "torch": torch.__version__,
         "faiss": faiss.__version__,
         "numpy": np.__version__,
