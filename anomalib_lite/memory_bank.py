@@ -1,4 +1,4 @@
-"""MemoryBank: what normal looks like, as a set of embeddings that can be searched."""
+"""MemoryBank: embeddings of normal patches that can be searched for nearest neighbours."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ ALGORITHMS = ("auto", "faiss", "int8")
 
 # Queries whose distances are computed at once: bounds the (queries, k, D) array.
 _BLOCK_QUERIES = 4096
-# Products of numbers in a search below which the preparation of 8-bit ones does not pay, and below
-# which it does not pay to import torch for them.
+# Multiplications in a search from which 8-bit products save more time than their preparation takes,
+# and from which they save more than importing torch takes.
 _MANY, _VERY_MANY = 10**9, 10**12
 
 
 class MemoryBank(BaseEstimator):
-    """Nearest neighbours among remembered embeddings, by FAISS, with rooted distances.
+    """Nearest neighbours among stored embeddings, with Euclidean (rooted) distances.
 
     Parameters
     ----------
     n_neighbors : int, default=9
-        Neighbours that :meth:`kneighbors` returns unless told otherwise.
+        Neighbours that :meth:`kneighbors` returns by default.
     index : str, default="flat"
         ``"flat"`` searches exactly. Anything else is a FAISS index-factory string, such as
         ``"HNSW32"``, ``"IVF64,Flat"`` or ``"PQ16"``: which neighbours are found is then
         approximate, while how far they are is still exact.
     algorithm : {"auto", "faiss", "int8"}, default="auto"
-        Who searches a flat index: ``"faiss"``, in float32; or ``"int8"``, which rules out most
-        rows by products of 8-bit integers and computes the others in float32. Both find the
+        What searches a flat index: ``"faiss"``, in float32; or ``"int8"``, which excludes most
+        rows by products of 8-bit integers and compares the others in float32. Both find the
         same neighbours. ``"auto"`` takes ``"int8"`` for large searches where the processor
         has instructions for it (AVX-512 VNNI, AMX), which is about three times as fast there.
         ``"int8"`` is refused where the 8-bit products of torch are not exact.
@@ -65,9 +65,9 @@ class MemoryBank(BaseEstimator):
     Notes
     -----
     FAISS calls squared Euclidean distances "distances" and computes them as
-    ``|q|^2 + |x|^2 - 2 q.x``, which cancels where the two are close. Here FAISS says which
-    neighbours are nearest; their distances are then computed from the differences, and rooted.
-    A query that an approximate index finds too few neighbours for is searched exactly.
+    ``|q|^2 + |x|^2 - 2 q.x``, which loses digits if the two are close. Here FAISS finds the nearest
+    neighbours; their distances are then computed from the differences, and rooted. If an
+    approximate index finds too few neighbours for a query, that query is searched exactly.
 
     With ``"int8"``, the distance of a query to a row is known from the 8-bit product up to an
     error that has a certain bound (see ``int8.py``). A row is left out only if it is farther
@@ -92,7 +92,7 @@ class MemoryBank(BaseEstimator):
     index_: Any
     n_features_in_: int
     covering_radius_: float
-    _quick: Any  # what searches a flat index instead of FAISS, once there is much to search
+    _fast_index: Any  # searches a large flat index in place of FAISS
 
     def __init__(
         self,
@@ -133,13 +133,13 @@ class MemoryBank(BaseEstimator):
         """
         check_int("n_neighbors", self.n_neighbors, "MemoryBank", low=1)
         check_choice("algorithm", self.algorithm, ALGORITHMS, "MemoryBank")
-        check_index(self.index, "MemoryBank", **self._efforts())
+        check_index(self.index, "MemoryBank", **self._search_parameters())
         if self.algorithm == "int8":
             int8.check_exact("MemoryBank")
         check_device(self.device, "MemoryBank")
         before = self.__dict__.copy()
         try:
-            self._remember(self._validated(X, reset=True))
+            self._store(self._validated(X, reset=True))
         except Exception:  # what was there stays
             self.__dict__ = before
             raise
@@ -165,7 +165,7 @@ class MemoryBank(BaseEstimator):
             return self.fit(X)
         X = self._validated(X, reset=False)
         self.embeddings_ = np.concatenate([self.embeddings_, X])
-        self._quick = None
+        self._fast_index = None
         if self.index_ is not None:
             self.index_.add(X)
         return self
@@ -209,7 +209,7 @@ class MemoryBank(BaseEstimator):
         n = coreset_size(amount, len(self.embeddings_), "amount", "MemoryBank.subsample")
         options: dict[str, Any] = {"random_state": random_state, "device": self.device}
         coreset = select_coreset(self.embeddings_, n, method=method, **options)
-        self._remember(self.embeddings_[coreset.indices])
+        self._store(self.embeddings_[coreset.indices])
         self.covering_radius_ = coreset.covering_radius
         return self
 
@@ -221,9 +221,9 @@ class MemoryBank(BaseEstimator):
         Parameters
         ----------
         X : array of shape (Q, D), float32
-            Queries. A single query has shape (1, D).
+            QuantizedQueries. A single query has shape (1, D).
         n_neighbors : int, optional
-            How many; by default the ``n_neighbors`` of the bank.
+            Number of neighbours; by default the ``n_neighbors`` of the bank.
         return_distance : bool, default=True
             Whether distances are wanted too.
 
@@ -250,35 +250,35 @@ class MemoryBank(BaseEstimator):
         return (distances, indices) if return_distance else indices
 
     def search(self, X: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """:meth:`kneighbors` for callers who know their array: (Q, D) float32, contiguous."""
+        """Find neighbours without checks: ``X`` must be (Q, D) float32, contiguous."""
         if self.index_ is not None:
             indices = np.asarray(self.index_.search(X, k)[1])
         elif self.device == "cpu" and len(X) * self.embeddings_.size < _MANY:
             indices = np.asarray(faiss.knn(X, self.embeddings_, k)[1])
         else:
-            return self._search_much(X, k)
+            return self._search_large(X, k)
         short = (indices < 0).any(axis=1)  # inverted lists may hold fewer than k
         if short.any():
             indices[short] = _by_faiss(X[short], self.embeddings_, k)
         return self._rank(X, indices)
 
-    def _search_much(self, X: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """:meth:`search` by whatever is quickest for many queries of a large flat index."""
-        if self._quick is None and self.device != "cpu":
-            from anomalib_lite.neighbors.torch_index import DeviceIndex  # it needs torch
+    def _search_large(self, X: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search a large flat index by the fastest exact method that works here."""
+        if self._fast_index is None and self.device != "cpu":
+            from anomalib_lite.neighbors.torch_index import TorchIndex  # it needs torch
 
-            self._quick = DeviceIndex(self.embeddings_, self.device)
-        if self._quick is None and self._wants_int8(len(X)):
-            self._quick = Int8Index(self.embeddings_)
-        if self._quick is None:
+            self._fast_index = TorchIndex(self.embeddings_, self.device)
+        if self._fast_index is None and self._wants_int8(len(X)):
+            self._fast_index = Int8Index(self.embeddings_)
+        if self._fast_index is None:
             return self._rank(X, _by_faiss(X, self.embeddings_, k))
-        if not isinstance(self._quick, Int8Index):
-            return self._rank(X, self._quick.search(X, k))
+        if not isinstance(self._fast_index, Int8Index):
+            return self._rank(X, self._fast_index.search(X, k))
         try:
-            distances, indices = self._quick.search(X, k)
-        except int8.WrongProductError:  # from now on it is not wanted
-            self._quick = None
-            return self._search_much(X, k)
+            distances, indices = self._fast_index.search(X, k)
+        except int8.WrongProductError:  # 8-bit products are not used again in this process
+            self._fast_index = None
+            return self._search_large(X, k)
         missing = indices[:, 0] < 0  # queries that are too large for it
         if missing.any():
             Q = X[missing]
@@ -286,13 +286,13 @@ class MemoryBank(BaseEstimator):
         return distances, indices
 
     def _wants_int8(self, n_queries: int) -> bool:
-        if self.algorithm == "int8":  # the bank may come from elsewhere
+        if self.algorithm == "int8":  # the bank may come from another machine
             int8.check_exact("MemoryBank")
         much = n_queries * self.embeddings_.size > _VERY_MANY
-        return self.algorithm == "int8" or (self.algorithm == "auto" and int8.pays(much))
+        return self.algorithm == "int8" or (self.algorithm == "auto" and int8.worthwhile(much))
 
     def recall(self, X: Any, n_neighbors: int | None = None) -> float:
-        """How many of the true nearest neighbours an approximate index finds.
+        """Measure which share of the true nearest neighbours an approximate index finds.
 
         Parameters
         ----------
@@ -304,7 +304,7 @@ class MemoryBank(BaseEstimator):
         Returns
         -------
         float
-            Share of the Q * k true neighbours found, 0 to 1; of rows as far, any counts.
+            Share of the Q * k true neighbours found, 0 to 1; of rows at equal distance any counts.
 
         Raises
         ------
@@ -327,7 +327,7 @@ class MemoryBank(BaseEstimator):
     def restore(
         cls, embeddings: np.ndarray, serialized_index: np.ndarray | None, **parameters: Any
     ) -> MemoryBank:
-        """A fitted bank from its arrays, with its index as it was trained.
+        """Make a fitted bank from its arrays, with its index as it was trained.
 
         Parameters
         ----------
@@ -335,7 +335,7 @@ class MemoryBank(BaseEstimator):
         serialized_index : array of shape (n,), uint8, or None
             ``index_`` as FAISS's bytes.
         **parameters
-            Of the constructor.
+            Arguments of the constructor.
 
         Raises
         ------
@@ -345,16 +345,18 @@ class MemoryBank(BaseEstimator):
         bank = cls(**parameters)
         bank.embeddings_ = check_matrix("embeddings", embeddings, "MemoryBank")
         bank.n_features_in_ = bank.embeddings_.shape[1]
-        bank.index_ = bank._quick = None
+        bank.index_ = bank._fast_index = None
         if (serialized_index is None) != (bank.index == "flat"):
             raise InvalidValueError(f"MemoryBank: no serialized index fits index={bank.index!r}.")
         if serialized_index is not None:
             bank.index_ = faiss_index.deserialize(serialized_index, bank.embeddings_.shape)
-        faiss_index.set_efforts(bank.index_, bank.index, "MemoryBank", **bank._efforts())
+        faiss_index.set_search_parameters(
+            bank.index_, bank.index, "MemoryBank", **bank._search_parameters()
+        )
         return bank
 
     def _rank(self, X: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Exact distances to the neighbours found, (Q, k), and both in ascending order."""
+        """Compute exact distances (Q, k) to the neighbours found, and sort both by distance."""
         distances = np.empty(indices.shape, np.float32)
         for start in range(0, len(X), _BLOCK_QUERIES):
             block = slice(start, start + _BLOCK_QUERIES)
@@ -366,19 +368,21 @@ class MemoryBank(BaseEstimator):
         order = np.argsort(distances, axis=1, kind="stable")
         return np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
 
-    def _remember(self, X: np.ndarray) -> None:
+    def _store(self, X: np.ndarray) -> None:
         index = None if self.index == "flat" else faiss_index.build(X, self.index)
-        faiss_index.set_efforts(index, self.index, "MemoryBank", **self._efforts())
+        faiss_index.set_search_parameters(
+            index, self.index, "MemoryBank", **self._search_parameters()
+        )
         self.embeddings_ = X
         self.index_ = index
-        self._quick = None
-        self.__dict__.pop("covering_radius_", None)  # it was that of another bank
+        self._fast_index = None
+        self.__dict__.pop("covering_radius_", None)  # the radius belongs to the previous rows
 
     def __getstate__(self) -> dict[str, Any]:
-        # Not all that is quick here is so where the bank goes.
-        return {**super().__getstate__(), "_quick": None}
+        # Another machine may have other instructions, and chooses its own fast index.
+        return {**super().__getstate__(), "_fast_index": None}
 
-    def _efforts(self) -> dict[str, int | None]:
+    def _search_parameters(self) -> dict[str, int | None]:
         return {"nprobe": self.nprobe, "efSearch": self.ef_search}
 
     def _validated(self, X: Any, *, reset: bool) -> np.ndarray:

@@ -21,18 +21,18 @@ from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.fusion import patch_embeddings
 from anomalib_lite.images import ImageSource, iter_batches
 from anomalib_lite.neighbors import int8
-from anomalib_lite.neighbors.torch_index import DeviceRows
+from anomalib_lite.neighbors.torch_index import TorchRows
 
 
 @pytest.fixture(autouse=True, params=["float32", "int8", "torch"])
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything here holds whatever multiplies; by itself only large data would meet int8."""
+    """Run every test with each kind of rows; only large data would choose int8 by themselves."""
     if request.param == "int8" and int8.fault() is not None:
         pytest.skip(f"no exact 8-bit products: {int8.fault()}")
     kinds = {
         "float32": _k_center._Rows,
         "int8": _k_center._Int8Rows,
-        "torch": lambda X, executor: DeviceRows(X, "cpu"),
+        "torch": lambda X, executor: TorchRows(X, "cpu"),
     }
     monkeypatch.setattr(_k_center, "_kind_of_rows", lambda *_: kinds[request.param])
 

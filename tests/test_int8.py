@@ -24,7 +24,7 @@ from anomalib_lite.coreset import _k_center
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.neighbors import int8
 from anomalib_lite.neighbors.int8_index import Int8Index
-from anomalib_lite.neighbors.torch_index import DeviceIndex
+from anomalib_lite.neighbors.torch_index import TorchIndex
 
 RNG = np.random.default_rng(0)
 
@@ -70,7 +70,7 @@ needs_exact_products = pytest.mark.skipif(
     int8.fault() is not None, reason=f"no exact 8-bit products: {int8.fault()}"
 )
 needs_fast_products = pytest.mark.skipif(
-    not int8.pays(much=True), reason="no 8-bit products that are exact and in hardware"
+    not int8.worthwhile(much=True), reason="no 8-bit products that are exact and in hardware"
 )
 
 
@@ -79,11 +79,11 @@ needs_fast_products = pytest.mark.skipif(
 @pytest.mark.parametrize("d", [4, 61, 152, 600])
 def test_no_score_is_farther_off_than_its_bound(kind: object, d: int) -> None:
     X, Q = kind(700, d), kind(90, d, 1)  # type: ignore[operator]
-    frame = int8.Frame(X)
-    placed = frame.place(X)
+    frame = int8.QuantizationFrame(X)
+    placed = frame.transform(X)
     half = (placed.astype(np.float64) ** 2).sum(axis=1) / 2
-    frame.make_room(float(np.ptp(half)) / 2, frame.smallest_step)
-    items, queries = frame.items(placed), frame.queries(frame.place(Q))
+    frame.reserve_bias_columns(float(np.ptp(half)) / 2, frame.smallest_step)
+    items, queries = frame.items(placed), frame.queries(frame.transform(Q))
     codes = int8.products(queries.codes, items.codes)
     steps = queries.steps.astype(np.float64) * items.step
     got = codes * steps[:, None] + items.shift
@@ -100,9 +100,9 @@ def test_no_score_is_farther_off_than_its_bound(kind: object, d: int) -> None:
 @needs_exact_products
 def test_a_product_just_below_the_limit_is_below_the_score() -> None:
     X, Q = normal(300, 32), normal(40, 32, 1)
-    frame = int8.Frame(X)
-    frame.make_room(100.0, frame.smallest_step)
-    items, queries = frame.items(frame.place(X)), frame.queries(frame.place(Q))
+    frame = int8.QuantizationFrame(X)
+    frame.reserve_bias_columns(100.0, frame.smallest_step)
+    items, queries = frame.items(frame.transform(X)), frame.queries(frame.transform(Q))
     x, q = X - frame.mean, Q - frame.mean
     scores = q @ x.T - (x**2).sum(axis=1) / 2
     codes = int8.products(queries.codes, items.codes)
@@ -114,13 +114,13 @@ def test_a_product_just_below_the_limit_is_below_the_score() -> None:
 
 def test_turning_keeps_distances() -> None:
     X = with_outliers(500, 152)
-    frame = int8.Frame(X)
+    frame = int8.QuantizationFrame(X)
     assert frame.rotation is not None
-    placed = frame.place(X).astype(np.float64)
+    placed = frame.transform(X).astype(np.float64)
     np.testing.assert_allclose(cdist(placed, placed), cdist(X, X), rtol=1e-5, atol=1e-3)
     rms = np.sqrt((placed**2).mean(axis=1))
     assert np.median(np.abs(placed).max(axis=1) / rms) < 4.5
-    assert int8.Frame(normal(500, 152)).rotation is None
+    assert int8.QuantizationFrame(normal(500, 152)).rotation is None
 
 
 @needs_exact_products
@@ -151,8 +151,8 @@ def test_a_query_too_large_to_be_rounded_is_left_to_others() -> None:
     assert (np.delete(found, 3, axis=0) >= 0).all()
     bank = MemoryBank(2, algorithm="int8")
     bank.n_features_in_, bank.embeddings_, bank.index_ = 16, X, None
-    bank._quick = Int8Index(X)
-    distances, indices = bank._search_much(Q, 2)
+    bank._fast_index = Int8Index(X)
+    distances, indices = bank._search_large(Q, 2)
     np.testing.assert_array_equal(np.delete(indices, 3, axis=0), np.delete(found, 3, axis=0))
     np.testing.assert_allclose(distances, np.sort(cdist(Q, X), axis=1)[:, :2], rtol=1e-5)
 
@@ -173,9 +173,9 @@ def test_a_bank_answers_the_same_whoever_searches(k: int) -> None:
     X, Q = skewed(20_000, 64), skewed(3000, 64, 1)
     by = {a: MemoryBank(k, algorithm=a).fit(X) for a in ("auto", "faiss", "int8")}
     answers = {a: bank.kneighbors(Q) for a, bank in by.items()}
-    assert isinstance(by["auto"]._quick, Int8Index)
-    assert isinstance(by["int8"]._quick, Int8Index)
-    assert by["faiss"]._quick is None
+    assert isinstance(by["auto"]._fast_index, Int8Index)
+    assert isinstance(by["int8"]._fast_index, Int8Index)
+    assert by["faiss"]._fast_index is None
     for a in ("auto", "int8"):
         np.testing.assert_allclose(answers[a][0], answers["faiss"][0], rtol=1e-5)
         same = answers[a][1] == answers["faiss"][1]
@@ -204,8 +204,8 @@ def test_a_bank_is_exact_on_every_processor(
     got = np.take_along_axis(exact, found, 1)
     np.testing.assert_allclose(got, np.sort(exact, axis=1)[:, :k], rtol=2e-6, atol=1e-5)
     np.testing.assert_allclose(distances, got, rtol=2e-6, atol=1e-5)
-    wanted = algorithm == "int8" or int8.pays(much=False)
-    assert isinstance(bank._quick, Int8Index) == wanted
+    wanted = algorithm == "int8" or int8.worthwhile(much=False)
+    assert isinstance(bank._fast_index, Int8Index) == wanted
 
 
 @needs_exact_products
@@ -220,9 +220,9 @@ def test_where_all_is_alike() -> None:
 def test_a_copy_does_not_carry_what_only_this_processor_can() -> None:
     bank = MemoryBank(1, algorithm="int8").fit(normal(20_000, 64))
     expected = bank.kneighbors(normal(1000, 64, 1))
-    assert bank._quick is not None
+    assert bank._fast_index is not None
     again = pickle.loads(pickle.dumps(bank))
-    assert again._quick is None
+    assert again._fast_index is None
     np.testing.assert_array_equal(again.kneighbors(normal(1000, 64, 1)), expected)
 
 
@@ -233,7 +233,7 @@ def test_the_search_of_a_device(device: str, k: int, monkeypatch: pytest.MonkeyP
         pytest.skip("no GPU here")
     monkeypatch.setattr("anomalib_lite.neighbors.torch_index._VALUES", 2000 * 100)  # several chunks
     X, Q = far(2000, 40), far(310, 40, 1)
-    found = DeviceIndex(X, device).search(Q, k)
+    found = TorchIndex(X, device).search(Q, k)
     exact = cdist(Q.astype(np.float64), X.astype(np.float64))
     got = np.take_along_axis(exact, found, 1)
     np.testing.assert_allclose(got, np.sort(exact, axis=1)[:, :k], rtol=1e-5)
@@ -350,7 +350,7 @@ def test_a_faulty_product_is_found_before_any_search(
 ) -> None:
     multiply_by(FAULTY[name], FAULTY[name])
     assert "torch._int_mm gives" in str(int8.fault())
-    assert not int8.pays(much=True)
+    assert not int8.worthwhile(much=True)
     X, Q = saturated(1500, 20), normal(200, 20, 1)
     with pytest.raises(
         InvalidValueError,
@@ -359,8 +359,10 @@ def test_a_faulty_product_is_found_before_any_search(
     ):
         MemoryBank(algorithm="int8").fit(X)
     bank = MemoryBank(3).fit(X)
-    np.testing.assert_array_equal(bank.kneighbors(Q)[1], MemoryBank(3).fit(X)._search_much(Q, 3)[1])
-    assert bank._quick is None
+    np.testing.assert_array_equal(
+        bank.kneighbors(Q)[1], MemoryBank(3).fit(X)._search_large(Q, 3)[1]
+    )
+    assert bank._fast_index is None
     with pytest.raises(int8.WrongProductError):
         Int8Index(X).search(Q, 3)
 
@@ -370,7 +372,7 @@ def test_exact_products_are_found_exact(
 ) -> None:
     multiply_by(exact, exact)
     assert int8.fault() is None
-    assert int8.pays(much=True)
+    assert int8.worthwhile(much=True)
     assert isinstance(MemoryBank(3).fit(X := normal(900, 20)).kneighbors(X)[1], np.ndarray)
 
 
@@ -383,7 +385,7 @@ def test_a_product_that_goes_wrong_in_a_search_makes_no_wrong_neighbour(
     auto, by_name = MemoryBank(3).fit(X), MemoryBank(3, algorithm="int8").fit(X)
     for _ in range(2):
         np.testing.assert_array_equal(auto.kneighbors(Q), expected)
-        assert auto._quick is None
+        assert auto._fast_index is None
         assert "torch._int_mm gives" in str(int8.fault())
     for _ in range(2):
         with pytest.raises(InvalidValueError, match=r"^MemoryBank: algorithm='int8' needs exact"):
@@ -399,7 +401,7 @@ def test_the_search_itself_finds_what_goes_wrong(
     bank = MemoryBank(3, algorithm="int8").fit(X)
     with pytest.raises(InvalidValueError, match=r"torch\._int_mm gives"):
         bank.kneighbors(Q)
-    assert bank._quick is None
+    assert bank._fast_index is None
 
 
 @pytest.mark.parametrize("first", [exact, saturating])
@@ -410,7 +412,7 @@ def test_a_coreset_is_exact_whatever_the_products_are(
     bar = tqdm(total=90, disable=True)
     picks, radius = _k_center.greedy(X, 90, 7, None, bar, int8=False)
     multiply_by(first, saturating)
-    assert int8.pays(much=True) == (first is exact)
+    assert int8.worthwhile(much=True) == (first is exact)
     for use in (None, True):
         got = _k_center.greedy(X, 90, 7, None, bar, int8=use)
         assert got[0].tolist() == picks.tolist()

@@ -1,4 +1,4 @@
-"""Greedy k-centre, lazy and blocked: who is farthest from all centres, again and again."""
+"""Greedy k-centre, lazy and blocked: pick the row farthest from all centres, again and again."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from anomalib_lite._threads import workers
 from anomalib_lite.neighbors import int8 as int8_products
 
 if TYPE_CHECKING:
-    from anomalib_lite.neighbors.torch_index import DeviceRows
+    from anomalib_lite.neighbors.torch_index import TorchRows
 
 __all__ = ["greedy", "radius"]
 
 # Rows compared with the new centres at once: small enough to stay in a core's cache.
 _BLOCK_ROWS = 1024
-# Farthest rows among which centres are picked before all the others are brought up to date.
+# Rows of the pool: the farthest rows, from which centres are picked before the others are updated.
 _POOL_ROWS = 1024
-# With 8-bit products: how many times the pool's rows have tight bounds, and which part of the
-# smallest of those bounds (squared) a row must reach to be kept up to date.
+# With 8-bit products: as many pools of rows get tight bounds, and a row is updated only if its
+# bound (squared) reaches this share of the smallest tight one.
 _TIGHT_POOLS, _WAITING = 4, 0.9
-# Products of two numbers (rows x centres x dimensions) below which the preparation of 8-bit ones
-# does not pay, and below which it does not pay to import torch for them.
+# Multiplications (rows x centres x dimensions) from which 8-bit products save more time than their
+# preparation takes, and from which they save more than importing torch takes.
 _MANY, _VERY_MANY = 3 * 10**10, 10**12
 
 
@@ -37,10 +37,10 @@ def greedy(
     device: str = "cpu",
     int8: bool | None = None,
 ) -> tuple[np.ndarray, float]:
-    """Indices of ``n_samples`` rows of ``X`` (N, D), and the covering radius they leave.
+    """Pick ``n_samples`` rows of ``X`` (N, D); return their indices and the covering radius.
 
-    The first pick is ``first`` if there are no centres ``existing`` (M, D). ``int8`` says
-    whether to use 8-bit products; by default where they pay.
+    The first pick is ``first``, unless there are centres ``existing`` (M, D) already. ``int8``
+    says whether to use 8-bit products; by default they are used if they save time.
     """
     kind = _kind_of_rows(X, n_samples, int8)
     try:
@@ -51,7 +51,7 @@ def greedy(
 
 
 def radius(X: np.ndarray, centers: np.ndarray) -> float:
-    """Largest distance from a row of ``X`` (N, D) to its nearest row of ``centers`` (M, D)."""
+    """Return the largest distance from a row of ``X`` (N, D) to its nearest centre (M, D)."""
     kind = _kind_of_rows(X, len(centers))
     try:
         return _radius_around(kind, X, centers)
@@ -76,11 +76,11 @@ def _picks(
             picks[0] = first
             n_picked = 1
         else:
-            rows.meet(existing)
+            rows.update(existing)
         while True:
-            rows.meet(X[picks[done:n_picked]])
+            rows.update(X[picks[done:n_picked]])
             # Rounding leaves a centre some way from itself; it must never be picked again.
-            rows.rule_out(picks[done:n_picked])
+            rows.exclude(picks[done:n_picked])
             bar.update(n_picked - done)
             done = n_picked
             if n_picked == n_samples:
@@ -91,41 +91,42 @@ def _picks(
 def _radius_around(kind: type[_Rows], X: np.ndarray, centers: np.ndarray) -> float:
     with workers() as executor:
         rows = kind(X, executor)
-        rows.meet(centers)
+        rows.update(centers)
         return _radius(rows)
 
 
 def _kind_of_rows(X: np.ndarray, n_centers: int, int8: bool | None = None) -> type[_Rows]:
-    """With 8-bit products or without. To be asked before :func:`workers`, which limits the threads
-    of torch only if it is there already.
+    """Choose rows with 8-bit products or without.
+
+    Call it before :func:`workers`, which limits the threads of torch only if torch is loaded.
     """
     if int8 is None:
         work = X.size * n_centers
-        int8 = work > _MANY and int8_products.pays(work > _VERY_MANY)
+        int8 = work > _MANY and int8_products.worthwhile(work > _VERY_MANY)
     return _Int8Rows if int8 else _Rows
 
 
-def _on(device: str, X: np.ndarray) -> DeviceRows:
+def _on(device: str, X: np.ndarray) -> TorchRows:
     from anomalib_lite.neighbors.torch_index import (  # the only one who always needs torch
-        DeviceRows,
+        TorchRows,
     )
 
-    return DeviceRows(X, device)
+    return TorchRows(X, device)
 
 
-def _radius(rows: _Rows | DeviceRows) -> float:
+def _radius(rows: _Rows | TorchRows) -> float:
     return float(np.sqrt(max(rows.farthest(_POOL_ROWS)[1].max(), np.float32(0))))
 
 
-def _pick_from_pool(rows: _Rows | DeviceRows, picks: np.ndarray, n_picked: int) -> int:
-    """Extend ``picks`` while the pool alone decides; return how many there are then."""
+def _pick_from_pool(rows: _Rows | TorchRows, picks: np.ndarray, n_picked: int) -> int:
+    """Extend ``picks`` as long as the pool alone decides; return their new number."""
     pool, pool_sq, outside = rows.farthest(_POOL_ROWS)
     between = rows.sq_distances_between(pool)  # (P, P)
     first = n_picked
     while n_picked < len(picks):
         farthest = int(pool_sq.argmax())
         # The first pick is the farthest of all rows, even if it ties with one outside.
-        # Where nothing but twins of centres is left, any order is as good.
+        # If only copies of centres are left, any order is right.
         if n_picked > first and pool_sq[farthest] <= outside and outside > 0:
             break
         if pool_sq[farthest] < 0:
@@ -138,7 +139,7 @@ def _pick_from_pool(rows: _Rows | DeviceRows, picks: np.ndarray, n_picked: int) 
 
 
 class _Rows:
-    """All rows and, for each, the squared distance to its nearest centre so far."""
+    """All rows, each with the squared distance to its nearest centre so far."""
 
     def __init__(self, X: np.ndarray, executor: ThreadPoolExecutor) -> None:
         self.X, self.executor = X, executor
@@ -149,15 +150,16 @@ class _Rows:
         self.sq_distances = np.full(len(X), np.inf, np.float32)
         self.each_block(len(X), self._norms)
 
-    def meet(self, centers: np.ndarray) -> None:
-        """Let every row know the new ``centers`` (M, D)."""
+    def update(self, centers: np.ndarray) -> None:
+        """Update each row's distance to its nearest centre with new ``centers`` (M, D)."""
         for start in range(0, len(centers), _BLOCK_ROWS):
             c = centers[start : start + _BLOCK_ROWS] - self.mean  # (m, D)
             self.each_block(len(self.X), self._nearest, -2 * c.T, _sq_norms(c))
 
     def farthest(self, n: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """The ``n`` rows farthest from all centres, how far they are (squared), and a bound on
-        all others. They come sorted by index: ties go to the lower, as in the plain greedy.
+        """Return the ``n`` farthest rows, their squared distances, and a bound on the others.
+
+        Rows are sorted by index: the lower one wins a tie, as in the plain greedy.
         """
         if n >= len(self.X):
             return np.arange(len(self.X)), self.sq_distances.copy(), -1.0
@@ -166,7 +168,7 @@ class _Rows:
         return pool, self.sq_distances[pool], float(self.sq_distances[order[-n - 1]])
 
     def sq_distances_between(self, indices: np.ndarray) -> np.ndarray:
-        """Among some rows, (n, n)."""
+        """Compute squared distances (n, n) between some rows."""
         x = self.X[indices] - self.mean
         minus_two_x, sq_norms = -2 * x.T, self.sq_norms[indices]
         between = np.empty((len(x), len(x)), np.float32)
@@ -180,12 +182,12 @@ class _Rows:
         self.each_block(len(x), work, n_rows=256)
         return between
 
-    def rule_out(self, picks: np.ndarray) -> None:
-        """Never pick these rows again."""
+    def exclude(self, picks: np.ndarray) -> None:
+        """Exclude rows from later picks."""
         self.sq_distances[picks] = -1
 
     def each_block(self, n: int, work: Any, *args: Any, n_rows: int = _BLOCK_ROWS) -> None:
-        """Do the work on blocks of ``n`` rows, in threads; errors are raised here."""
+        """Do the work on blocks of ``n`` rows in threads; errors are raised here."""
         blocks = [slice(start, min(start + n_rows, n)) for start in range(0, n, n_rows)]
         for _ in self.executor.map(lambda block: work(block, *args), blocks):
             pass
@@ -203,43 +205,43 @@ class _Rows:
 
 
 class _Int8Rows(_Rows):
-    """The same with 8-bit products: ``sq_distances`` are upper bounds, made exact where needed.
+    """Rows with 8-bit products: ``sq_distances`` are upper bounds, made exact if needed.
 
-    Only the farthest rows matter. So rows meet centres in 8-bit integers, which gives a certain
-    upper bound and the centre that is probably nearest; for the few thousand rows with the
-    largest bounds the distance to that centre makes the bound tight; and the rows of the pool are
-    compared with all centres in float32, as far as the integers leave that open. A row whose bound
-    is well below those of the pool can wait: its bound stays true whatever is picked.
+    Only the farthest rows matter. 8-bit products with new centres give each row a certified upper
+    bound and the centre that is probably nearest. The few thousand rows with the largest bounds are
+    measured against that centre, which makes their bounds tight. The rows of the pool are compared
+    in float32 with all centres that the integers leave open. A row whose bound is well below those
+    of the pool waits: its bound stays true whatever is picked.
     """
 
     def __init__(self, X: np.ndarray, executor: ThreadPoolExecutor) -> None:
         super().__init__(X, executor)
-        self.frame = int8_products.Frame(X)
+        self.frame = int8_products.QuantizationFrame(X)
         step = self.frame.smallest_step
-        self.frame.make_room(float(np.ptp(self.sq_norms)) / 4, step)
+        self.frame.reserve_bias_columns(float(np.ptp(self.sq_norms)) / 4, step)
         blocks = [slice(i, i + _BLOCK_ROWS) for i in range(0, len(X), _BLOCK_ROWS)]
-        self.queries = int8_products.Queries.join(
-            executor.map(lambda b: self.frame.queries(self.frame.place(X[b])), blocks)
+        self.queries = int8_products.QuantizedQueries.join(
+            executor.map(lambda b: self.frame.queries(self.frame.transform(X[b])), blocks)
         )
         self.centers = np.empty((0, X.shape[1]), np.float32)
-        self.tiles: list[int8_products.Items] = []  # the centers, _BLOCK_ROWS a tile
+        self.tiles: list[int8_products.QuantizedItems] = []  # the centers, _BLOCK_ROWS a tile
         self.floor = np.float32(np.inf)  # rows with smaller bounds wait
-        self.n_met = np.zeros(len(X), np.int64)  # centers that a row has met
-        self.nearest = np.zeros(len(X), np.int64)  # probably; an index into centers
+        self.n_met = np.zeros(len(X), np.int64)  # centers that a row was compared with
+        self.nearest = np.zeros(len(X), np.int64)  # probably nearest; an index into centers
         self.tight = np.zeros(len(X), bool)  # the bound is the distance to ``nearest``
 
-    def meet(self, centers: np.ndarray) -> None:
-        """As ``_Rows.meet``, for the rows that do not wait."""
+    def update(self, centers: np.ndarray) -> None:
+        """Update the rows that do not wait; see ``_Rows.update``."""
         self.centers = np.concatenate([self.centers, centers - self.mean])
         del self.tiles[(len(self.centers) - len(centers)) // _BLOCK_ROWS :]  # one that was not full
         for start in range(len(self.tiles) * _BLOCK_ROWS, len(self.centers), _BLOCK_ROWS):
             self.tiles.append(
-                self.frame.items(self.frame.turn(self.centers[start : start + _BLOCK_ROWS]))
+                self.frame.items(self.frame.rotate(self.centers[start : start + _BLOCK_ROWS]))
             )
         self._catch_up()
 
     def farthest(self, n: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """As ``_Rows.farthest``: exact for the pool, a bound on all others."""
+        """Return the farthest rows with exact distances; see ``_Rows.farthest``."""
         n = min(n, len(self.X))
         n_tight = min(_TIGHT_POOLS * n, len(self.X))
         while True:
@@ -255,15 +257,15 @@ class _Int8Rows(_Rows):
                 return pool, exact, outside
 
     def _catch_up(self) -> None:
-        """Let the rows that do not wait meet all centres."""
+        """Compare the rows that do not wait with the centres that they lack."""
         rows = np.flatnonzero((self.sq_distances >= self.floor) & (self.n_met < len(self.centers)))
         rows = rows[np.argsort(self.n_met[rows], kind="stable")]
         alike = np.split(rows, np.flatnonzero(np.diff(self.n_met[rows])) + 1)  # as far behind
         blocks = [g[i : i + _BLOCK_ROWS] for g in alike for i in range(0, len(g), _BLOCK_ROWS)]
-        for _ in self.executor.map(self._meet_tiles, blocks):
+        for _ in self.executor.map(self._update_from_tiles, blocks):
             pass
 
-    def _meet_tiles(self, rows: np.ndarray) -> None:
+    def _update_from_tiles(self, rows: np.ndarray) -> None:
         queries, bound, nearest = (
             self.queries.take(rows),
             self.sq_distances[rows],
@@ -297,7 +299,7 @@ class _Int8Rows(_Rows):
         self.tight[top] = True
 
     def _exact(self, rows: np.ndarray) -> np.ndarray:
-        """Squared distances (n,) of some rows from all centres, in float32."""
+        """Compute squared distances (n,) of some rows to their nearest centre, in float32."""
         exact: np.ndarray = self.sq_distances[rows]  # no less, and mostly equal
 
         def work(block: slice) -> None:
@@ -306,7 +308,7 @@ class _Int8Rows(_Rows):
             for i, items in enumerate(self.tiles):
                 scores = int8_products.products(queries.codes, items.codes)
                 lowest = int8_products.limit((sq_norms - bound) / 2, queries, items)
-                # Of a row that does not fit, the integers say nothing.
+                # The integers say nothing about a row that does not fit.
                 row, center = np.nonzero((scores >= lowest[:, None]) | ~queries.fits[:, None])
                 if len(row):
                     np.minimum.at(bound, row, self._measure(mine[row], i * _BLOCK_ROWS + center))

@@ -1,7 +1,7 @@
 """Embeddings (N, D) -> indices of the rows to keep.
 
-The rows kept are centres; the *covering radius* is the largest distance from any row to
-its nearest centre, and says how well the few stand for the many. Greedy k-centre takes
+The rows kept are centres. The *covering radius* is the largest distance from any row to its nearest
+centre: how well the few represent the many. Greedy k-centre takes
 the farthest row again and again; its radius is at most twice the best that any choice of
 as many centres could reach [1]_.
 
@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Coreset:
-    """The rows that were kept, and how well they cover all the others.
+    """Rows that were kept, and how well they cover the others.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ def select_coreset(
     device: str = "cpu",
     progress: bool = False,
 ) -> Coreset:
-    """Choose ``n_samples`` rows of ``X`` that stand for all of it.
+    """Choose ``n_samples`` rows of ``X`` that represent all rows.
 
     Parameters
     ----------
@@ -78,11 +78,10 @@ def select_coreset(
     random_state : int, RandomState or None
         Seed of the first centre, of the random choice, and of k-means.
     existing : array of shape (M, D), float32, optional
-        Centres that are already there: rows near them need not be picked, and the covering
-        radius counts them. Only with ``"greedy"``.
+        Centres that exist already: rows near them are not picked, and the covering radius counts
+        them. Only with ``"greedy"``.
     device : str, default="cpu"
-        Device of torch on which ``"greedy"`` computes, such as ``"cuda"``, and on which there
-        must be room for ``X``.
+        Device of torch on which ``"greedy"`` computes, such as ``"cuda"``; ``X`` must fit there.
     progress : bool, default=False
         Show a progress bar (only in a terminal).
 
@@ -137,7 +136,7 @@ def greedy_k_center(
     random_state : int, RandomState or None
         Seed of the first centre, which is part of the result.
     existing : array of shape (M, D), float32, optional
-        Centres that are already there. The first pick is then the row farthest from them.
+        Centres that exist already. The first pick is then the row farthest from them.
     progress : bool, default=False
         Show a progress bar (only in a terminal).
 
@@ -180,7 +179,7 @@ def greedy_k_center(
 
 
 def covering_radius(X: np.ndarray, centers: np.ndarray) -> float:
-    """Largest Euclidean distance from a row of ``X`` to its nearest row of ``centers``.
+    """Return the largest Euclidean distance from a row of ``X`` to its nearest of ``centers``.
 
     Parameters
     ----------
@@ -208,7 +207,7 @@ def covering_radius(X: np.ndarray, centers: np.ndarray) -> float:
 
 
 def check_device(device: str, where: str) -> None:
-    """Raise InvalidValueError unless it is "cpu", or a GPU that is here."""
+    """Raise InvalidValueError unless ``device`` is "cpu" or a GPU of this machine."""
     if device == "cpu":
         return
     from anomalib_lite._device import resolve_device  # it needs torch
@@ -220,7 +219,7 @@ def check_device(device: str, where: str) -> None:
 
 
 def coreset_size(amount: float | int, n: int, name: str, where: str) -> int:
-    """Number of rows that a share (float) or a number (int) of ``n`` rows is."""
+    """Convert a share (float) or a number (int) of ``n`` rows to a number of rows."""
     if isinstance(amount, int | np.integer) and not isinstance(amount, bool):
         return check_int(name, amount, where, low=1, high=n)
     size = round(check_number(name, amount, where, "(0, 1]") * n)

@@ -1,4 +1,4 @@
-"""Approximate indexes by FAISS: from a factory string to a trained index, and to bytes."""
+"""FAISS indexes: a factory string -> a trained index -> bytes. The only import of FAISS."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from anomalib_lite.errors import InvalidValueError
 with sleeping_when_idle():
     import faiss
 
-__all__ = ["build", "check_index", "deserialize", "faiss", "serialize", "set_efforts"]
+__all__ = ["build", "check_index", "deserialize", "faiss", "serialize", "set_search_parameters"]
 
 _WELL_KNOWN = ("flat", "HNSW32", "IVF64,Flat", "IVF256,Flat", "SQ8", "PQ8", "IVF64,PQ8")
 
 
-def check_index(index: object, where: str, **efforts: int | None) -> None:
-    """Raise InvalidValueError unless ``index`` is ``"flat"`` or FAISS can build it, and has the
-    efforts that are given; see :func:`set_efforts`.
+def check_index(index: object, where: str, **parameters: int | None) -> None:
+    """Raise InvalidValueError unless FAISS can build ``index`` and it has the search parameters.
+
+    ``"flat"`` is valid too; it has no search parameters. See :func:`set_search_parameters`.
     """
     built = None
     try:
         if not isinstance(index, str):
             raise RuntimeError("not a string")
         if index != "flat":
-            # Whether FAISS can build it may depend on the dimension, which is not known yet: take
-            # one that all numbers in the string divide.
+            # The dimension is not known yet, and some indexes need one that their numbers divide:
+            # use a common multiple of all numbers in the string.
             dividing = re.sub("(IVF|HNSW)[0-9]+", "", index)
             dimension = math.lcm(*(int(n) for n in re.findall("[1-9][0-9]*", dividing)))
             built = faiss.index_factory(min(dimension, 65536), index)
@@ -39,11 +40,11 @@ def check_index(index: object, where: str, **efforts: int | None) -> None:
             f"{where}: index must be 'flat' or a FAISS index-factory string such as "
             f"{list(_WELL_KNOWN[1:])}, got {index!r}.{closest(index, _WELL_KNOWN)}"
         ) from error
-    set_efforts(built, index, where, **efforts)
+    set_search_parameters(built, index, where, **parameters)
 
 
 def build(X: np.ndarray, index: str) -> Any:
-    """The index that the string means, trained on ``X`` (N, D) and filled with it."""
+    """Build the index that the string names, train it on ``X`` (N, D) and add ``X`` to it."""
     try:
         built = faiss.index_factory(X.shape[1], index)
         _silence_training(built)
@@ -58,9 +59,9 @@ def build(X: np.ndarray, index: str) -> Any:
     return built
 
 
-def set_efforts(index: Any, string: str, where: str, **efforts: int | None) -> None:
-    """Set how much of the index a search looks at: ``nprobe``, ``efSearch``; None leaves it."""
-    for name, value in efforts.items():
+def set_search_parameters(index: Any, string: str, where: str, **parameters: int | None) -> None:
+    """Set FAISS's search parameters ``nprobe`` and ``efSearch``; None keeps FAISS's own value."""
+    for name, value in parameters.items():
         if value is None:
             continue
         ours = {"efSearch": "ef_search"}.get(name, name)
@@ -78,12 +79,12 @@ def set_efforts(index: Any, string: str, where: str, **efforts: int | None) -> N
 
 
 def serialize(index: Any) -> np.ndarray:
-    """The index as bytes, (n,) uint8."""
+    """Write an index to bytes, (n,) uint8."""
     return np.asarray(faiss.serialize_index(index))
 
 
 def deserialize(serialized: np.ndarray, shape: tuple[int, ...]) -> Any:
-    """The index that :func:`serialize` made of, which must hold embeddings of this shape."""
+    """Read an index from the bytes of :func:`serialize`; it must hold embeddings of ``shape``."""
     serialized = np.asarray(serialized)
     if serialized.dtype != np.uint8 or serialized.ndim != 1:
         raise InvalidValueError(
@@ -105,7 +106,7 @@ def deserialize(serialized: np.ndarray, shape: tuple[int, ...]) -> Any:
 
 
 def _silence_training(index: Any) -> None:
-    """Keep FAISS from printing that a coreset has few rows for each of its centroids."""
+    """Keep FAISS from printing that a coreset has few rows per centroid."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
@@ -115,5 +116,5 @@ def _silence_training(index: Any) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """FAISS's own words, without its function and file names."""
+    """Return FAISS's message without its function and file names."""
     return str(error).rsplit("Error: ", 1)[-1].splitlines()[0].strip()

@@ -1,4 +1,4 @@
-"""Rows as 8-bit integers whose products have a known error.
+"""Quantize rows to 8-bit integers whose products have a known error.
 
 Processors multiply 8-bit integers four (AVX-512 VNNI) to eight times (AMX) as fast as 32-bit
 floats. With codes ``x' = s * c`` (integers ``c`` in [-127, 127], a step ``s``) and their residual
@@ -6,9 +6,9 @@ floats. With codes ``x' = s * c`` (integers ``c`` in [-127, 127], a step ``s``) 
 
     |q.x - q'.x'| <= e_q |x'| + |q| e_x
 
-so what such a product rules out is ruled out for certain, and only what it leaves open is computed
-in float32. All of this rests on exact products, which not every processor gives: they are checked,
-once with what would go wrong first, and then in samples.
+A row that the bound excludes is excluded for certain; only the rows that it leaves open are
+compared in float32. All of this rests on exact products, which not every processor gives. So
+products are checked: once per process with the values that saturate, then by samples.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from anomalib_lite._threads import workers
 from anomalib_lite.errors import InvalidValueError
 
 __all__ = [
-    "Frame",
-    "Items",
-    "Queries",
+    "QuantizationFrame",
+    "QuantizedItems",
+    "QuantizedQueries",
     "WrongProductError",
     "check_exact",
     "fault",
     "limit",
-    "pays",
+    "worthwhile",
     "products",
 ]
 
@@ -43,44 +43,45 @@ _SHORTEST_STEP = 1e-15
 _MOST_BIASES = 64
 # Float32 rounding of the norms, of the rotation and of the bound itself, relative to |q| |x|.
 _ROUNDING = 2e-5
-# Largest value / root mean square above which a row is turned before it is rounded. About 3 for
-# rows of a hundred normally distributed values, 4 for a thousand.
+# Ratio of the largest value to the root mean square above which rows are rotated before they are
+# rounded. It is about 3 for rows of a hundred normally distributed values, 4 for a thousand.
 _OUTLIERS = 3.8
-# Sizes of the products that are checked once, and how many rows and columns of each later one.
-# Tiles are of 1,024, pools of 256, and what is left over of any size. Numbers of columns are
-# multiples of four.
+# Sizes of the products that are checked once per process. Tiles have 1,024 rows, pools 256, and the
+# last block any number; codes have a multiple of four columns. Of each later product, so many rows
+# and columns are computed again.
 _CHECKED_SIZES = ((1024, 1024), (256, 300), (1024, 1), (1, 1024), (33, 7), (7, 33), (1, 1))
 _CHECKED_COLUMNS = (4, 60, 156, 388, 772)
 _SAMPLES = 8
 
 _scratch = threading.local()
-# What was found wrong in a search, although all that was checked before was right.
+# The fault of a product in a search, found although the check at the start had passed.
 _seen_wrong: list[str] = []
 
 
 class WrongProductError(ArithmeticError):
-    """The 8-bit products of this process are not exact, so nothing that rests on them is."""
+    """A product of 8-bit integers in this process is wrong, so no result may rest on one."""
 
 
-def pays(much: bool) -> bool:
-    """Whether to use 8-bit products: they need torch, which is imported only if there is much
-    work, since that takes seconds.
+def worthwhile(much: bool) -> bool:
+    """Tell whether 8-bit products save time here and are exact.
+
+    They need torch. Importing it takes seconds, so it is imported only if there is ``much`` work.
     """
     return (much or "torch" in sys.modules) and _is_fast() and fault() is None
 
 
 def fault() -> str | None:
-    """Say what is wrong with the 8-bit products of this process; None if they are exact.
+    """Return what is wrong with the 8-bit products of this process, or None if they are exact.
 
-    The processor's flags do not tell, since oneDNN can be told not to use them. On x86 without
-    VNNI or AMX it adds 128 to the codes of one side and sums products in pairs of 16 bits, which
-    saturate.
+    The processor's flags cannot tell: an environment variable can keep oneDNN from using them. On
+    x86 without VNNI or AMX, oneDNN adds 128 to the codes of one side and adds pairs of products in
+    16 bits, which saturate.
     """
     return _seen_wrong[0] if _seen_wrong else _fault_of_patterns()
 
 
 def check_exact(where: str) -> None:
-    """Raise InvalidValueError unless ``algorithm="int8"`` is to be had here."""
+    """Raise InvalidValueError unless ``algorithm="int8"`` is exact in this process."""
     if (reason := fault()) is not None:
         raise InvalidValueError(
             f"{where}: algorithm='int8' needs exact products of 8-bit integers, as processors with "
@@ -90,10 +91,11 @@ def check_exact(where: str) -> None:
 
 
 def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``a @ b.T`` of int8 (m, K) and (n, K): (m, n) int32, good until this thread's next call.
+    """Multiply int8 ``a`` (m, K) with the transpose of ``b`` (n, K): (m, n) int32.
 
-    Each thread has one place for its results: fresh memory for each would cost a fifth of the time.
-    A sample of each product is computed again, which costs half a percent of its time.
+    The result is valid until this thread's next call: each thread keeps one buffer, since new
+    memory for each result would take a fifth of the time. A sample of each product is computed
+    again, which takes half a percent of the time.
 
     Raises
     ------
@@ -116,7 +118,7 @@ def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @cache
 def _is_fast() -> bool:
-    """Whether exact 8-bit products would take less time here than those of float32."""
+    """Tell whether 8-bit products take less time on this processor than float32 ones."""
     import torch
 
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -126,7 +128,7 @@ def _is_fast() -> bool:
 
 @cache
 def _fault_of_patterns() -> str | None:
-    """Multiply codes that make 16-bit sums saturate, in one thread, as a search does."""
+    """Check products of codes that saturate 16-bit sums, in a thread as a search uses it."""
     import torch  # noqa: F401, workers() limits its threads only if it is there
 
     sizes = [(m, n, k) for k in _CHECKED_COLUMNS for m, n in _CHECKED_SIZES]
@@ -139,7 +141,7 @@ def _fault_of_patterns() -> str | None:
 
 
 def _fault_of_size(m: int, n: int, n_columns: int) -> str | None:
-    """Multiply all signs of pairs of the largest codes, and random codes."""
+    """Check one size with the largest codes in all combinations of signs, and with random codes."""
     random = np.random.default_rng(0)
     largest = (127, -127)
     pairs = [[first, second] for first in largest for second in largest]
@@ -157,7 +159,7 @@ def _fault_of_size(m: int, n: int, n_columns: int) -> str | None:
 
 
 def _exact_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``a @ b.T`` in float64, which holds every such sum exactly."""
+    """Compute ``a @ b.T`` in float64, which holds every such sum exactly."""
     return np.asarray(a.astype(np.float64) @ b.T.astype(np.float64))
 
 
@@ -179,8 +181,11 @@ def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return result
 
 
-def limit(least: np.ndarray, queries: Queries, items: Items) -> np.ndarray:
-    """(n,) int32: a product below it is that of an item whose score is below ``least`` (n,)."""
+def limit(least: np.ndarray, queries: QuantizedQueries, items: QuantizedItems) -> np.ndarray:
+    """Return the smallest product (n,) int32 of an item whose score may reach ``least`` (n,).
+
+    An item with a smaller product has a lower score, for certain.
+    """
     scale = queries.steps * np.float32(items.step)
     # One less, since float32 rounds.
     lowest = np.floor((least - np.float32(items.shift) - items.error(queries)) / scale) - 1
@@ -190,8 +195,8 @@ def limit(least: np.ndarray, queries: Queries, items: Items) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Rows (n, D) on the left of a product."""
+class QuantizedQueries:
+    """Quantized rows (n, D) for the left side of a product, each with a step of its own."""
 
     codes: np.ndarray  # (n, K) int8, the last columns being weights for the items' biases
     steps: np.ndarray  # (n,)
@@ -199,21 +204,23 @@ class Queries:
     residuals: np.ndarray  # (n,)
     fits: np.ndarray  # (n,) bool: False where a row is so large that its codes say nothing
 
-    def take(self, rows: slice | np.ndarray) -> Queries:
-        """Some of the rows."""
-        return Queries(*(getattr(self, f.name)[rows] for f in fields(self)))
+    def take(self, rows: slice | np.ndarray) -> QuantizedQueries:
+        """Select rows."""
+        return QuantizedQueries(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     @classmethod
-    def join(cls, parts: Iterable[Queries]) -> Queries:
-        """Rows of several, one after the other."""
+    def join(cls, parts: Iterable[QuantizedQueries]) -> QuantizedQueries:
+        """Concatenate the rows of several."""
         listed = list(parts)
         return cls(*(np.concatenate([getattr(p, f.name) for p in listed]) for f in fields(cls)))
 
 
 @dataclass(frozen=True)
-class Items:
-    """Rows (m, D) on the right. ``products`` times both steps, plus ``shift``, is about
-    ``q.x - |x|^2 / 2``, which is largest for the nearest item.
+class QuantizedItems:
+    """Quantized rows (m, D) for the right side of a product, all with one step.
+
+    A product times both steps, plus ``shift``, approximates the score ``q.x - |x|^2 / 2``, which is
+    largest for the nearest item.
     """
 
     codes: np.ndarray  # (m, K) int8
@@ -223,20 +230,20 @@ class Items:
     residual: float  # the largest
     unit: float  # what one unit of bias is worth
 
-    def error(self, queries: Queries) -> np.ndarray:
-        """(n,): how far a score may be from ``q.x - |x|^2 / 2``."""
+    def error(self, queries: QuantizedQueries) -> np.ndarray:
+        """Bound, per query, the error (n,) of a score."""
         error = queries.residuals * np.float32(self.norm + self.residual)
         error += queries.norms * np.float32(self.residual + _ROUNDING * self.norm)
         error += np.float32(self.unit / 2 + _ROUNDING * self.norm**2)
         return error
 
 
-class Frame:
-    """Where rows are moved and turned to before they are rounded; distances stay.
+class QuantizationFrame:
+    """The centre and the rotation that rows are quantized in; distances stay the same.
 
-    Centring makes norms small. Where a few channels are far larger than the others (as in
-    vision transformers), their range would waste the integers of all the rest: a fixed random
-    rotation spreads them. It is a Kronecker product of two, so it costs ``a + b`` products a
+    Centring makes norms small. If a few channels are far larger than the others, as in vision
+    transformers, they would take the whole range of the integers: a fixed random rotation spreads
+    them. It is a Kronecker product of two matrices, so it takes ``a + b`` multiplications per
     value, not ``D = a b``.
 
     Parameters
@@ -254,22 +261,22 @@ class Frame:
         if np.median(largest / np.maximum(rms, np.finfo(np.float32).tiny)) > _OUTLIERS:
             b = next((b for b in (128, 64) if X.shape[1] % b == 0), 32)
             random = np.random.default_rng(0)
-            # A Hadamard matrix spreads a single large value quite evenly; signs at random, so that
-            # several do not add up.
+            # A Hadamard matrix spreads a single large value evenly; random signs keep several
+            # large values from adding up.
             right = hadamard(b) * (random.choice([-1, 1], (b, 1)) / b**0.5)
             left = np.linalg.qr(random.normal(size=[-(-X.shape[1] // b)] * 2))[0]
             self.rotation = (left.astype(np.float32), right.astype(np.float32))
-            largest = np.abs(self.place(sample + self.mean)).max(axis=1)
+            largest = np.abs(self.transform(sample + self.mean)).max(axis=1)
         # Queries are rounded in steps of this or more. Small enough for most rows to keep theirs.
         self.smallest_step = max(0.75 * float(np.median(largest)) / 127, _SHORTEST_STEP)
         self.n_biases = 0
 
-    def place(self, X: np.ndarray) -> np.ndarray:
-        """Rows (n, D), moved and turned: (n, D or a little more), float32."""
-        return self.turn(X - self.mean)
+    def transform(self, X: np.ndarray) -> np.ndarray:
+        """Centre and rotate rows (n, D): (n, D or a little more), float32."""
+        return self.rotate(X - self.mean)
 
-    def turn(self, x: np.ndarray) -> np.ndarray:
-        """:meth:`place` for rows that are centred already."""
+    def rotate(self, x: np.ndarray) -> np.ndarray:
+        """Rotate rows (n, D) that are centred already."""
         if self.rotation is None:
             return x
         left, right = self.rotation
@@ -281,16 +288,16 @@ class Frame:
         )
         return padded
 
-    def make_room(self, half_range: float, step: float) -> None:
-        """Set aside columns for biases up to ``half_range``, of items rounded in such steps.
+    def reserve_bias_columns(self, half_range: float, step: float) -> None:
+        """Reserve columns for biases up to ``half_range``, of items with this ``step``.
 
-        Items that need more than there is room for are rounded in longer steps.
+        Items that need more columns get a longer step instead.
         """
         needed = half_range / (127 * self._unit(max(step, _SHORTEST_STEP)))
         self.n_biases = int(min(needed, _MOST_BIASES, len(self.mean) / 16)) + 1
 
-    def queries(self, x: np.ndarray) -> Queries:
-        """Round rows that :meth:`place` gave."""
+    def queries(self, x: np.ndarray) -> QuantizedQueries:
+        """Quantize rows from :meth:`transform` as queries."""
         step = np.maximum(np.abs(x).max(axis=1) / 127, self.smallest_step)
         weights = np.floor(127 * self.smallest_step / step)  # of the biases, an integer
         fits = weights > 0
@@ -298,10 +305,10 @@ class Frame:
         step = (127 * self.smallest_step / weights).astype(np.float32)
         codes = self._round(x, step[:, None])
         codes[:, x.shape[1] : x.shape[1] + self.n_biases] = weights[:, None]
-        return Queries(codes, step, _norms(x), _residuals(x, codes, step[:, None]), fits)
+        return QuantizedQueries(codes, step, _norms(x), _residuals(x, codes, step[:, None]), fits)
 
-    def items(self, x: np.ndarray) -> Items:
-        """Round rows that :meth:`place` gave, all in the same steps."""
+    def items(self, x: np.ndarray) -> QuantizedItems:
+        """Quantize rows from :meth:`transform` as items."""
         half = _norms(x) ** 2 / 2
         shift = float(half.min() + half.max()) / 2
         # Long enough for the values, and for the biases to fit into their columns.
@@ -315,13 +322,13 @@ class Frame:
         columns[:] = share[:, None] + (np.arange(self.n_biases) < rest[:, None])
         residual = float(_residuals(x, codes, step).max())
         norm = float(np.sqrt(2 * half.max()))
-        return Items(codes, float(step), -shift, norm, residual, unit)
+        return QuantizedItems(codes, float(step), -shift, norm, residual, unit)
 
     def _unit(self, step: float) -> float:
         return 127 * self.smallest_step * step
 
     def _round(self, x: np.ndarray, step: np.ndarray | np.float32) -> np.ndarray:
-        """Codes, with room for the biases, and columns of zeros up to a multiple of four."""
+        """Round to codes, with columns for the biases, padded to a multiple of four."""
         n_columns = -(-(x.shape[1] + self.n_biases) // 4) * 4
         codes = np.zeros((len(x), n_columns), np.int8)
         scaled = x / step

@@ -1,30 +1,36 @@
-"""Exact nearest neighbours by 8-bit products that are certified."""
+"""Find exact nearest neighbours by 8-bit products with a certified error."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from anomalib_lite._threads import workers
-from anomalib_lite.neighbors.int8 import Frame, Items, Queries, limit, products
+from anomalib_lite.neighbors.int8 import (
+    QuantizationFrame,
+    QuantizedItems,
+    QuantizedQueries,
+    limit,
+    products,
+)
 
 __all__ = ["Int8Index"]
 
-# A tile of the product has so many items and queries; it stays in the cache.
+# Items and queries of a tile of the product, which stays in the cache.
 _TILE_ITEMS = 1024
 _TILE_QUERIES = 1024
 _ENCODED_AT_ONCE = 128
-# Rows that are next to each other in norm, and sorted by range among themselves.
+# Rows of neighbouring norms that are sorted by range among themselves.
 _SIMILAR_ROWS = 8 * _TILE_ITEMS
-# Items of which only the best score is looked at first.
+# Items of a group, of which only the best score is looked at first.
 _GROUP = 32
-# Pairs noted by one thread at a time; data in which all is equal would leave all pairs open.
+# Open pairs that one thread keeps: if all rows are equal, every pair stays open.
 _MOST_PAIRS = 1 << 21
-# Pairs of query and item whose exact distance is computed at once.
+# Values of the differences whose distances are computed at once.
 _BLOCK_VALUES = 1 << 20
 
 
 class Int8Index:
-    """The rows of a bank in 8-bit integers, beside the rows themselves.
+    """Search a bank whose rows are kept in 8-bit integers beside the rows themselves.
 
     Parameters
     ----------
@@ -34,12 +40,12 @@ class Int8Index:
 
     def __init__(self, X: np.ndarray) -> None:
         self.X = X
-        self.frame = Frame(X)
+        self.frame = QuantizationFrame(X)
         steps, half_sq_norms = np.empty((2, len(X)), np.float32)
         blocks = [slice(i, i + _TILE_ITEMS) for i in range(0, len(X), _TILE_ITEMS)]
 
         def measure(block: slice) -> None:
-            x = self.frame.place(X[block])
+            x = self.frame.transform(X[block])
             steps[block] = np.abs(x).max(axis=1) / 127
             half_sq_norms[block] = np.einsum("nd,nd->n", x, x) / 2
 
@@ -54,16 +60,19 @@ class Int8Index:
             # In random order, since good neighbours found early rule out more of the others.
             tiles = [order[blocks[i]] for i in np.random.default_rng(0).permutation(len(blocks))]
             half_ranges = [np.ptp(half_sq_norms[tile]) / 2 for tile in tiles]
-            self.frame.make_room(float(np.quantile(half_ranges, 0.9)), float(np.median(steps)))
-            self.tiles: list[tuple[np.ndarray, Items]] = list(
-                executor.map(lambda t: (t, self.frame.items(self.frame.place(X[t]))), tiles)
+            self.frame.reserve_bias_columns(
+                float(np.quantile(half_ranges, 0.9)), float(np.median(steps))
+            )
+            self.tiles: list[tuple[np.ndarray, QuantizedItems]] = list(
+                executor.map(lambda t: (t, self.frame.items(self.frame.transform(X[t]))), tiles)
             )
 
     def search(self, Q: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ``k`` nearest rows of the bank for each row of ``Q`` (n, D), and how far they are.
+        """Find the ``k`` nearest rows of the bank for each row of ``Q`` (n, D).
 
-        Distances (n, k) are rooted, ascending, computed in float32 from the differences; indices
-        (n, k) are int64. For a query so large that its codes say nothing they are -1.
+        Distances (n, k) are Euclidean (rooted), ascending, computed in float32 from the
+        differences; indices (n, k) are int64. Indices are -1 for a query so large that its codes
+        say nothing.
         """
         distances, indices = np.empty((len(Q), k), np.float32), np.empty((len(Q), k), np.int64)
         starts = range(0, len(Q), _TILE_QUERIES)
@@ -81,31 +90,33 @@ class Int8Index:
 
 
 class _Search:
-    """The search for one block of queries, tile after tile of the bank."""
+    """Search the bank for one block of queries, tile by tile."""
 
     def __init__(self, index: Int8Index, Q: np.ndarray, k: int) -> None:
         self.index, self.Q, self.k = index, Q, k
         parts = [Q[i : i + _ENCODED_AT_ONCE] for i in range(0, len(Q), _ENCODED_AT_ONCE)]
-        self.queries = Queries.join(index.frame.queries(index.frame.place(q)) for q in parts)
+        self.queries = QuantizedQueries.join(
+            index.frame.queries(index.frame.transform(q)) for q in parts
+        )
         self.sq_norms = self.queries.norms**2
-        # Certain lower bounds of the k best scores so far, the k-th best first.
+        # Certified lower bounds of the k best scores so far, the k-th best first.
         self.best = np.full((k, len(Q)), -np.inf, np.float32)
-        # Pairs of query and item that the bounds leave open: query, row, score, error.
+        # Pairs that the bounds leave open: query, row, score, error.
         self.pairs: list[tuple[np.ndarray, ...]] = []
-        # The k nearest of those that were measured, and their exact distances.
+        # The k nearest of the rows measured so far, and their exact squared distances.
         self.rows = np.full((len(Q), k), -1, np.int64)
         self.sq_distances = np.full((len(Q), k), np.inf, np.float32)
 
     def run(self) -> None:
-        """Go through all tiles; then ``rows`` and ``sq_distances`` are the answer."""
+        """Visit all tiles; then ``rows`` and ``sq_distances`` hold the answer."""
         for rows, items in self.index.tiles:
             self._look(products(items.codes, self.queries.codes), rows, items)  # (m, n)
             if sum(len(query) for query, *_ in self.pairs) > _MOST_PAIRS:
                 self._settle()
         self._settle()
 
-    def _look(self, scores: np.ndarray, rows: np.ndarray, items: Items) -> None:
-        """Note the items of a tile that may be among the k nearest."""
+    def _look(self, scores: np.ndarray, rows: np.ndarray, items: QuantizedItems) -> None:
+        """Add the items of a tile that may be among the k nearest to ``pairs``."""
         n_groups = len(rows) // _GROUP
         n_grouped = n_groups * _GROUP
         groups = scores[:n_grouped].reshape(n_groups, _GROUP, scores.shape[1]).max(axis=1)
@@ -145,7 +156,7 @@ class _Search:
         self.best[:, better] = np.partition(both, -self.k, axis=0)[-self.k :]
 
     def _settle(self) -> None:
-        """Measure the pairs noted, as far as they are still open."""
+        """Measure the pairs that are still open, and empty ``pairs``."""
         if not self.pairs:
             return
         query, row, score, error = (np.concatenate(p) for p in zip(*self.pairs, strict=True))
@@ -163,13 +174,13 @@ class _Search:
         self.best[0] = self._least()
 
     def _least(self) -> np.ndarray:
-        """What an item must reach to be among the k nearest: (n,), a lower bound."""
+        """Return a lower bound (n,) of the score that an item needs to be among the k nearest."""
         farthest = self.sq_distances[:, -1]
         rounding = 1e-5 * (self.sq_norms + np.where(np.isinf(farthest), 0, farthest))
         return np.asarray(np.maximum(self.best[0], (self.sq_norms - farthest) / 2 - rounding))
 
     def _measure(self, query: np.ndarray, row: np.ndarray) -> None:
-        """Let pairs, sorted by query, compete with the k nearest so far."""
+        """Merge pairs, sorted by query, into the k nearest so far."""
         if len(query) == 0:
             return
         sq_distances = np.empty(len(query), np.float32)

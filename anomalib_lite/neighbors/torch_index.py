@@ -1,4 +1,4 @@
-"""The coreset's rows and the bank's search on a GPU (or any device of torch), in float32."""
+"""Rows of the coreset and search of the bank on a GPU, or any device of torch, in float32."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DeviceIndex", "DeviceRows"]
+__all__ = ["TorchIndex", "TorchRows"]
 
-# Distances in memory at once.
+# Distances held in memory at once.
 _VALUES = 1 << 26
 
 
-class DeviceRows:
-    """What ``_k_center`` needs of all rows, with the rows on the device."""
+class TorchRows:
+    """Rows of a coreset on a device; same methods as the rows of ``coreset._k_center``."""
 
     def __init__(self, X: np.ndarray, device: str) -> None:
         self.x, self.mean = _centred(X, device)
         self._sq = torch.full((len(X),), torch.inf, device=device)
 
-    def meet(self, centers: np.ndarray) -> None:
-        """Let every row know the new ``centers`` (M, D)."""
+    def update(self, centers: np.ndarray) -> None:
+        """Update each row's distance to its nearest centre with new ``centers`` (M, D)."""
         c = torch.from_numpy(centers).to(self.x.device) - self.mean
         step = max(1, _VALUES // max(1, len(c)))
         for start in range(0, len(self.x) if len(c) else 0, step):
@@ -28,12 +28,12 @@ class DeviceRows:
             nearest = _sq_distances(self.x[part], c).amin(dim=1)
             torch.minimum(self._sq[part], nearest, out=self._sq[part])
 
-    def rule_out(self, picks: np.ndarray) -> None:
-        """Never pick these rows again."""
+    def exclude(self, picks: np.ndarray) -> None:
+        """Exclude rows from later picks."""
         self._sq[torch.from_numpy(picks).to(self._sq.device)] = -1
 
     def farthest(self, n: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """As ``_k_center._Rows.farthest``."""
+        """Return the ``n`` farthest rows, their squared distances, and a bound on the others."""
         if n >= len(self.x):
             return np.arange(len(self.x)), self._sq.cpu().numpy(), -1.0
         values, indices = torch.topk(self._sq, n + 1)
@@ -41,19 +41,19 @@ class DeviceRows:
         return pool.cpu().numpy(), self._sq[pool].cpu().numpy(), float(values[n])
 
     def sq_distances_between(self, indices: np.ndarray) -> np.ndarray:
-        """As ``_k_center._Rows.sq_distances_between``."""
+        """Compute squared distances (n, n) between some rows."""
         x = self.x[torch.from_numpy(indices).to(self.x.device)]
         return _sq_distances(x, x).cpu().numpy()
 
 
-class DeviceIndex:
-    """The rows of a bank on a device; nearest neighbours by brute force, in chunks."""
+class TorchIndex:
+    """Search a bank on a device by brute force, in chunks."""
 
     def __init__(self, X: np.ndarray, device: str) -> None:
         self.x, self.mean = _centred(X, device)
 
     def search(self, Q: np.ndarray, k: int) -> np.ndarray:
-        """The ``k`` nearest rows for each row of ``Q`` (n, D): (n, k) int64."""
+        """Find the ``k`` nearest rows for each row of ``Q`` (n, D): (n, k) int64."""
         found = np.empty((len(Q), k), np.int64)
         step = max(1, _VALUES // len(self.x))
         for start in range(0, len(Q), step):

@@ -74,7 +74,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "int8 in hardware": int8.pays(True),
+        "int8 in hardware": int8.worthwhile(True),
         "torch": torch.__version__,
         "faiss": faiss.__version__,
         "numpy": np.__version__,
@@ -259,7 +259,7 @@ def knn(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
                     "k": k,
                     "seconds": seconds,
                     "prepare_s": prepare_s,
-                    "by": type(ours._quick).__name__,
+                    "by": type(ours._fast_index).__name__,
                     "same neighbours": float((indices == expected).mean()),
                     "farther by": farther_by(true, faiss_true),
                     "distances off by": float(np.abs(distances / true - 1).max()),
@@ -271,9 +271,9 @@ def knn(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def prepare_seconds(bank: MemoryBank, repeats: int) -> float:
     """Of what the bank's first large search has made and keeps; 0 where that is nothing."""
-    if bank._quick is None:
+    if bank._fast_index is None:
         return 0.0
-    kind = type(bank._quick)
+    kind = type(bank._fast_index)
     return median([timed(kind, bank.embeddings_)[0] for _ in range(repeats)])
 
 
