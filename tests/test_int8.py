@@ -442,8 +442,10 @@ UNDER_ANOTHER_PROCESSOR = """
 import numpy as np
 import torch
 from test_int8 import exact, saturating, skewed, tqdm
-from anomalib_lite import MemoryBank, _int8, _k_center, memory_bank
+from anomalib_lite import MemoryBank, memory_bank
+from anomalib_lite.coreset import _k_center
 from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.neighbors import int8
 
 codes = np.random.default_rng(0).integers(-127, 128, (2, 300, 388)).astype(np.int8)
 product = torch._int_mm(torch.from_numpy(codes[0]), torch.from_numpy(codes[1]).T).numpy()
@@ -470,8 +472,8 @@ else:
 
 bar = tqdm(disable=True)
 picks, radius = _k_center.greedy(X, 200, 0, None, bar, int8=False)
-for int8 in (None, True):
-    got = _k_center.greedy(X, 200, 0, None, bar, int8=int8)
+for use in (None, True):
+    got = _k_center.greedy(X, 200, 0, None, bar, int8=use)
     np.testing.assert_array_equal(got[0], picks)
     np.testing.assert_allclose(got[1], radius, rtol=1e-5)
 print("exact" if is_exact else "saturating")
