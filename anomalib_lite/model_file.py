@@ -21,6 +21,7 @@ __all__ = [
     "ADAPTER",
     "BACKBONE",
     "FORMAT_VERSION",
+    "VERSIONS",
     "is_of_torch",
     "read_model",
     "select",
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+# The first entries of every header, also of those of the members of a cascade.
+VERSIONS = {"format_version": FORMAT_VERSION, "library_version": __version__}
 
 BACKBONE = "backbone."  # prefix of the backbone's tensors, if they are included
 ADAPTER = "adapter."  # prefix of the tensors of a LoRA adapter
@@ -48,7 +51,7 @@ def write_model(
         Written under another name beside its place, then renamed.
     tensors : dict of str to ndarray or torch.Tensor
     header : dict
-        What JSON can hold; ``format_version`` and ``library_version`` are added to it.
+        What JSON can hold, with the entries of ``VERSIONS``.
     where : str
         Named in errors.
 
@@ -57,8 +60,7 @@ def write_model(
     OutputError
         If the file cannot be written.
     """
-    versions = {"format_version": FORMAT_VERSION, "library_version": __version__}
-    _write(_serialize(tensors, {_KEY: json.dumps(versions | header)}), Path(path), where)
+    _write(_serialize(tensors, {_KEY: json.dumps(header)}), Path(path), where)
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
