@@ -1,23 +1,41 @@
-"""Where the numbers are computed, and in which type: what ``"auto"`` becomes."""
+"""Where the numbers are computed, and in which type: what ``"auto"`` becomes.
+
+torch is imported only where a function needs it: opening a converted graph on the CPU does not.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-import torch
-from torch import nn
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from anomalib_lite._validation import check_choice
 from anomalib_lite.errors import InvalidValueError
 
-__all__ = ["DEVICES", "DTYPES", "has_depthwise", "resolve_device", "resolve_dtype"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DEVICES", "DTYPES", "device_of", "resolve_device", "resolve_dtype"]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+def device_of(device: Any, where: str) -> str:
+    """Return the device that a parameter means, such as "cpu", without torch if it is the CPU.
+
+    Raises InvalidValueError as :func:`resolve_device` does.
+    """
+    if str(device) == "cpu" or (str(device) == "auto" and not _may_have_gpu()):
+        return "cpu"
+    return str(resolve_device(device, where))
+
+
 def resolve_device(device: str | torch.device, where: str) -> torch.device:
-    """The device that a parameter means; InvalidValueError if it is not here."""
+    """Return the device that a parameter means; InvalidValueError if this machine has none."""
+    import torch
+
     kind = str(device).split(":")[0]
     check_choice("device", kind, DEVICES, where)
     if kind == "auto":
@@ -38,10 +56,12 @@ def resolve_device(device: str | torch.device, where: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device, where: str) -> torch.dtype:
-    """The number type that a parameter means on this device."""
+    """Return the number type that a parameter means on this device."""
+    import torch
+
     check_choice("dtype", dtype, DTYPES, where)
     if dtype != "auto":
-        return cast(torch.dtype, getattr(torch, dtype))
+        return cast("torch.dtype", getattr(torch, dtype))
     if device.type == "cuda":
         return torch.float16
     if device.type == "cpu" and _cpu_multiplies_bfloat16():
@@ -49,17 +69,18 @@ def resolve_dtype(dtype: str, device: torch.device, where: str) -> torch.dtype:
     return torch.float32
 
 
-def has_depthwise(network: nn.Module) -> bool:
-    """Whether a convolution sees each channel by itself.
-
-    Such sums are short, and bfloat16's rounding does not average out in them.
-    """
-    convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
-    return any(c.groups == c.in_channels > 1 for c in convolutions)
+def _may_have_gpu() -> bool:
+    """Tell whether this machine has the driver of a GPU that device="auto" may take."""
+    if sys.platform == "win32":
+        root = Path(os.environ.get("SYSTEMROOT", "C:/Windows"))
+        return (root / "System32" / "nvcuda.dll").exists()
+    return any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg"))
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    # torch has no public question for this; where it cannot be asked, float32 is always right.
+    import torch
+
+    # torch's own checks are private. Without them the answer is False: float32 is always right.
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         supported: Any = getattr(torch.cpu, name, None)
         if supported is not None and supported():

@@ -1,4 +1,4 @@
-"""One thread a core, each of which computes alone."""
+"""One thread per core, each of which computes alone."""
 
 from __future__ import annotations
 
@@ -13,52 +13,58 @@ from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["n_cores", "one_blas_thread", "sleeping_when_idle", "workers"]
+__all__ = ["n_cores", "one_blas_thread", "requested_threads", "sleeping_when_idle", "workers"]
 
 
 def n_cores() -> int:
-    """Cores that this process should use.
-
-    The variable ``OMP_NUM_THREADS`` limits them, as joblib does in workers that share a machine.
-    """
+    """Number of cores that this process should use: at most :func:`requested_threads`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cores or 1, int(limit))) if limit.isdigit() else cores or 1
+    return min(cores or 1, requested_threads() or sys.maxsize)
+
+
+def requested_threads() -> int | None:
+    """Number in the variable ``OMP_NUM_THREADS``, which torch and FAISS obey too; None without.
+
+    joblib sets it in workers that share a machine.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else None
 
 
 @contextmanager
 def workers() -> Iterator[ThreadPoolExecutor]:
-    """An executor with one thread a core, in which BLAS and torch use one thread each.
+    """Open an executor with one thread per core, in which BLAS and torch use one thread each.
 
-    Work is cut into blocks, and each thread takes its block through all steps while it is in the
-    core's cache. A BLAS of many threads would parallelise the product alone.
+    Work is cut into blocks, and each thread takes its block through all steps while the block is
+    in the core's cache. A BLAS with many threads would parallelise the product alone.
     """
     torch = sys.modules.get("torch")
     if torch is None:
         with one_blas_thread(), ThreadPoolExecutor(n_cores()) as executor:
             yield executor
         return
-    # torch keeps its number of threads for each thread, and a default for those to come.
+    # torch stores a number of threads per thread, and a default for new threads.
     threads = ThreadPoolExecutor(n_cores(), initializer=torch.set_num_threads, initargs=(1,))
     with one_blas_thread(), _torch_default, threads as executor:
         yield executor
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:
-    """Let small products be made by the calling thread alone.
+    """Let the calling thread alone compute small products.
 
     A second thread of OpenBLAS would go on spinning for some 20 ms afterwards, on the core that
-    the next image's network needs.
+    the network needs for the next image.
     """
     return _one_blas_thread
 
 
 @contextmanager
 def sleeping_when_idle() -> Iterator[None]:
-    """Let the OpenMP of a library that is imported within put its threads to sleep after work.
+    """Import a library within this context, and its OpenMP threads sleep when they are idle.
 
-    Else they go on spinning for milliseconds, on the cores that the next image's network needs.
-    OpenMP reads the variable once, when it is loaded; one that is set already stays as it is.
+    Otherwise they go on spinning for milliseconds, on the cores that the network needs for the
+    next image. OpenMP reads ``OMP_WAIT_POLICY`` once, when it is loaded; a value that is already
+    set stays as it is.
     """
     name = "OMP_WAIT_POLICY"
     if name in os.environ:
@@ -72,8 +78,10 @@ def sleeping_when_idle() -> Iterator[None]:
 
 
 class _Shared:
-    """A setting of the whole process: made by the first thread to come in, undone by the last to
-    leave. If each undid its own, the last would leave behind what another had set.
+    """A setting of the whole process, shared by all threads that ask for it.
+
+    The first thread to enter makes it, and the last to leave undoes it. If each thread restored
+    the value it had found, the last would restore what another thread had set.
     """
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -95,7 +103,7 @@ class _Shared:
 
 @cache
 def _controller(has_torch: bool) -> ThreadpoolController:
-    return ThreadpoolController()  # looks through all libraries, which takes milliseconds
+    return ThreadpoolController()  # searches all loaded libraries, which takes milliseconds
 
 
 @contextmanager

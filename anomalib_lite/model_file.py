@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from anomalib_lite._files import replacing
 from anomalib_lite._version import __version__
-from anomalib_lite.errors import InvalidValueError, MissingPathError, ModelFileError, OutputError
+from anomalib_lite.errors import InvalidValueError, MissingPathError, ModelFileError
 
 __all__ = [
     "ADAPTER",
     "BACKBONE",
     "FORMAT_VERSION",
+    "VERSIONS",
     "is_of_torch",
     "read_model",
     "select",
@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+# The first entries of every header, also of those of the members of a cascade.
+VERSIONS = {"format_version": FORMAT_VERSION, "library_version": __version__}
 
 BACKBONE = "backbone."  # prefix of the backbone's tensors, if they are included
 ADAPTER = "adapter."  # prefix of the tensors of a LoRA adapter
@@ -48,7 +50,7 @@ def write_model(
         Written under another name beside its place, then renamed.
     tensors : dict of str to ndarray or torch.Tensor
     header : dict
-        What JSON can hold; ``format_version`` and ``library_version`` are added to it.
+        What JSON can hold, with the entries of ``VERSIONS``.
     where : str
         Named in errors.
 
@@ -57,8 +59,9 @@ def write_model(
     OutputError
         If the file cannot be written.
     """
-    versions = {"format_version": FORMAT_VERSION, "library_version": __version__}
-    _write(_serialize(tensors, {_KEY: json.dumps(versions | header)}), Path(path), where)
+    content = _serialize(tensors, {_KEY: json.dumps(header)})
+    with replacing(Path(path), where) as temporary:
+        temporary.write_bytes(content)
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -162,22 +165,3 @@ def _serialize(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
     from safetensors.torch import save as save_tensors
 
     return save_tensors({key: torch.as_tensor(t) for key, t in tensors.items()}, metadata)
-
-
-def _write(content: bytes, path: Path, where: str) -> None:
-    # Beside its place: renaming is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{where}: cannot write {path}: {error}. Choose a directory that exists and can be "
-            "written to."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

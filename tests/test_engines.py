@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,13 +24,21 @@ from torch import Tensor, nn
 
 import anomalib_lite
 from anomalib_lite import PatchCore, load
+from anomalib_lite._threads import requested_threads
 from anomalib_lite.datasets import MVTecAD
-from anomalib_lite.engines import FUSIONS, CompiledBackbone, _cache, open_backbone
-from anomalib_lite.engines._runtimes import OpenVinoGraph, n_threads
+from anomalib_lite.engines import (
+    FUSIONS,
+    CompiledBackbone,
+    _cache,
+    _compiled,
+    open_backbone,
+)
+from anomalib_lite.engines._runtimes import OpenVinoGraph
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingDependencyError
 from anomalib_lite.fusion import STRATEGIES
 from anomalib_lite.metrics import aupro, auroc, pixel_auroc
 
+PACKAGE = Path(anomalib_lite.__file__).parent
 COMPILED = ("openvino", "onnxruntime")
 LITE0 = "efficientnet_lite0"
 
@@ -259,8 +268,9 @@ def test_omp_num_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = open_cpu()._runtime
     compiled = runtime._standard[0].get_compiled_model()
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
-    monkeypatch.setenv("OMP_NUM_THREADS", "all")
-    assert n_threads() is None
+    for value in ("all", "0", ""):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert requested_threads() is None
 
 
 # --- Which engine, which numbers --------------------------------------------------------------
@@ -303,8 +313,13 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> Non
         open_cpu(**({"where": "Asker"} | options))
 
 
-def test_the_fusions_are_those_of_fusion() -> None:
-    assert set(FUSIONS) == set(STRATEGIES)
+def test_names_are_read_without_torch() -> None:
+    names = "_device", "adapter", "engines", "fusion", "model_file"
+    code = f"import sys, {', '.join(f'anomalib_lite.{name}' for name in names)}\n"
+    code += "from anomalib_lite.engines import ENGINES, FUSIONS\n"
+    code += "sys.exit(str({'torch', 'timm'} & set(sys.modules) or '') or 0)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+    assert tuple(STRATEGIES) == FUSIONS
 
 
 @pytest.mark.parametrize("engine", COMPILED)
@@ -400,9 +415,9 @@ def _made() -> int:
 def _count_conversions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from anomalib_lite.engines import _conversion
 
-    real = _conversion.graph_of
+    real = _conversion.convert_backbone
     monkeypatch.setattr(
-        _conversion, "graph_of", lambda *a: (_conversions.append(a[1]), real(*a))[1]
+        _conversion, "convert_backbone", lambda *a: (_conversions.append(a[1]), real(*a))[1]
     )
     yield
     _conversions.clear()
@@ -426,6 +441,51 @@ def test_the_key_is_all_that_matters(cache: Path, tmp_path: Path, weights: dict[
     state = open_cpu(**options).original_state()
     assert is_cached(backbone="test_resnet", state=state)  # told by its SHA-256
     assert {path.suffix for path in cache.iterdir()} == {".json", ".graph"}
+
+
+@pytest.fixture
+def copied_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the package's code, in which the key of graphs looks for its sources."""
+    copied = shutil.copytree(PACKAGE, tmp_path / "package", ignore=lambda *_: ["__pycache__"])
+    monkeypatch.setattr(_compiled, "_PACKAGE", copied)
+    yield copied
+    _compiled._made_by.cache_clear()
+
+
+def hash_of_sources() -> str:
+    _compiled._made_by.cache_clear()
+    return _compiled._made_by("openvino")["sources"]
+
+
+def test_sources_of_graphs_exist() -> None:
+    found = {path.relative_to(PACKAGE).as_posix() for path in _compiled.sources()}
+    assert all((PACKAGE / name).is_file() for name in found)
+    needed = ("engines/_conversion.py", "backbones/_backbone.py", "backbones/_folding.py")
+    assert {*needed, "fusion.py", "adapter.py", "_device.py"} <= found
+
+
+def test_any_change_of_a_source_changes_the_key(copied_sources: Path) -> None:
+    seen = {hash_of_sources()}
+    paths = _compiled.sources()
+    assert all(path.is_relative_to(copied_sources) for path in paths)
+    for path in paths:
+        path.write_text(path.read_text("utf-8") + "# edited\n", "utf-8")
+        seen.add(hash_of_sources())
+    for folder in ("backbones", "engines"):
+        (copied_sources / folder / "_added.py").touch()
+        seen.add(hash_of_sources())
+        (copied_sources / folder / "_added.py").rename(copied_sources / folder / "_renamed.py")
+        seen.add(hash_of_sources())
+    assert len(seen) == 1 + len(paths) + 4
+    (copied_sources / "images.py").write_text("")  # makes no graph
+    assert hash_of_sources() in seen
+
+
+@pytest.mark.parametrize("name", ["fusion.py", "adapter.py", "_device.py"])
+def test_a_listed_source_that_is_gone_is_noticed(name: str, copied_sources: Path) -> None:
+    (copied_sources / name).rename(copied_sources / "moved.py")
+    with pytest.raises(FileNotFoundError, match=name):
+        hash_of_sources()
 
 
 @pytest.mark.usefixtures("_count_conversions")

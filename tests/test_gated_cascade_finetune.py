@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 from torch import Tensor, nn
 
@@ -464,6 +464,9 @@ def test_a_file_holds_it_to_the_bit(
     detector = PatchCore("efficientnet_lite0", image_size=64, false_alarm_rate=0.2, **PLAIN)
     cascade = make(gate=NETWORK, weights=here, engine=engine, detector=detector)
     cascade.fit(*labelled()).save(tmp_path / "one.safetensors", include_backbone=included)
+    names = load_file(tmp_path / "one.safetensors")
+    held = {name.partition("backbone.")[0] for name in names if "backbone." in name}
+    assert held == ({"", "detector."} if included else {""})
     here.unlink()  # tuned weights are in the file, and others are not needed
     again = load(tmp_path / "one.safetensors")
     again.save(tmp_path / "two.safetensors")

@@ -586,7 +586,10 @@ def answers_of(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-@pytest.mark.parametrize("name", ["patchcore_v1", "patchcore_v1_hnsw"])
+EMBEDDED = ["patchcore_v1", "patchcore_v1_hnsw", "padim_v1", "mahalanobis_vfm_v1"]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_files_of_version_1_are_read(name: str) -> None:
     answers = answers_of(name)
     with warnings.catch_warnings():
@@ -598,12 +601,37 @@ def test_files_of_version_1_are_read(name: str) -> None:
     )
 
 
-def test_a_file_of_version_1_scores_images() -> None:
-    answers = answers_of("patchcore_v1_images")
-    detector = load(FIXTURES / "patchcore_v1_images.safetensors")
+@pytest.mark.parametrize("name", ["patchcore_v1_images", "gated_cascade_v1_images"])
+def test_files_of_version_1_score_images(name: str) -> None:
+    answers = answers_of(name)
+    detector = load(FIXTURES / f"{name}.safetensors")
     assert detector.threshold_ == float(answers["threshold"])
     found = detector.detect(answers["images"])
     # Another machine's convolutions add up in another order.
     np.testing.assert_allclose(found.scores, answers["scores"], rtol=1e-3)
     np.testing.assert_allclose(found.maps, answers["maps"], rtol=1e-2, atol=1e-2)
-    assert found.labels.tolist() == [False, True]
+    if "routes" in answers:
+        assert list(found.routes) == list(answers["routes"])
+        assert found.labels.tolist() == [False, False, True, True]
+    else:
+        assert found.labels.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("name", [*EMBEDDED[2:], "gated_cascade_v1_images"])
+def test_a_file_of_version_1_is_written_as_it_was(name: str, tmp_path: Path) -> None:
+    before, after = FIXTURES / f"{name}.safetensors", tmp_path / "again.safetensors"
+    load(before).save(after)
+    headers = []
+    for path in (before, after):
+        with safe_open(path, "np") as file:
+            headers.append(json.loads(file.metadata()[KEY]))
+    expected, got = headers
+    for member in (got, *got.get("parts", {}).values()):
+        assert member.pop("library_version") == anomalib_lite.__version__
+    for member in (expected, *expected.get("parts", {}).values()):
+        assert member.pop("library_version") == "0.1.0"
+    assert got == expected
+    tensors = load_file(before)
+    assert load_file(after).keys() == tensors.keys()
+    for key, tensor in load_file(after).items():
+        assert torch.equal(tensor, tensors[key]), key

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anomalib_lite._device import has_depthwise, resolve_device, resolve_dtype
+from anomalib_lite._device import resolve_device, resolve_dtype
 from anomalib_lite._validation import closest
 from anomalib_lite.adapter import Adapter
 from anomalib_lite.backbones._attention import class_attention, find_attention
@@ -130,35 +130,11 @@ class Backbone:
         self.where, self.fusion, self.scales, self.adapter = where, fusion, tuple(scales), adapter
         self.device = resolve_device(device, where)
         self.dtype = resolve_dtype(dtype, self.device, where)
-        if isinstance(backbone, str):
-            network, stages = from_timm(backbone, weights, state, where)
-        elif isinstance(backbone, nn.Module):
-            if weights is not None:
-                raise InvalidValueError(
-                    f"{where}: weights go with the name of a backbone, not with a module. Load "
-                    "them into the module yourself."
-                )
-            network = copy.deepcopy(backbone)
-            stages = list(getattr(backbone, "feature_info", []))  # timm's modules have it
-            if state is not None:
-                load_state(network, state, where)
-        else:
-            raise InvalidTypeError(
-                f"{where}: backbone must be a name or a torch.nn.Module, "
-                f"got {type(backbone).__name__}."
-            )
-        chosen = default_layers(stages, strides) if layers is None else layers
-        if layers is None and not chosen:
-            self.layers: list[str] = []  # the module gives its maps itself
-        else:
-            self.layers = self._resolve_layers(chosen, network, [s["module"] for s in stages])
-        self.stride = max((s["reduction"] for s in stages if s["module"] in self.layers), default=1)
-        channels = {s["module"]: s["num_chs"] for s in stages}
-        self._channels = [channels.get(name) for name in self.layers]
+        network, stages = _network_and_stages(backbone, weights, state, where)
+        self._choose_layers(layers, strides, network, stages)
         self.sha256 = weights_sha256(network)
         self._origin = (backbone, weights, state)
         self._read_conventions(network)
-        self._captured: dict[int, dict[str, Tensor]] = {}  # by thread: several may ask at once
         self.depthwise = has_depthwise(network)
         if dtype == "auto" and self.depthwise and self.device.type == "cpu":
             self.dtype = torch.float32
@@ -168,12 +144,7 @@ class Backbone:
         network.eval().requires_grad_(trainable)
         if not trainable:
             network = fold_batch_norms(network, keep=self.layers)
-        for name in self.layers:
-            network.get_submodule(name).register_forward_hook(partial(self._capture, name))
-        self._attention: Any = None
-        if attention:
-            self._attention = find_attention(network, self.layers, where)
-            self._attention.qkv.register_forward_hook(partial(self._capture, _QKV))
+        self._add_hooks(network, attention)
         network.to(self.device, self.dtype)
         self.network = network.to(memory_format=torch.channels_last)
 
@@ -357,9 +328,27 @@ class Backbone:
         maps = list(output.values()) if isinstance(output, Mapping) else output
         return list(maps) if isinstance(maps, list | tuple) and maps else [maps]
 
+    def _choose_layers(
+        self,
+        layers: Sequence[str | int] | None,
+        strides: Sequence[int],
+        network: nn.Module,
+        stages: list[dict[str, Any]],
+    ) -> None:
+        """Set the layers, the stride of the last of them, and how many channels each has."""
+        chosen = default_layers(stages, strides) if layers is None else layers
+        if layers is None and not chosen:
+            self.layers: list[str] = []  # the module returns feature maps itself
+        else:
+            self.layers = self._resolve_layers(chosen, network, [s["module"] for s in stages])
+        self.stride = max((s["reduction"] for s in stages if s["module"] in self.layers), default=1)
+        channels = {s["module"]: s["num_chs"] for s in stages}
+        self._channels = [channels.get(name) for name in self.layers]
+
     def _resolve_layers(
         self, layers: Sequence[str | int], network: nn.Module, names: list[str]
     ) -> list[str]:
+        """Return the names of layers given by name or by position among ``names``."""
         if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
             raise InvalidTypeError(
                 f"{self.where}: layers must be a list of names or positions, got {layers!r}."
@@ -382,13 +371,56 @@ class Backbone:
         return resolved
 
     def _read_conventions(self, network: nn.Module) -> None:
-        """Mean and deviation of the pixels, and whether maps have their channels last."""
+        """Set mean and deviation of the pixels, and whether maps have their channels last."""
         self._channels_last = "NHWC" in str(getattr(network, "output_fmt", ""))
         cfg = getattr(network, "pretrained_cfg", None) or {}
         self.mean = [float(m) for m in cfg.get("mean", _IMAGENET_MEAN)]
         self.std = [float(s) for s in cfg.get("std", _IMAGENET_STD)]
         self._mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
+
+    def _add_hooks(self, network: nn.Module, attention: bool) -> None:
+        """Let a forward pass capture the outputs of the layers, and stop after the last one."""
+        self._captured: dict[int, dict[str, Tensor]] = {}  # by thread
+        for name in self.layers:
+            network.get_submodule(name).register_forward_hook(partial(self._capture, name))
+        self._attention: Any = None
+        if attention:
+            self._attention = find_attention(network, self.layers, self.where)
+            self._attention.qkv.register_forward_hook(partial(self._capture, _QKV))
+
+
+def _network_and_stages(
+    backbone: str | nn.Module,
+    weights: str | Path | None,
+    state: Mapping[str, Tensor] | None,
+    where: str,
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Return a network of our own with its weights, and timm's list of its feature stages."""
+    if isinstance(backbone, str):
+        return from_timm(backbone, weights, state, where)
+    if not isinstance(backbone, nn.Module):
+        raise InvalidTypeError(
+            f"{where}: backbone must be a name or a torch.nn.Module, got {type(backbone).__name__}."
+        )
+    if weights is not None:
+        raise InvalidValueError(
+            f"{where}: weights go with the name of a backbone, not with a module. Load "
+            "them into the module yourself."
+        )
+    network = copy.deepcopy(backbone)
+    if state is not None:
+        load_state(network, state, where)
+    return network, list(getattr(backbone, "feature_info", []))  # timm's modules have it
+
+
+def has_depthwise(network: nn.Module) -> bool:
+    """Tell whether the network has a convolution in which each channel is filtered by itself.
+
+    Such a convolution sums few products, so that bfloat16's rounding errors do not average out.
+    """
+    convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
+    return any(c.groups == c.in_channels > 1 for c in convolutions)
 
 
 class _LastLayerReached(Exception):  # noqa: N818, it is no error

@@ -424,9 +424,8 @@ class GatedCascade(DetectorMixin, BaseEstimator):
     def _take_backbone(self, backbone: AnyBackbone) -> None:
         self.gate_.backbone = backbone
 
-    def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        # Tuned weights exist nowhere else.
-        return super()._describe(include_backbone or bool(self.gate_.history))
+    def _weights_exist_here_alone(self) -> bool:
+        return bool(self.gate_.history)  # the gate's network was fine-tuned
 
     def _plain_parameters(self) -> dict[str, Any]:
         parameters = super()._plain_parameters() | {"detector": None}

@@ -11,7 +11,7 @@ import numpy as np
 
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import NotFittedError
-from anomalib_lite.model_file import ADAPTER, BACKBONE, to_json, write_model
+from anomalib_lite.model_file import ADAPTER, BACKBONE, VERSIONS, to_json, write_model
 
 __all__ = ["Detections", "DetectorMixin"]
 
@@ -190,6 +190,7 @@ class DetectorMixin(ABC):
         arrays, state = self._get_state()
         tensors: dict[str, Any] = {key: np.ascontiguousarray(a) for key, a in arrays.items()}
         header: dict[str, Any] = {
+            **VERSIONS,
             "detector": name,
             "parameters": {k: to_json(k, v, name) for k, v in self._plain_parameters().items()},
             "backbone": None,
@@ -199,12 +200,17 @@ class DetectorMixin(ABC):
             header["state"]["skipped"] = self.skipped_
         backbone = self._fitted_backbone()
         if backbone is not None:
-            more, header["backbone"] = _describe_backbone(backbone, include_backbone)
+            with_weights = include_backbone or self._weights_exist_here_alone()
+            more, header["backbone"] = _describe_backbone(backbone, with_weights)
             tensors |= more
         for member, fitted in self._members().items():
             own, header.setdefault("parts", {})[member] = fitted._describe(include_backbone)
             tensors |= {f"{member}.{key}": tensor for key, tensor in own.items()}
         return tensors, header
+
+    def _weights_exist_here_alone(self) -> bool:
+        """Tell whether the backbone's weights must be saved because they exist nowhere else."""
+        return False
 
     def _plain_parameters(self) -> dict[str, Any]:
         """Return the constructor's arguments without those that the members describe."""

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from anomalib_lite._device import device_of
 from anomalib_lite._validation import check_choice, check_int, check_memory, check_number
 from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores, reweight
 from anomalib_lite.coreset import METHODS, coreset_size, select_coreset
 from anomalib_lite.detectors._patch_accumulator import PatchCollector, plan_patches
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.embeddings import Embeddings
-from anomalib_lite.engines import device_of
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
 

@@ -1,19 +1,12 @@
 """What runs a backbone and its fusion: torch, OpenVINO or ONNX Runtime."""
 
-from anomalib_lite.engines._compiled import (
-    ENGINES,
-    FUSIONS,
-    AnyBackbone,
-    CompiledBackbone,
-    device_of,
-    open_backbone,
-)
+from anomalib_lite.engines._compiled import CompiledBackbone
+from anomalib_lite.engines._opening import ENGINES, FUSIONS, AnyBackbone, open_backbone
 
 __all__ = [
     "ENGINES",
     "FUSIONS",
     "AnyBackbone",
     "CompiledBackbone",
-    "device_of",
     "open_backbone",
 ]

@@ -8,10 +8,11 @@ import json
 import os
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from anomalib_lite._files import replacing, write_text
 
 __all__ = ["cache_dir", "digest", "read", "write"]
 
@@ -75,23 +76,16 @@ def write(keys: Sequence[dict[str, Any]], described: dict[str, Any], graph: byte
         folder = cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
         name = digest(graph)
-        _write_whole(folder / f"{name}.graph", graph)
+        with replacing(folder / f"{name}.graph") as temporary:
+            temporary.write_bytes(graph)
         for key in keys:
             sealed = {"key": key, "described": described, "graph": name}
-            text = json.dumps(sealed | {"seal": digest(sealed)})
-            _write_whole(folder / f"{digest(key)}.json", text.encode())
+            write_text(
+                folder / f"{digest(key)}.json", json.dumps(sealed | {"seal": digest(sealed)})
+            )
         _forget_oldest(folder, spare=name)
     except (OSError, RuntimeError, ValueError):
         return
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _forget_oldest(folder: Path, spare: str) -> None:

@@ -19,7 +19,7 @@ from anomalib_lite.engines._runtimes import import_openvino
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.fusion import patch_embeddings
 
-__all__ = ["GraphError", "check_graph", "graph_of"]
+__all__ = ["GraphError", "check_converted", "convert_backbone"]
 
 # Opset 18 is the first whose Resize has torch's antialiasing.
 _OPSET = 18
@@ -43,7 +43,7 @@ class _PixelsToEmbeddings(nn.Module):
         return patch_embeddings(self.backbone(pixels / 255), self.backbone.fusion)
 
 
-def graph_of(backbone: Backbone, engine: str) -> tuple[bytes, dict[str, Any]]:
+def convert_backbone(backbone: Backbone, engine: str) -> tuple[bytes, dict[str, Any]]:
     """Convert a float32 backbone on the CPU.
 
     Parameters
@@ -68,7 +68,7 @@ def graph_of(backbone: Backbone, engine: str) -> tuple[bytes, dict[str, Any]]:
     size, only = _size_to_trace(backbone)
     example = torch.from_numpy(_random_pixels(size).astype(np.float32))
     try:
-        # Tracing warns of each size that it takes for a constant; check_graph finds those
+        # Tracing warns of each size that it takes for a constant; check_converted finds those
         # that matter.
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -81,7 +81,9 @@ def graph_of(backbone: Backbone, engine: str) -> tuple[bytes, dict[str, Any]]:
     return graph, {"multiple": multiple, "only": list(only) if only else None}
 
 
-def check_graph(open_graph: Callable[[], Any], backbone: Backbone, sizes: dict[str, Any]) -> None:
+def check_converted(
+    open_graph: Callable[[], Any], backbone: Backbone, sizes: dict[str, Any]
+) -> None:
     """Raise GraphError unless a float32 graph gives what the backbone gives, at several sizes."""
     try:
         embed = open_graph().embed

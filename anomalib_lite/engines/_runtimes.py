@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import threading
 from collections import Counter
 from typing import Any
 
 import numpy as np
+
+from anomalib_lite._threads import requested_threads
 
 __all__ = ["OnnxRuntimeGraph", "OpenVinoGraph", "import_openvino"]
 
@@ -36,12 +37,6 @@ def import_openvino() -> Any:
             sys.modules["openvino_telemetry"] = reporter
 
 
-def n_threads() -> int | None:
-    """What OMP_NUM_THREADS asks for, as torch and FAISS also do; None for all cores."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) > 0 else None
-
-
 class OpenVinoGraph:
     """Runs a graph with OpenVINO: each image by itself, several at a time.
 
@@ -52,9 +47,9 @@ class OpenVinoGraph:
     Parameters
     ----------
     graph : bytes
-        From ``graph_of``.
+        From ``convert_backbone``.
     dtype : {"float32", "bfloat16", "float16"}
-        In which numbers; ``obeys`` says whether the processor can.
+        In which numbers; ``supports_dtype`` says whether the processor can.
     """
 
     def __init__(self, graph: bytes, dtype: str) -> None:
@@ -65,8 +60,8 @@ class OpenVinoGraph:
         self._model = self._core.read_model(xml, self._openvino.Tensor(weights.copy()))
         self._small = len(weights) <= _SMALL_WEIGHTS
         self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype]}
-        if n_threads():
-            self._config["INFERENCE_NUM_THREADS"] = n_threads()
+        if requested_threads():
+            self._config["INFERENCE_NUM_THREADS"] = requested_threads()
         self._seen: Counter[tuple[int, int]] = Counter()
         # By size (None: any) and whether many images come at once; None: not the same bits.
         self._queues: dict[tuple[Any, bool], Any] = {}
@@ -74,7 +69,7 @@ class OpenVinoGraph:
         self._standard = self._queues[None, False] = self._compile(None, False)
         compiled = self._standard[0].get_compiled_model()
         precision = compiled.get_property("INFERENCE_PRECISION_HINT")
-        self.obeys = precision.get_type_name() == _PRECISIONS[dtype]
+        self.supports_dtype = precision.get_type_name() == _PRECISIONS[dtype]
 
     def embed(self, pixels: np.ndarray, channels: np.ndarray | None = None) -> np.ndarray:
         """(B, H, W, 3), uint8 or float32 in [0, 1] -> (B, h, w, D) float32."""
@@ -152,21 +147,21 @@ class OnnxRuntimeGraph:
     Parameters
     ----------
     graph : bytes
-        From ``graph_of``.
+        From ``convert_backbone``.
     dtype : str
-        ``obeys`` is whether it is "float32".
+        ``supports_dtype`` is whether it is "float32".
     """
 
     def __init__(self, graph: bytes, dtype: str) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = n_threads() or 0
+        options.intra_op_num_threads = requested_threads() or 0
         options.log_severity_level = 3  # it warns of each shape that it cannot know beforehand
         self._session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
         )
-        self.obeys = dtype == "float32"
+        self.supports_dtype = dtype == "float32"
 
     def embed(self, pixels: np.ndarray, channels: np.ndarray | None = None) -> np.ndarray:
         """(B, H, W, 3), uint8 or float32 in [0, 1] -> (B, h, w, D) float32."""
