@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cli_fixtures import Refused, read
 from PIL import Image
 
 from anomalib_lite import cli, load
 from anomalib_lite.datasets import ELPV, elpv
-
-Refused = Callable[..., str]
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
 @pytest.fixture(scope="module")

@@ -235,6 +235,10 @@ class PaDiM(BaseDetector):
         left_out: np.ndarray = self.__dict__.pop("_left_out")
         return left_out
 
+    def _summary_lines(self) -> list[tuple[str, str]]:
+        height, width, length = self.gaussians_.shape
+        return [("gaussians", f"{height} x {width} positions of {length} numbers")]
+
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         grid = self.gaussians_
         arrays = {"mean": grid.mean, "factors": grid.packed(), "components": self.components_}
