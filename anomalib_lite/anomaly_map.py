@@ -19,14 +19,15 @@ IMAGE_SCORES = ("max", "top1%", "smoothed")
 
 
 def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
-    """One score per image from the scores of its patches.
+    """Compute one score per image from the scores of its patches.
 
     Parameters
     ----------
     patch_scores : array of shape (B, h, w), float32
+        Scores of the patches of each image.
     how : {"max", "top1%", "smoothed"}
         The largest patch score; the mean of the largest 1 % of them (at least one); or the
-        largest after a Gaussian of one patch has smoothed them (reflecting at the borders).
+        largest after smoothing with a Gaussian of one patch (reflecting at the borders).
         PatchCore's ``"reweighted"`` is ``"max"`` followed by :func:`reweight`.
 
     Returns
@@ -36,7 +37,7 @@ def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
     Raises
     ------
     InvalidValueError
-        If ``how`` is none of these.
+        If ``how`` is unknown.
 
     Examples
     --------
@@ -55,13 +56,13 @@ def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
 
 
 def reweight(scores: np.ndarray, distances: np.ndarray) -> np.ndarray:
-    r"""Equation 7 of PatchCore: raise the score where the bank itself is sparse.
+    r"""Raise scores where the memory bank is sparse: Equation 7 of PatchCore.
 
     Parameters
     ----------
     scores : array of shape (B,), float32
-        :math:`s^*`, each image's largest patch score: the distance of its patch
-        :math:`m^{test,*}` to its nearest bank point :math:`m^*`.
+        :math:`s^*`, the largest patch score of each image: the distance of its patch
+        :math:`m^{test,*}` to the nearest bank point :math:`m^*`.
     distances : array of shape (B, b), float32
         Rooted distances of :math:`m^{test,*}` to the b bank points nearest to :math:`m^*`,
         :math:`m^*` itself first.
@@ -75,8 +76,8 @@ def reweight(scores: np.ndarray, distances: np.ndarray) -> np.ndarray:
     .. math:: s = \Bigl(1 - \frac{\exp \|m^{test,*} - m^*\|}
               {\sum_{m \in N_b(m^*)} \exp \|m^{test,*} - m\|}\Bigr) s^*
 
-    Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022. The
-    distances are rooted, as written there.
+    Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022. As
+    in the paper, the distances are rooted.
 
     Examples
     --------
@@ -94,13 +95,14 @@ def anomaly_maps(
     sizes: Sequence[tuple[int, int]],
     smoothing: float,
 ) -> list[np.ndarray]:
-    """Heatmaps at the images' own sizes.
+    """Compute heatmaps at the images' own sizes.
 
     Parameters
     ----------
     patch_scores : array of shape (B, h, w), float32
+        Scores of the patches of each image.
     input_size : (H, W)
-        Size in pixels at which the backbone saw the images.
+        Size in pixels of the images in the backbone.
     sizes : sequence of B pairs (H, W)
         The images' own sizes in pixels.
     smoothing : float
@@ -113,10 +115,9 @@ def anomaly_maps(
     Notes
     -----
     Patch scores are upsampled bilinearly to ``input_size``, smoothed there (reflecting at the
-    borders), and resized bilinearly to the image's own size. Each step is linear and acts on
-    rows and columns alone, so all three together are one matrix a side:
-    ``A_H @ patch_scores @ A_W.T``. Cells are taken at their centres throughout and nothing is
-    cropped, so nothing is shifted.
+    borders), and resized bilinearly to the image's own size. Each step is linear and separable, so
+    all three together are one matrix per side: ``A_H @ patch_scores @ A_W.T``. Positions are the
+    centres of cells in all steps and nothing is cropped, so nothing is shifted.
 
     Examples
     --------
@@ -137,16 +138,16 @@ def anomaly_maps(
 
 @lru_cache(maxsize=256)
 def _resize_and_smooth(n_patches: int, n_input: int, n_output: int, smoothing: float) -> np.ndarray:
-    """Matrix (n_output, n_patches) from the patches of one side to the pixels of that side."""
+    """Return the matrix (n_output, n_patches) from patches to pixels along one side."""
     matrix = _smooth(n_patches, n_input, smoothing)
     if n_output != n_input:
         matrix = _resized(matrix, n_output)
     return np.ascontiguousarray(matrix, dtype=np.float32)
 
 
-@lru_cache(maxsize=16)  # images of many sizes mostly go through the network at one
+@lru_cache(maxsize=16)  # images of many sizes mostly have one size in the network
 def _smooth(n_patches: int, n_input: int, smoothing: float) -> np.ndarray:
-    """Matrix (n_input, n_patches) from the patches of one side to pixels of the input."""
+    """Return the matrix (n_input, n_patches) from patches to pixels of the input."""
     matrix = _resized(np.eye(n_patches), n_input)
     if smoothing > 0:
         matrix = gaussian_filter1d(matrix, smoothing, axis=0, mode="reflect")
@@ -154,12 +155,12 @@ def _smooth(n_patches: int, n_input: int, smoothing: float) -> np.ndarray:
 
 
 def _resized(rows: np.ndarray, n: int) -> np.ndarray:
-    """Resize (m, k) to (n, k) bilinearly, averaging over all that is covered when shrinking."""
+    """Resize (m, k) to (n, k) bilinearly; shrinking averages all covered rows."""
     scale = len(rows) / n
     reach = max(scale, 1.0)
     centers = (np.arange(n) + 0.5) * scale - 0.5
     first = np.floor(centers - reach).astype(np.int64) + 1
-    covered = first[:, None] + np.arange(math.ceil(2 * reach))  # (n, few): what has a weight
+    covered = first[:, None] + np.arange(math.ceil(2 * reach))  # (n, few): rows with a weight
     weights = 1 - np.abs(covered - centers[:, None]) / reach
     weights[(weights < 0) | (covered < 0) | (covered >= len(rows))] = 0
     weights /= weights.sum(axis=1, keepdims=True)

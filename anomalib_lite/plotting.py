@@ -1,9 +1,9 @@
-"""Pictures of what a detector found: heatmaps laid over photographs, and sheets of them.
+"""Pictures of results: heatmaps over photographs, and sheets of such pictures.
 
-Colours are absolute. They are tied to the detector's threshold, never to the single image, so
-that one colour means one score in every picture of one detector: half the threshold and below
-is not tinted at all, the threshold is the middle of the ramp, and one and a half times the
-threshold and above is its bright end.
+Colours are absolute. They depend on the threshold of the detector and not on the single image, so
+one colour means one score in all pictures of one detector. Scores up to half the threshold are not
+tinted, the threshold is the middle of the ramp, and scores from one and a half times the threshold
+on have its bright end.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from anomalib_lite.images import ImageSource
 
 __all__ = ["SCALE", "color_bar", "contact_sheet", "legend_colors", "overlay"]
 
-# The scale's ends, as multiples of the threshold. Maps are smoothed and image scores are
-# maxima of raw patch scores, so a map peaks some 5 to 15 % below its image's score.
+# Ends of the scale, as multiples of the threshold. Maps are smoothed while image scores are maxima
+# of raw patch scores, so the maximum of a map is some 5 to 15 % below the score of its image.
 SCALE = (0.5, 1.5)
 
 # The upper four fifths of matplotlib's inferno (CC0), evenly spaced: equal steps look equal and
-# lightness only rises, so it reads in gray print and with any colour vision. Its black end is
+# lightness only rises, so it is readable in gray print and with any colour vision. Its black end is
 # left out because it would look like a shadow on the photograph.
 _RAMP = (
     (0x42, 0x0A, 0x68),
@@ -46,8 +46,8 @@ _COLORS = np.stack(
     [np.interp(_STEPS, np.linspace(0, 1, len(_RAMP)), channel) for channel in np.transpose(_RAMP)],
     axis=1,
 )  # (256, 3)
-# Opacity rises up to the threshold and stays: what is called anomalous is fully painted. The
-# square keeps the ordinary unevenness of good parts faint.
+# Opacity rises up to the threshold and is constant above it, so anomalous regions are fully
+# coloured. The square keeps the normal variation of good parts faint.
 _ALPHA = np.minimum(1, 2 * _STEPS) ** 2
 
 _GAP = 12  # pixels between the pictures of a sheet
@@ -70,34 +70,36 @@ def overlay(
     Parameters
     ----------
     image : path, PIL image, array or tensor
-        One image, of any kind that a detector takes.
+        One image, of any kind that a detector accepts.
     heatmap : array of shape (H, W)
-        Of the image's own size, in the units of the threshold; as ``anomaly_map`` gives it.
+        Heatmap at the image's own size, in the units of the threshold, as returned by
+        ``anomaly_map``.
     threshold : float
         The detector's ``threshold_``, finite and above 0: the middle of the colour scale.
     score : float, optional
-        The image's score. With it a strip below the picture says "anomalous" if it exceeds the
-        threshold, else "normal", and both numbers.
+        Score of the image. If given, a strip below the picture shows the score, the threshold, and
+        "anomalous" if the score exceeds the threshold, otherwise "normal".
     outline : float or None, default=1.0
-        Level, as a multiple of the threshold, above which the region is outlined; None for no
+        Level above which regions are outlined, as a multiple of the threshold; None for no
         outline.
     gray : bool, default=True
-        Show the photograph in gray, so that every colour is the heatmap's.
+        Show the photograph in gray, so that every colour comes from the heatmap.
     opacity : float, default=0.7
-        Of the colours at the threshold and above, in [0, 1]; below they fade out.
+        Opacity of the colours at the threshold and above, in [0, 1]; below the threshold they fade
+        out.
 
     Returns
     -------
     PIL.Image.Image
-        Mode RGB; W wide and H high, and the strip below. Only an image too narrow for the
-        strip's words stands on a wider ground.
+        Mode RGB; W wide and H high, plus the strip. If the image is too narrow for the text of the
+        strip, the picture is wider than the image.
 
     Raises
     ------
     ImageError
-        If the image cannot be read, or the heatmap is not of its size or not finite.
+        If the image cannot be read, or the heatmap has another size or is not finite.
     InvalidValueError
-        If ``threshold``, ``outline`` or ``opacity`` is outside of what is allowed.
+        If ``threshold``, ``outline`` or ``opacity`` is out of range.
 
     Notes
     -----
@@ -118,7 +120,7 @@ def overlay(
     """
     level = check_number("threshold", threshold, "overlay", "(0, inf)")
     check_number("opacity", opacity, "overlay", "[0, 1]")
-    # The heatmap has the image's size already, so the size needs no second limit.
+    # The heatmap already has the size of the image, so a second limit of the size is not needed.
     source = ImageSource(image, max_pixels=sys.maxsize, where="overlay")
     photo = _as_rgb(source.decode(0))
     values = _check_heatmap(heatmap, photo, source.names[0])
@@ -142,7 +144,7 @@ def color_bar(threshold: float, *, width: int = 400) -> Image.Image:
     threshold : float
         The detector's ``threshold_``.
     width : int, default=400
-        In pixels, at least 380.
+        Width in pixels, at least 380.
 
     Returns
     -------
@@ -168,7 +170,7 @@ def color_bar(threshold: float, *, width: int = 400) -> Image.Image:
         draw.line((x, 4, x, 21), fill=color)
     middle = width // 2
     draw.line((middle, 4, middle, 26), fill=_INK, width=2)
-    # In words: Pillow's built-in font has no sign for "at most".
+    # In words, because Pillow's built-in font has no sign for "at most".
     draw.text((margin, 30), f"to {level * SCALE[0]:.4g}", fill=_INK, font=font)
     draw.text((middle, 30), f"threshold {level:.4g}", fill=_INK, font=font, anchor="ma")
     end = f"from {level * SCALE[1]:.4g}"
@@ -177,14 +179,14 @@ def color_bar(threshold: float, *, width: int = 400) -> Image.Image:
 
 
 def legend_colors(n: int = 17, *, opacity: float = 0.7) -> list[str]:
-    """Colours at even steps of :func:`overlay`'s scale, as they look on mid gray.
+    """List the colours at even steps of the scale of :func:`overlay`, as they look on mid gray.
 
     Parameters
     ----------
     n : int, default=17
-        How many; the first is the untinted gray, the middle one is the threshold's.
+        Number of colours; the first is untinted gray, the middle one belongs to the threshold.
     opacity : float, default=0.7
-        As in :func:`overlay`.
+        Opacity at the threshold and above, as in :func:`overlay`.
 
     Returns
     -------
@@ -215,15 +217,15 @@ def contact_sheet(
     Parameters
     ----------
     tiles : sequence of PIL images
-        At least one. Each is scaled to fit ``tile_size``, its aspect kept.
+        Pictures, at least one. Each is scaled to fit into ``tile_size``; its aspect ratio is kept.
     columns : int, default=4
-        Pictures in a row.
+        Number of pictures in a row.
     captions : sequence of str, optional
-        One for each picture; long ones are broken into lines.
+        One caption for each picture; long ones are broken into lines.
     title : str, optional
-        Stands above the rows.
+        Text above the rows.
     tile_size : (H, W), default=(240, 240)
-        In pixels; both at least 16.
+        Largest size of a picture in pixels; both at least 16.
 
     Returns
     -------
@@ -234,7 +236,7 @@ def contact_sheet(
     Raises
     ------
     InvalidValueError
-        If there is no picture, or not one caption for each, or a number is too small.
+        If there is no picture, if the number of captions differs, or if a number is too small.
 
     Examples
     --------
@@ -256,15 +258,15 @@ def contact_sheet(
     fitted = [_fit(tile, width, height) for tile in tiles]
     lines = [_wrap(text, font, width) for text in captions or [""] * len(tiles)]
     total = columns * (width + _GAP) + _GAP
-    parts = [_heading(title, total)] if title else []
+    strips = [_heading(title, total)] if title else []
     for i in range(0, len(tiles), columns):
         row = slice(i, i + columns)
-        parts.append(_row(fitted[row], lines[row], width, total, font))
-    sheet = Image.new("RGB", (total, sum(part.height for part in parts) + _GAP), _PAPER)
+        strips.append(_row(fitted[row], lines[row], width, total, font))
+    sheet = Image.new("RGB", (total, sum(strip.height for strip in strips) + _GAP), _PAPER)
     top = _GAP
-    for part in parts:
-        sheet.paste(part, (0, top))
-        top += part.height
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
     return sheet
 
 
@@ -272,7 +274,7 @@ def _check_heatmap(heatmap: Any, photo: Image.Image, name: str) -> np.ndarray:
     values = np.asarray(heatmap, dtype=np.float32)
     if values.shape != (photo.height, photo.width):
         raise ImageError(
-            f"overlay: the heatmap of {name} must be of the image's size "
+            f"overlay: the heatmap of {name} must have the image's size "
             f"{photo.height}x{photo.width}, got shape {values.shape}."
         )
     if not np.isfinite(values).all():
@@ -287,7 +289,10 @@ def _as_rgb(decoded: Any) -> Image.Image:
 
 
 def _draw_outline(picture: Image.Image, region: np.ndarray) -> None:
-    """White along the inside of the region's edge and dark outside: seen on any ground."""
+    """Draw a white line inside the edge of the region and a dark one outside.
+
+    One of them is visible on any background.
+    """
     size = 2 * max(1, round(min(picture.size) / 200)) + 1
     inside = region & ~minimum_filter(region, size)
     outside = maximum_filter(region, size) & ~region
@@ -296,7 +301,7 @@ def _draw_outline(picture: Image.Image, region: np.ndarray) -> None:
 
 
 def _with_strip(picture: Image.Image, score: float, threshold: float) -> Image.Image:
-    """The picture on a ground with a strip of words below it."""
+    """Add a strip of text below the picture."""
     font = _font(max(11, min(picture.width // 24, picture.height // 12)))
     line_height = _line_height(font)
     pad, gap = line_height // 2, 0.8 * line_height
@@ -342,14 +347,14 @@ def _heading(title: str, total: int) -> Image.Image:
 def _row(
     tiles: list[Image.Image], lines: list[list[str]], width: int, total: int, font: Any
 ) -> Image.Image:
-    """One row of a sheet, with the gap below it."""
+    """Draw one row of a sheet, with the gap below it."""
     height, line_height = max(tile.height for tile in tiles), _line_height(font)
     text_height = max(map(len, lines)) * line_height
     row = Image.new("RGB", (total, height + text_height + _GAP), _PAPER)
     draw = ImageDraw.Draw(row)
     for column, (tile, text) in enumerate(zip(tiles, lines, strict=True)):
         middle = _GAP + column * (width + _GAP) + width // 2
-        # Pictures of one row stand on one line, so that their captions begin on one.
+        # Pictures of one row are aligned at the bottom, so that their captions begin on one line.
         row.paste(tile, (middle - tile.width // 2, height - tile.height))
         for i, line in enumerate(text):
             y = height + i * line_height + line_height // 4
@@ -358,7 +363,7 @@ def _row(
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """Lines no wider than ``width``; words that are wider themselves are broken."""
+    """Break a text into lines no wider than ``width``; wider words are broken too."""
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word

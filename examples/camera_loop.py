@@ -1,9 +1,9 @@
-"""The loop on the line: load a detector once, then decide frame by frame.
+"""Use a detector on a production line: load it once, then decide about each frame.
 
     python camera_loop.py [model.safetensors]
 
-Without a model it fits one on a photograph of bricks first (needs scikit-image). The frames come
-from that photograph too, every fifth one with a scratch; put your camera in their place.
+Without a model it first fits one on a photograph of bricks (needs scikit-image). The frames come
+from the same photograph, and every fifth frame has a scratch. Replace them by your camera.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from anomalib_lite.errors import ImageError
 
 
 def tiles() -> list[np.ndarray]:
-    """40 gray images of 64 x 96 pixels."""
+    """Cut 40 gray images of 64 x 96 pixels from a photograph."""
     from skimage import data
 
     photo = data.brick()
@@ -29,7 +29,7 @@ def tiles() -> list[np.ndarray]:
 
 
 def camera() -> Iterator[np.ndarray]:
-    """Frames as (H, W) uint8 arrays; (H, W, 3) would do as well."""
+    """Yield frames as (H, W) uint8 arrays; (H, W, 3) works as well."""
     for i, tile in enumerate(tiles()[30:]):
         frame = tile.copy()
         if i % 5 == 4:
@@ -45,7 +45,7 @@ def main(model: Path | None) -> None:
             detector = load(path)
     else:
         detector = load(model)
-    detector.score(np.zeros((64, 96), np.uint8))  # the first call takes longer: get it over with
+    detector.score(np.zeros((64, 96), np.uint8))  # the first call takes longer
 
     milliseconds = []
     for i, frame in enumerate(camera()):
@@ -54,7 +54,7 @@ def main(model: Path | None) -> None:
             found = detector.detect(frame, maps=False)
             answer = "ANOMALOUS" if found.labels[0] else "normal"
             score = f"score {found.scores[0]:.2f}"
-        except ImageError as error:  # a broken frame must not stop the line, nor pass as good
+        except ImageError as error:  # a broken frame must not stop the line or count as good
             answer, score = "ANOMALOUS", str(error)
         milliseconds.append(1000 * (time.perf_counter() - start))
         print(f"frame {i}: {answer:9}  {score}  {milliseconds[-1]:.1f} ms")

@@ -1,7 +1,8 @@
-"""Anomaly detection without images: any vectors will do.
+"""Detect anomalies in any vectors, without images.
 
-Here they are scikit-learn's handwritten digits, 64 numbers each. Eights are normal, all others
-are not. Yours may be windows of a sensor, spectra, or the output of a network.
+The vectors are scikit-learn's handwritten digits, 64 numbers each. Eights are normal, all other
+digits are anomalous. Your vectors may be windows of a sensor signal, spectra, or the output of a
+network.
 
     python own_embeddings.py
 """
@@ -21,18 +22,18 @@ def main() -> None:
     X = X.astype(np.float32)  # (1797, 64)
     eights, others = X[digit == 8], X[digit != 8]
     eights = np.random.default_rng(0).permutation(eights)
-    normal, later = eights[:120], eights[120:]  # to learn from, and to test
+    normal, later = eights[:120], eights[120:]  # for the fit, and for the test
     y = np.array([0] * len(later) + [1] * len(others))
 
-    # 1. The parts: a bank of normal vectors, distances to it, and a threshold from normal vectors
-    # that the bank does not hold.
+    # 1. Step by step: a bank of normal vectors, distances to it, and a threshold from vectors
+    # that are normal but not in the bank.
     bank = MemoryBank(n_neighbors=1).fit(normal[:60])
     threshold = conformal_threshold(bank.kneighbors(normal[60:])[0][:, 0], false_alarm_rate=0.05)
     scores = bank.kneighbors(np.concatenate([later, others]))[0][:, 0]
     print("memory bank   AUROC", round(auroc(y, scores), 3))
     report(scores > threshold, y)
 
-    # 2. The same as one object, which can be saved: each vector is an image of one patch.
+    # 2. The same with one object, which can be saved: each vector is an image with one patch.
     detector = PatchCore(coreset_ratio=1.0, false_alarm_rate=0.05)
     detector.fit_embeddings(as_patches(normal))
     scores = detector.score_embeddings(as_patches(np.concatenate([later, others])))
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 def as_patches(X: np.ndarray) -> np.ndarray:
-    """(N, D) -> (N, 1, 1, D), the shape of patch embeddings."""
+    """Reshape (N, D) -> (N, 1, 1, D), the shape of patch embeddings."""
     return X[:, None, None, :]
 
 

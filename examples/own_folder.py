@@ -1,8 +1,8 @@
-"""Learn from a folder of good images, score another folder, save the detector.
+"""Fit on a folder of good images, save the detector, and score another folder.
 
     python own_folder.py path/to/good path/to/new --model part.safetensors
 
-Without folders it makes two small ones from a photograph of bricks (needs scikit-image).
+Without arguments it makes two small folders from a photograph of bricks (needs scikit-image).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from anomalib_lite import PatchCore, load
 
 
 def make_folders(root: Path) -> tuple[Path, Path]:
-    """36 good images, and 4 new ones of which the last two have a scratch."""
+    """Make 36 good images, and 4 new images of which the last two have a scratch."""
     from skimage import data
     from skimage.draw import line
 

@@ -1,7 +1,8 @@
-"""Images, a model and a way to fail, for all tests of the command line."""
+"""Images, a model and commands that fail, for all tests of the command line."""
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,13 @@ Refused = Callable[..., str]
 FAST = ["--image-size", "64", "--coreset-ratio", "0.2", "--false-alarm-rate", "0.2"]
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    """Read a table."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
 def tiles(photo: np.ndarray) -> list[np.ndarray]:
-    """Pieces of 64 x 96 pixels."""
+    """Cut a photograph into pieces of 64 x 96 pixels."""
     return [photo[y : y + 64, x : x + 96] for y in range(0, 512, 64) for x in range(0, 480, 96)]
 
 
@@ -40,7 +46,7 @@ def save(tile: np.ndarray, path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def wall(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A brick wall in MVTec AD's layout, and the same test images in plain directories."""
+    """A brick wall in the layout of MVTec AD, and the same test images in the folder layout."""
     root = tmp_path_factory.mktemp("wall")
     pieces = tiles(skimage.data.brick())
     for i, tile in enumerate(pieces[:24]):
@@ -65,7 +71,7 @@ def model(wall: Path) -> Path:
 
 @pytest.fixture
 def broken(tmp_path: Path, wall: Path) -> dict[str, Path]:
-    """Files that are no images, by what is wrong with them."""
+    """Files that cannot be used as images, by what is wrong with them."""
     folder = tmp_path / "broken"
     whole = (wall / "train/good/000.jpg").read_bytes()
     save(np.zeros((1, 1), np.uint8), folder / "1x1.png")
@@ -77,7 +83,7 @@ def broken(tmp_path: Path, wall: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run a command that must fail, and give the one line that it says."""
+    """Run a command that must fail, and return the one line that it prints."""
 
     def run(*arguments: object) -> str:
         assert cli.main([str(argument) for argument in arguments]) == 2

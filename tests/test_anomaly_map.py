@@ -27,7 +27,7 @@ def naive_maps(
     size: tuple[int, int],
     smoothing: float,
 ) -> np.ndarray:
-    """Upsample to the input, smooth there, resize to the image: one step after the other."""
+    """Upsample to the input size, smooth, and resize to the image size, step by step."""
     x = torch.from_numpy(patch_scores.astype(np.float64))[None]
     maps = torch.nn.functional.interpolate(x, input_size, mode="bilinear", align_corners=False)
     smooth = [gaussian_filter(m, smoothing, mode="reflect") for m in maps[0].numpy()]
@@ -69,7 +69,7 @@ def test_each_image_has_its_own_size() -> None:
 @pytest.mark.parametrize("size", [(64, 96), (200, 450), (48, 56)])
 @pytest.mark.parametrize("smoothing", [0.0, 4.0])
 @pytest.mark.parametrize("cell", [(3, 3), (2, 8), (5, 6)])
-def test_a_hot_patch_stays_at_its_place(
+def test_a_high_score_stays_in_its_place(
     size: tuple[int, int], smoothing: float, cell: tuple[int, int]
 ) -> None:
     scores = np.zeros((1, 8, 12), np.float32)
@@ -129,7 +129,7 @@ def test_reweighting_is_equation_7(spread: float) -> None:
     assert np.isfinite(got).all()
 
 
-def test_reweighting_with_one_point_in_the_bank_leaves_nothing() -> None:
+def test_reweighting_with_one_point_in_the_bank_gives_zero() -> None:
     np.testing.assert_array_equal(reweight(np.float32([3.0]), np.float32([[3.0]])), [0.0])
 
 

@@ -1,34 +1,26 @@
-"""The command line: fit, evaluate, and what it says of every mistake."""
+"""The command line: fit, evaluate, and the messages about mistakes."""
 
 from __future__ import annotations
 
-import csv
 import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cli_fixtures import FAST, Refused, read
 
 import anomalib_lite
 from anomalib_lite import MahalanobisVFM, PaDiM, PatchCore, cli, load
-from anomalib_lite.cli._parser import FIT_OPTIONS, MAHALANOBIS_OPTIONS, PADIM_OPTIONS
-
-Refused = Callable[..., str]
-FAST = ["--image-size", "64", "--coreset-ratio", "0.2", "--false-alarm-rate", "0.2"]
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+from anomalib_lite.cli._options import FIT_OPTIONS, MAHALANOBIS_OPTIONS, PADIM_OPTIONS
 
 
 class TestFit:
-    def test_says_what_came_out(
+    def test_prints_a_summary(
         self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = tmp_path / "not/yet/there/m.safetensors"
@@ -43,15 +35,15 @@ class TestFit:
         assert str(path) in out
         assert err == ""
 
-    def test_is_the_librarys_fit(self, wall: Path, model: Path) -> None:
+    def test_equals_the_fit_of_the_library(self, wall: Path, model: Path) -> None:
         direct = PatchCore(image_size=64, coreset_ratio=0.2, false_alarm_rate=0.2)
         direct.fit(wall / "train/good")
         again = load(model)
         assert again.threshold_ == direct.threshold_
         assert np.array_equal(again.memory_bank_.embeddings_, direct.memory_bank_.embeddings_)
-        assert again.get_params() == direct.get_params()  # quiet again, too
+        assert again.get_params() == direct.get_params()  # verbose is 0 again, too
 
-    def test_defaults_are_the_librarys(self) -> None:
+    def test_defaults_equal_those_of_the_library(self) -> None:
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(PatchCore).parameters.items()
@@ -79,7 +71,7 @@ class TestFit:
         assert cli.main(f"{common}--ridge 0.5".split()) == 2
         assert "--ridge is no option of --detector patchcore" in capsys.readouterr().err
 
-    def test_mahalanobis_vfm_too(
+    def test_mahalanobis_vfm_is_fitted_with_options_of_its_own(
         self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         defaults = {n: p.default for n, p in inspect.signature(MahalanobisVFM).parameters.items()}
@@ -93,7 +85,7 @@ class TestFit:
         assert "patches and " in capsys.readouterr().out
         assert load(path).shrinkage == 0.3
 
-    def test_a_directory_is_no_model(
+    def test_a_directory_is_not_a_model(
         self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         images = str(wall / "train/good")
@@ -128,9 +120,9 @@ class TestFit:
             "image_score": "top1%",
         }
         assert {name: parameters[name] for name in expected} == expected
-        assert path.stat().st_size > 5_000_000  # the network is inside
+        assert path.stat().st_size > 5_000_000  # the file holds the network
 
-    def test_too_few_images_for_the_rate_are_one_line(
+    def test_too_few_images_for_the_rate_give_a_warning_of_one_line(
         self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         arguments = ["fit", str(wall / "test/good"), "-o", str(tmp_path / "m"), *FAST[:4]]
@@ -140,7 +132,7 @@ class TestFit:
         assert err.count("\n") == 1
         assert "the rate of 0.01 asked for is not guaranteed, see the warning" in out
 
-    def test_skips_and_lists(
+    def test_unreadable_images_can_be_skipped_and_are_listed(
         self,
         wall: Path,
         broken: dict[str, Path],
@@ -156,7 +148,7 @@ class TestFit:
         assert re.fullmatch(r"skipped: .*005\.jpg cannot be read: .*\n", err)
 
     @pytest.mark.parametrize("kind", ["cut", "text", "empty", "1x1"])
-    def test_names_a_broken_image(
+    def test_an_unreadable_image_is_named(
         self, broken: dict[str, Path], kind: str, refused: Refused, tmp_path: Path
     ) -> None:
         for name in set(broken) - {kind}:
@@ -183,7 +175,7 @@ class TestFit:
             ("--calibration leave_one_out --index IVF4,Flat", "Use --calibration split"),
         ],
     )
-    def test_names_a_wrong_option(
+    def test_a_wrong_option_is_named(
         self,
         wall: Path,
         tmp_path: Path,
@@ -195,7 +187,7 @@ class TestFit:
         said = refused(*command, *options.split())
         assert re.search(message, said), said
 
-    def test_names_a_directory_without_images(
+    def test_a_directory_without_images_is_named(
         self, wall: Path, tmp_path: Path, refused: Refused
     ) -> None:
         (tmp_path / "none").mkdir()
@@ -207,14 +199,14 @@ class TestFit:
         said = refused("fit", tmp_path / "nowhere", "-o", output)
         assert f"{tmp_path / 'nowhere'} does not exist" in said
 
-    def test_names_an_output_before_the_fit(
+    def test_a_bad_output_path_is_named_before_the_fit(
         self,
         wall: Path,
         tmp_path: Path,
         refused: Refused,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(PatchCore, "fit", lambda *_: pytest.fail("it came to the fit"))
+        monkeypatch.setattr(PatchCore, "fit", lambda *_: pytest.fail("the fit has begun"))
         (tmp_path / "file").touch()
         for place, message in [
             (tmp_path / "file" / "m.safetensors", f"cannot write into {tmp_path / 'file'}: it is"),
@@ -231,7 +223,7 @@ class TestEvaluate:
         assert "Add --layout folder, or leave them out" in capsys.readouterr().err
 
     @pytest.mark.parametrize("layout", ["mvtec", "folder"])
-    def test_prints_the_report_and_writes_it(
+    def test_the_report_is_printed_and_written(
         self,
         wall: Path,
         model: Path,
@@ -278,7 +270,7 @@ class TestEvaluate:
         assert "PatchCore on bricks: fitted before, 6 normal and 4 anomalous" in out
         assert "AUPRO" in out
 
-    def test_directories_by_name(
+    def test_directories_can_be_named(
         self, wall: Path, model: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         options = "--layout folder --normal train/good --anomalous test/scratch --no-pixel-metrics"
@@ -287,7 +279,7 @@ class TestEvaluate:
         assert "24 normal and 4 anomalous test images" in out
         assert "AUPRO" not in out
 
-    def test_the_current_directory(
+    def test_the_current_directory_has_a_name(
         self,
         wall: Path,
         model: Path,
@@ -298,7 +290,7 @@ class TestEvaluate:
         assert cli.main(["evaluate", str(model), ".", "--no-pixel-metrics"]) == 0
         assert f"PatchCore on {wall.name}:" in capsys.readouterr().out
 
-    def test_no_image_is_left_out_of_the_figures(
+    def test_no_unreadable_image_is_left_out(
         self,
         wall: Path,
         model: Path,
@@ -314,7 +306,7 @@ class TestEvaluate:
         said = refused("evaluate", tmp_path / "m", root, "--no-pixel-metrics")
         assert str(root / "good" / "text.png") in said
 
-    def test_names_what_is_missing(
+    def test_missing_paths_are_named(
         self, wall: Path, model: Path, tmp_path: Path, refused: Refused
     ) -> None:
         said = refused("evaluate", model, tmp_path / "none")
@@ -329,7 +321,7 @@ class TestEvaluate:
 
 
 class TestProgram:
-    def test_help_is_fast_because_nothing_heavy_is_imported(self) -> None:
+    def test_help_imports_no_heavy_library(self) -> None:
         code = (
             "import sys; from anomalib_lite import cli\n"
             "try: cli.main(['--help'])\n"
@@ -350,7 +342,7 @@ class TestProgram:
         assert end.value.code == 0
         assert f"usage: anomalib-lite {command}" in capsys.readouterr().out
 
-    def test_as_a_program(self, tmp_path: Path) -> None:
+    def test_runs_as_a_program(self, tmp_path: Path) -> None:
         def run(*arguments: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "anomalib_lite.cli", *arguments]
             return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -373,5 +365,7 @@ class TestProgram:
             (["predict", "m", "-o", "x"], "required: IMAGES"),
         ],
     )
-    def test_names_wrong_use(self, arguments: list[str], message: str, refused: Refused) -> None:
+    def test_wrong_arguments_are_named(
+        self, arguments: list[str], message: str, refused: Refused
+    ) -> None:
         assert message in refused(*arguments)

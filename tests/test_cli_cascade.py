@@ -1,14 +1,12 @@
-"""The command line and cascades: fit, predict, evaluate, and options of the wrong model."""
+"""The command line with cascades: fit, predict, evaluate, and options of the wrong model."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -18,40 +16,33 @@ import numpy as np
 import pytest
 import timm
 import torch
-from cli_fixtures import save, scratched
+from cli_fixtures import Refused, read, save, scratched
 from PIL import Image
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, cli, load
-from anomalib_lite.cli._fit import _OF_BOTH, make_detector
-from anomalib_lite.cli._parser import (
-    ALL_FIT_OPTIONS,
-    CASCADE_OPTIONS,
-    CASCADE_PARAMETERS,
-    make_parser,
-)
-from anomalib_lite.errors import CalibrationWarning
+from anomalib_lite.cli._fit import _FOR_BOTH, make_detector
+from anomalib_lite.cli._main import make_parser
+from anomalib_lite.cli._options import ALL_FIT_OPTIONS, CASCADE_OPTIONS, CASCADE_PARAMETERS
+from anomalib_lite.cli._predictions import predict_to
+from anomalib_lite.errors import CalibrationWarning, ImageError
+from anomalib_lite.images import ImageSource
 from anomalib_lite.plotting import overlay
 
-Refused = Callable[..., str]
 CASCADE = ["--detector", "gated_cascade"]
 SMALL = [*CASCADE, "--image-size", "64", "--gate-image-size", "64"]
 FAST = [*SMALL, "--coreset-ratio", "0.2"]
 RATES = ["--false-alarm-rate", "0.2", "--max-missed", "0.2"]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-
-
 @pytest.fixture(scope="module")
 def said() -> dict[str, str]:
-    """What commands of fixtures have printed."""
+    """Output of the commands in fixtures."""
     return {}
 
 
 @pytest.fixture(scope="module")
 def scratches(wall: Path) -> Path:
-    """Scratched images other than those of the test."""
+    """Scratched images, other than those of the test."""
     for path in sorted((wall / "train/good").iterdir())[:10]:
         save(scratched(np.asarray(Image.open(path))), wall / "scratches" / f"{path.stem}.png")
     return wall / "scratches"
@@ -59,7 +50,7 @@ def scratches(wall: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def cascade(wall: Path, said: dict[str, str]) -> Path:
-    """Fitted on made-up anomalies; its gate leaves about half of the images open."""
+    """A cascade fitted on synthetic anomalies."""
     path = wall / "models" / "cascade.safetensors"
     with redirect_stdout(StringIO()) as out:
         assert cli.main(["fit", str(wall / "train/good"), "-o", str(path), *FAST, *RATES]) == 0
@@ -76,7 +67,7 @@ def cascade(wall: Path, said: dict[str, str]) -> Path:
 
 @pytest.fixture(scope="module")
 def half(cascade: Path) -> Path:
-    """The same with thresholds that send images on every route."""
+    """The same cascade, with thresholds for which every route occurs."""
     return cascade.with_name("half.safetensors")
 
 
@@ -85,7 +76,7 @@ def parse(*options: str) -> argparse.Namespace:
 
 
 class TestFit:
-    def test_says_what_came_out(self, cascade: Path, said: dict[str, str]) -> None:
+    def test_prints_a_summary(self, cascade: Path, said: dict[str, str]) -> None:
         detector, out = load(cascade), said["fit"]
         n_patches, length = detector.detector_.memory_bank_.embeddings_.shape
         routing = detector.routing_
@@ -104,7 +95,7 @@ class TestFit:
         assert lines["false alarms"] == "at most 0.2 of future normal images, on average"
         assert lines["written to"].startswith(str(cascade))
 
-    def test_is_the_librarys_fit(self, wall: Path, cascade: Path) -> None:
+    def test_equals_the_fit_of_the_library(self, wall: Path, cascade: Path) -> None:
         direct = GatedCascade(
             detector=PatchCore(image_size=64, coreset_ratio=0.2),
             image_size=64,
@@ -116,15 +107,15 @@ class TestFit:
         np.testing.assert_array_equal(again.anomaly_probabilities_, direct.anomaly_probabilities_)
         ours, theirs = (one.get_params(deep=False) for one in (again, direct))
         assert ours.pop("detector").get_params() == theirs.pop("detector").get_params()
-        assert ours == theirs  # quiet again, too
+        assert ours == theirs  # verbose is 0 again, too
 
-    def test_defaults_are_the_librarys(self) -> None:
+    def test_defaults_equal_those_of_the_library(self) -> None:
         defaults = {n: p.default for n, p in inspect.signature(GatedCascade).parameters.items()}
         assert {n: default for n, (_, default, _) in CASCADE_OPTIONS.items()} == {
             n: defaults[CASCADE_PARAMETERS.get(n, n)] for n in CASCADE_OPTIONS
         }
 
-    def test_each_option_reaches_the_model_that_it_is_of(self) -> None:
+    def test_each_option_reaches_its_model(self) -> None:
         options = (
             "--gate mobilenetv3_small_100 --gate-weights gate.pth --gate-image-size 96x128 "
             "--max-missed 0.05 --t-low 0.1 --t-high 0.9 --false-alarm-rate 0.02 "
@@ -134,7 +125,7 @@ class TestFit:
         )
         made = make_detector(parse(*CASCADE, *options.split()))
         assert type(made) is GatedCascade
-        of_both = {
+        for_both = {
             "device": "cpu",
             "dtype": "float32",
             "engine": "torch",
@@ -152,7 +143,7 @@ class TestFit:
             t_low=0.1,
             t_high=0.9,
             false_alarm_rate=0.02,
-            **of_both,
+            **for_both,
         ).get_params(deep=False)
         heatmaps = PatchCore(
             "resnet18",
@@ -161,7 +152,7 @@ class TestFit:
             n_neighbors=3,
             calibration="leave_one_out",
             n_jobs=2,
-            **of_both,
+            **for_both,
         )
         parameters = made.get_params(deep=False)
         assert type(parameters["detector"]) is PatchCore
@@ -169,12 +160,12 @@ class TestFit:
         expected.pop("detector")
         assert parameters == expected
 
-    def test_what_is_common_to_both_is_no_accident(self) -> None:
-        """A new parameter of both must be sorted: meant for both, or for the heatmap model."""
+    def test_every_parameter_of_both_models_is_assigned(self) -> None:
+        """A new parameter of both models must be assigned: to both, or to the heatmap model."""
         of_cascade = set(inspect.signature(GatedCascade).parameters)
         common = set(ALL_FIT_OPTIONS) & of_cascade - set(CASCADE_OPTIONS)
         of_each = {"weights", "image_size", "calibration", "false_alarm_rate", "epochs"}
-        assert common == {*_OF_BOTH, *of_each}
+        assert common == {*_FOR_BOTH, *of_each}
 
     @pytest.mark.parametrize(
         ("name", "cls"),
@@ -189,7 +180,7 @@ class TestFit:
         options = ["--heatmap-model", name, "--calibration", "split"]
         assert make_detector(parse(*CASCADE, *options)).detector.calibration == "split"
 
-    def test_with_anomalies_of_ones_own(
+    def test_anomalous_images_can_be_given(
         self, wall: Path, scratches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = tmp_path / "m.safetensors"
@@ -204,7 +195,7 @@ class TestFit:
         detector = load(path)
         assert len(detector.anomaly_probabilities_) == 5
         assert type(detector.detector_) is PaDiM
-        assert path.stat().st_size > 10_000_000  # two networks are inside
+        assert path.stat().st_size > 10_000_000  # the file holds two networks
         direct = GatedCascade(
             detector=PaDiM(image_size=64, n_components=20, calibration="leave_one_out"),
             image_size=64,
@@ -215,7 +206,7 @@ class TestFit:
         direct.fit([*good, *bad], [0] * 24 + [1] * 10)
         assert detector.routing_ == direct.routing_
 
-    def test_says_what_is_not_promised(
+    def test_the_summary_says_what_is_not_guaranteed(
         self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         command = ["fit", str(wall / "train/good"), "-o", str(tmp_path / "m"), *FAST]
@@ -231,7 +222,7 @@ class TestFit:
         assert "the rate of 0.05 asked for is not guaranteed, see the warning" in out
         assert err.startswith("warning: --false-alarm-rate 0.05 needs 19 normal images, got 12;")
 
-    def test_too_few_anomalies_leave_the_false_alarm_rate_alone(
+    def test_too_few_anomalies_do_not_affect_the_false_alarm_rate(
         self, wall: Path, scratches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         command = ["fit", str(wall / "train/good"), "-o", str(tmp_path / "m"), *FAST, *RATES]
@@ -241,7 +232,7 @@ class TestFit:
         assert "of anomalies such as the 56 made-up ones held out" in out
         assert "false alarms  at most 0.2 of future normal images, on average" in out
 
-    def test_skips_and_lists(
+    def test_unreadable_images_can_be_skipped_and_are_listed(
         self,
         wall: Path,
         broken: dict[str, Path],
@@ -285,7 +276,7 @@ class TestFit:
             ("--calibration isotonic", "PatchCore: calibration must be one of"),
         ],
     )
-    def test_names_a_wrong_option(
+    def test_a_wrong_option_is_named(
         self,
         wall: Path,
         tmp_path: Path,
@@ -295,7 +286,7 @@ class TestFit:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         learned = "anomalib_lite.cascade._fitting.Head.fit"
-        monkeypatch.setattr(learned, lambda *_: pytest.fail("it came to learn something"))
+        monkeypatch.setattr(learned, lambda *_: pytest.fail("the fit has begun"))
         save(np.zeros((64, 64), np.uint8), wall / "models/one/0.png")
         command = ["fit", wall / "train/good", "-o", tmp_path / "m", *CASCADE]
         said = refused(*command, *options.format(wall=wall).split())
@@ -304,7 +295,7 @@ class TestFit:
 
 
 class TestPredict:
-    def test_writes_who_decided(
+    def test_the_table_says_which_model_decided(
         self, wall: Path, half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         folders = [str(wall / "test/good"), str(wall / "test/scratch")]
@@ -331,7 +322,9 @@ class TestPredict:
             f"{found.heatmap_call_rate:.3g}"
         )
 
-    def test_pictures_of_all_if_asked(self, wall: Path, half: Path, tmp_path: Path) -> None:
+    def test_all_images_get_a_picture_if_asked(
+        self, wall: Path, half: Path, tmp_path: Path
+    ) -> None:
         command = ["predict", str(half), str(wall / "test/scratch"), "-o", str(tmp_path)]
         assert cli.main([*command, "--maps", "always"]) == 0
         rows = read(tmp_path / "scores.csv")
@@ -346,7 +339,7 @@ class TestPredict:
         for row in read(tmp_path / "scores.csv"):
             assert bool(row["overlay"]) == (row["route"] == "detector")
 
-    def test_colours_are_those_of_the_heatmap_model(
+    def test_colours_follow_the_threshold_of_the_heatmap_model(
         self, wall: Path, half: Path, tmp_path: Path
     ) -> None:
         path = wall / "test/scratch/000.png"
@@ -363,7 +356,7 @@ class TestPredict:
         assert np.abs(pixels.astype(int) - expected).max() <= 3  # rounded in other units
         assert len(np.unique(expected)) > 50
 
-    def test_without_pictures_the_heatmap_model_sees_only_what_it_decides(
+    def test_without_pictures_the_heatmap_model_runs_only_where_it_decides(
         self, wall: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[tuple[int, Any, int]] = []
@@ -380,7 +373,7 @@ class TestPredict:
         rows = read(tmp_path / "scores.csv")
         assert seen == [(sum(row["route"] == "detector" for row in rows), False, 30)]
 
-    def test_skips_and_lists(
+    def test_unreadable_images_can_be_skipped_and_are_listed(
         self,
         wall: Path,
         half: Path,
@@ -403,7 +396,7 @@ class TestPredict:
         assert cli.main([*command[:2], *files[1:], *command[-2:], "--on-error", "skip"]) == 0
         assert capsys.readouterr().out.count("\n") == 1  # a share of no images is none
 
-    def test_a_table_of_another_detector_has_no_route(
+    def test_the_table_of_another_detector_has_no_route(
         self, wall: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         command = ["predict", str(model), str(wall / "test/good"), "-o", str(tmp_path)]
@@ -436,7 +429,7 @@ class TestPredict:
         assert "threshold of its heatmap model" in said
         assert "Go without pictures with --no-overlays" in said
 
-    def test_weights_that_lie_elsewhere_now(
+    def test_weights_files_can_move(
         self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
     ) -> None:
         torch.manual_seed(0)
@@ -455,7 +448,7 @@ class TestPredict:
 
 
 class TestEvaluate:
-    def test_pixel_metrics_and_the_call_rate(
+    def test_the_report_has_pixel_metrics_and_the_call_rate(
         self, wall: Path, half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         file = tmp_path / "r.json"
@@ -472,7 +465,7 @@ class TestEvaluate:
         assert out.startswith(f"GatedCascade on {wall.name}: fitted before, 6 normal and 4")
 
     @pytest.mark.parametrize("root", ["wall", "plain"])
-    def test_no_heatmaps_where_none_are_needed(
+    def test_no_heatmaps_are_made_without_pixel_metrics(
         self,
         wall: Path,
         half: Path,
@@ -498,10 +491,10 @@ class TestEvaluate:
         assert "heatmap call rate" in capsys.readouterr().out
 
 
-def test_every_part_follows_the_command(
+def test_both_models_get_the_options_of_the_command(
     wall: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A detector as gate, which only Python can make, has options of its own, too."""
+    """A detector as gate, which only Python can make, also has options of its own."""
     small = PatchCore(image_size=64, coreset_ratio=0.1, verbose=1)
     heatmaps = PatchCore(image_size=64)
     options = {"max_missed": 0.2, "false_alarm_rate": 0.2, "on_error": "skip"}
@@ -518,3 +511,29 @@ def test_every_part_follows_the_command(
     command = [str(tmp_path / "m"), str(wall / "plain"), "--batch-size", "5"]
     assert cli.main(["evaluate", *command]) == 0
     assert set(seen) == {("raise", 5, 0)}
+
+
+@pytest.mark.parametrize("gate", ["efficientnet_lite0", "detector"])
+def test_predict_to_changes_no_model_of_a_cascade(
+    gate: str, wall: Path, half: Path, broken: dict[str, Path], tmp_path: Path
+) -> None:
+    if gate == "detector":
+        small, heatmaps = (PatchCore(image_size=64, coreset_ratio=0.1) for _ in range(2))
+        options = {"max_missed": 0.2, "false_alarm_rate": 0.2}
+        cascade = GatedCascade(small, heatmaps, **options).fit(wall / "train/good")
+    else:
+        cascade = load(half)
+    models = [cascade, cascade.gate_, *cascade._members().values()]
+    for one in (cascade, *cascade._members().values()):
+        one.verbose = 1
+    before = [dict(vars(one)) for one in models]
+    files = [wall / "test/good/000.png", *(wall / "test/scratch").iterdir(), broken["cut"]]
+    source = ImageSource(files, where="predict")
+    with pytest.raises(ImageError, match="5 of 6 images are done"):
+        predict_to(tmp_path, cascade, source, maps=True, skip=False)
+    summary = predict_to(tmp_path, cascade, source, maps="always", skip=True)
+    assert len(summary.skipped) == 1
+    assert summary.routes.total() == 5
+    for one, attributes in zip(models, before, strict=True):
+        assert vars(one).keys() == attributes.keys()
+        assert all(vars(one)[name] is value for name, value in attributes.items())

@@ -1,31 +1,24 @@
-"""The demonstration, on few photographs: its files, and an honest page that fetches nothing."""
+"""The demonstration, on a few photographs: its files, and a page that loads nothing."""
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cli_fixtures import Refused, read
 from PIL import Image
 
 from anomalib_lite import cli, load
 from anomalib_lite.datasets import ELPV, elpv
 
-Refused = Callable[..., str]
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the demonstration writes, on few photographs."""
+    """Files that the demonstration writes, on a few photographs."""
     if importlib.util.find_spec("elpv_dataset") is None:
         pytest.skip("elpv-dataset is not installed")
     path = tmp_path_factory.mktemp("demo") / "out"
@@ -35,7 +28,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestDemo:
-    def test_writes_everything(self, output: Path) -> None:
+    def test_writes_all_files(self, output: Path) -> None:
         assert sorted(path.name for path in output.iterdir()) == [
             "index.html",
             "overlays.png",
@@ -52,7 +45,7 @@ class TestDemo:
         assert report["metrics"]["image_auroc"] > 0.8
         assert load(output / "solar-cells.safetensors").threshold_ == report["threshold"]
 
-    def test_the_page_fetches_nothing(self, output: Path) -> None:
+    def test_the_page_loads_nothing(self, output: Path) -> None:
         html = (output / "index.html").read_text(encoding="utf-8")
         assert "<script" not in html
         assert "<link" not in html
@@ -108,24 +101,28 @@ class TestDemo:
             for words in ("Normal", "Defective", "anomaly score", "cells", "threshold"):
                 assert words in svg
 
-    def test_the_sheet_is_whole(self, output: Path) -> None:
+    def test_nothing_on_the_sheet_is_cut_off(self, output: Path) -> None:
         with Image.open(output / "overlays.png") as sheet:
             pixels = np.asarray(sheet)
         assert pixels.shape[1] == 6 * (190 + 12) + 12
         for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
             assert (edge == 255).all()
 
-    def test_says_how_to_get_the_photographs(
+    def test_the_error_says_how_to_get_the_photographs(
         self, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(elpv.importlib.util, "find_spec", lambda *_: None)
         said = refused("demo", "-o", tmp_path)
         assert 'pip install "anomalib-lite[demo]"' in said
 
-    def test_names_a_place_that_cannot_be_written(self, tmp_path: Path, refused: Refused) -> None:
+    def test_a_directory_that_cannot_be_written_is_named(
+        self, tmp_path: Path, refused: Refused
+    ) -> None:
         (tmp_path / "file").touch()
         assert str(tmp_path / "file") in refused("demo", "-o", tmp_path / "file")
 
-    def test_names_a_number_too_large(self, output: Path, tmp_path: Path, refused: Refused) -> None:
+    def test_a_number_that_is_too_large_is_named(
+        self, output: Path, tmp_path: Path, refused: Refused
+    ) -> None:
         said = refused("demo", "-o", tmp_path, "--n-test", 510)
         assert "n_test must be a whole number of at least 2 and at most 509, got 510" in said

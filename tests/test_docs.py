@@ -30,7 +30,7 @@ from anomalib_lite.backbones._timm import default_layers
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.cascade.routing import anomalies_needed
 from anomalib_lite.cli import main
-from anomalib_lite.cli._parser import make_parser
+from anomalib_lite.cli._main import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, DOCS, EXAMPLES = ROOT / "anomalib_lite", ROOT / "docs", ROOT / "examples"

@@ -1,4 +1,4 @@
-"""evaluate, with a small detector that computes honest scores from the pixels."""
+"""evaluate, with a small detector that computes real scores from pixels."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Found:
 
 
 class MeanImage:
-    """Distance of each pixel from the mean training image; the score is the largest."""
+    """Score: the largest distance of a pixel from the mean training image."""
 
     def __init__(self, quantile: float = 1.0) -> None:
         self.quantile = quantile
@@ -98,8 +98,8 @@ def report(plate: MVTecAD) -> Report:
     return evaluate(MeanImage(), plate)
 
 
-class TestFigures:
-    def test_are_those_of_the_metrics(self, plate: MVTecAD, report: Report) -> None:
+class TestMetrics:
+    def test_are_computed_by_the_metrics_module(self, plate: MVTecAD, report: Report) -> None:
         detector = MeanImage().fit(plate.train)
         found = detector.detect(plate.test)
         truth = [s.label for s in plate.test]
@@ -119,7 +119,7 @@ class TestFigures:
         assert report.samples == plate.test
         assert report.threshold == detector.threshold_
 
-    def test_each_kind_stands_against_all_good_images(self, report: Report) -> None:
+    def test_each_kind_is_compared_with_all_good_images(self, report: Report) -> None:
         good = report.scores[[s.label == 0 for s in report.samples]]
         assert list(report.per_kind) == ["scratch", "stain"]
         for kind, row in report.per_kind.items():
@@ -141,20 +141,22 @@ class TestFigures:
         assert (nothing["false_alarm_rate"], nothing["detection_rate"]) == (0.0, 0.0)
         assert nothing["image_auroc"] == everything["image_auroc"]
 
-    def test_the_limit_is_that_of_aupro(self, plate: MVTecAD, report: Report) -> None:
+    def test_fpr_limit_is_the_limit_of_aupro(self, plate: MVTecAD, report: Report) -> None:
         strict = evaluate(MeanImage(), plate, fpr_limit=0.01)
         assert strict.metrics["aupro"] < report.metrics["aupro"]
         assert (strict.fpr_limit, report.fpr_limit) == (0.01, 0.3)
 
     @pytest.mark.parametrize("chunk_size", [1, 5, 14])
-    def test_chunks_change_nothing(self, plate: MVTecAD, report: Report, chunk_size: int) -> None:
+    def test_chunks_do_not_change_the_metrics(
+        self, plate: MVTecAD, report: Report, chunk_size: int
+    ) -> None:
         detector = MeanImage()
         chunked = evaluate(detector, plate, chunk_size=chunk_size)
         assert chunked.metrics == report.metrics
         assert max(detector.chunks) == chunk_size
         assert sum(detector.chunks) == len(plate.test)
 
-    def test_timings_memory_and_counts(self, report: Report) -> None:
+    def test_the_report_has_timings_memory_counts_and_versions(self, report: Report) -> None:
         assert list(report.timings) == ["fit_s", "test_s", "ms_per_image"]
         assert all(value > 0 for value in report.timings.values())
         assert report.timings["ms_per_image"] == pytest.approx(report.timings["test_s"] * 1000 / 14)
@@ -178,12 +180,12 @@ class TestFigures:
 
 
 class TestFitting:
-    def test_fits_what_is_not_fitted(self, plate: MVTecAD) -> None:
+    def test_an_unfitted_detector_is_fitted(self, plate: MVTecAD) -> None:
         detector = MeanImage()
         evaluate(detector, plate)
         assert detector.n_fitted_ == 12
 
-    def test_leaves_a_fitted_detector_as_it_is(self, plate: MVTecAD) -> None:
+    def test_a_fitted_detector_is_not_fitted_again(self, plate: MVTecAD) -> None:
         detector = MeanImage().fit(plate.train[:3])
         mean = detector.mean_.copy()
         report = evaluate(detector, plate)
@@ -192,7 +194,7 @@ class TestFitting:
         assert "fit_s" not in report.timings
         assert "fitted before" in str(report)
 
-    def test_tests_on_samples_alone(self, plate: MVTecAD, report: Report) -> None:
+    def test_samples_alone_need_a_fitted_detector(self, plate: MVTecAD, report: Report) -> None:
         with pytest.raises(NotFittedError, match="MeanImage must be fitted"):
             evaluate(MeanImage(), plate.test)
         on_samples = evaluate(MeanImage().fit(plate.train), list(plate.test))
@@ -201,7 +203,7 @@ class TestFitting:
 
 
 class TestMasks:
-    def test_without_masks_only_image_metrics(self, root: Path, report: Report) -> None:
+    def test_without_masks_there_are_only_image_metrics(self, root: Path, report: Report) -> None:
         ds = Folder(
             root / "plate",
             normal="train/good",
@@ -213,10 +215,10 @@ class TestMasks:
         assert bare.metrics["image_auroc"] == report.metrics["image_auroc"]
         assert "empty_masks" not in bare.counts
 
-    def test_can_be_left_aside(self, plate: MVTecAD) -> None:
+    def test_pixel_metrics_can_be_switched_off(self, plate: MVTecAD) -> None:
         assert "aupro" not in evaluate(MeanImage(), plate, pixel_metrics=False).metrics
 
-    def test_some_without_are_refused_before_fitting(self, plate: MVTecAD) -> None:
+    def test_masks_for_only_some_are_refused_before_the_fit(self, plate: MVTecAD) -> None:
         stripped = Sample(plate.test[-1].path, 1, "stain")
         detector = MeanImage()
         plate.test = (*plate.test[:-1], stripped)
@@ -225,15 +227,15 @@ class TestMasks:
         assert not hasattr(detector, "threshold_")
         assert "aupro" not in evaluate(detector, plate, pixel_metrics=False).metrics
 
-    def test_another_size_is_refused(self, root: Path) -> None:
-        # Width and height exchanged: the error that square images hide.
+    def test_a_mask_of_another_size_is_refused(self, root: Path) -> None:
+        # Width and height swapped: an error that square images would hide.
         Image.new("L", (HEIGHT, WIDTH)).save(root / "plate/ground_truth/stain/2_mask.png")
         with pytest.raises(InvalidValueError, match=r"its mask \(40, 24\), got \(24, 40\)"):
             evaluate(MeanImage(), MVTecAD(root, "plate"))
 
 
 class TestRefuses:
-    def test_what_is_no_data_set(self, plate: MVTecAD) -> None:
+    def test_what_is_not_a_data_set(self, plate: MVTecAD) -> None:
         detector = MeanImage().fit(plate.train)
         with pytest.raises(InvalidTypeError, match="sequence of Sample, got str"):
             evaluate(detector, "plates")
@@ -245,13 +247,13 @@ class TestRefuses:
     @pytest.mark.parametrize(
         "argument", [{"fpr_limit": 0}, {"fpr_limit": 2}, {"chunk_size": 0}, {"chunk_size": 1.5}]
     )
-    def test_arguments_before_any_work(self, plate: MVTecAD, argument: dict[str, Any]) -> None:
+    def test_wrong_arguments_before_the_fit(self, plate: MVTecAD, argument: dict[str, Any]) -> None:
         detector = MeanImage()
         with pytest.raises(InvalidValueError, match=f"evaluate: {next(iter(argument))} must be"):
             evaluate(detector, plate, **argument)
         assert not hasattr(detector, "threshold_")
 
-    def test_an_answer_of_another_length(self, plate: MVTecAD) -> None:
+    def test_another_number_of_scores_than_images(self, plate: MVTecAD) -> None:
         class Forgetful(MeanImage):
             def detect(self, images: Any) -> Found:
                 found = super().detect(images)
@@ -299,7 +301,7 @@ class TestWriting:
         )
         assert int(values["all", "test"]) == 14
 
-    def test_undefined_is_missing_everywhere(self, plate: MVTecAD, tmp_path: Path) -> None:
+    def test_undefined_metrics_are_empty_in_all_files(self, plate: MVTecAD, tmp_path: Path) -> None:
         good = [s for s in plate.test if not s.label]
         report = evaluate(MeanImage().fit(plate.train), good)
         assert math.isnan(report.metrics["image_auroc"])
@@ -313,7 +315,9 @@ class TestWriting:
         assert ",all,image_auroc,\n" in (tmp_path / "r.csv").read_text()
 
     @pytest.mark.parametrize("write", ["to_json", "to_csv"])
-    def test_what_cannot_be_written(self, report: Report, tmp_path: Path, write: str) -> None:
+    def test_a_file_that_cannot_be_written_is_an_error(
+        self, report: Report, tmp_path: Path, write: str
+    ) -> None:
         (tmp_path / "folder").mkdir()
         (tmp_path / "file").write_text("kept")
         for target in ("nowhere/r.json", "folder", "file/r.json"):
@@ -323,7 +327,7 @@ class TestWriting:
         assert (tmp_path / "file").read_text() == "kept"
 
     @pytest.mark.parametrize("step", ["write_text", "replace"])
-    def test_a_file_is_replaced_whole(
+    def test_a_file_is_replaced_in_one_step(
         self, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
     ) -> None:
         path = tmp_path / "r.json"
@@ -341,7 +345,7 @@ class TestWriting:
         assert path.read_text().startswith("{")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["plate", "r.json"]
 
-    def test_no_bar_outside_a_terminal(
+    def test_no_progress_bar_outside_a_terminal(
         self, plate: MVTecAD, capsys: pytest.CaptureFixture[str]
     ) -> None:
         evaluate(MeanImage(), plate, progress=True)
@@ -349,7 +353,7 @@ class TestWriting:
 
 
 def test_real_photographs(data_dir: Path) -> None:
-    """Images of many sizes, scored by how far each pixel is from the mean brightness."""
+    """Images of many sizes, scored by the distance of each pixel from the mean brightness."""
 
     class Brightness:
         def fit(self, images: Any) -> Brightness:

@@ -1,4 +1,4 @@
-"""Gaussians: scikit-learn's numbers from running moments, and PaDiM's from the paper."""
+"""Gaussians from running moments against scikit-learn, and the grid against PaDiM's paper."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from anomalib_lite.gaussian import Gaussian, GaussianGrid, Moments
 
 
 def rows(n: int, d: int, seed: int = 0) -> np.ndarray:
-    """Correlated, of different ranges, and away from the origin."""
+    """Correlated rows of different ranges, away from the origin."""
     rng = np.random.default_rng(seed)
     mixed = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) * rng.uniform(0.1, 3, d)
     return (mixed + rng.normal(scale=5, size=d)).astype(np.float32)
 
 
 @parametrize_with_checks([Gaussian(), Gaussian("oas"), Gaussian(0.1)])
-def test_sklearn_s_checks(estimator: object, check: object) -> None:
+def test_passes_the_checks_of_scikit_learn(estimator: object, check: object) -> None:
     check(estimator)  # type: ignore[operator]
 
 
@@ -34,7 +34,7 @@ def test_sklearn_s_checks(estimator: object, check: object) -> None:
     ("shrinkage", "theirs"),
     [("ledoit_wolf", LedoitWolf()), ("oas", OAS()), (0.2, ShrunkCovariance(shrinkage=0.2))],
 )
-def test_numbers_are_scikit_learn_s(n: int, d: int, shrinkage: object, theirs: object) -> None:
+def test_the_fit_is_that_of_scikit_learn(n: int, d: int, shrinkage: object, theirs: object) -> None:
     X, Q = rows(n, d), rows(20, d, 1)
     ours = Gaussian(shrinkage).fit(X)
     expected = clone(theirs).fit(X.astype(np.float64))
@@ -48,7 +48,7 @@ def test_numbers_are_scikit_learn_s(n: int, d: int, shrinkage: object, theirs: o
     np.testing.assert_allclose(identity, np.eye(d), atol=1e-7)
 
 
-def test_without_shrinkage_it_is_the_textbook() -> None:
+def test_without_shrinkage_the_distance_is_the_textbook_one() -> None:
     X, Q = rows(200, 6).astype(np.float64), rows(9, 6, 1).astype(np.float64)
     precision = np.linalg.inv(np.cov(X.T, bias=True))
     expected = [np.sqrt((q - X.mean(0)) @ precision @ (q - X.mean(0))) for q in Q]
@@ -57,7 +57,7 @@ def test_without_shrinkage_it_is_the_textbook() -> None:
 
 @pytest.mark.parametrize("shrinkage", ["ledoit_wolf", "oas", 0.3])
 @pytest.mark.parametrize("cuts", [[1], [30, 31, 290], [2, 150]])
-def test_blocks_do_not_matter(shrinkage: object, cuts: list[int]) -> None:
+def test_blocks_of_rows_do_not_change_the_fit(shrinkage: object, cuts: list[int]) -> None:
     X, Q = rows(300, 12), rows(9, 12, 1)
     whole, bit = Gaussian(shrinkage).fit(X), Gaussian(shrinkage)
     for part in np.split(X, cuts):
@@ -66,14 +66,14 @@ def test_blocks_do_not_matter(shrinkage: object, cuts: list[int]) -> None:
     np.testing.assert_allclose(bit.mahalanobis(Q), whole.mahalanobis(Q), rtol=1e-9)
 
 
-def test_too_few_rows_say_so_when_asked() -> None:
+def test_too_few_rows_raise_when_distances_are_needed() -> None:
     gaussian = Gaussian().partial_fit(rows(2, 12))
     with pytest.raises(InvalidValueError, match=r"2 rows in 12 dimensions .* has no inverse"):
         gaussian.mahalanobis(rows(1, 12))
     assert np.isfinite(gaussian.partial_fit(rows(30, 12)).mahalanobis(rows(1, 12))).all()
 
 
-def test_merged_moments_are_those_of_all() -> None:
+def test_merged_moments_are_those_of_all_rows() -> None:
     X = rows(500, 7).astype(np.float64)
     whole, parts = Moments(7), [Moments(7) for _ in range(4)]
     whole.add(X)
@@ -95,7 +95,7 @@ def test_merged_moments_are_those_of_all() -> None:
         np.testing.assert_allclose(moments.quartic, sq @ sq)
 
 
-def test_large_arrays_of_float32_are_not_copied_and_lose_nothing() -> None:
+def test_large_float32_arrays_are_not_copied_and_keep_their_precision() -> None:
     X = rows(100_000, 768)
     X[:, 0] += 1000  # a mean far larger than the spread
     tracemalloc.start()
@@ -103,7 +103,7 @@ def test_large_arrays_of_float32_are_not_copied_and_lose_nothing() -> None:
     distances = gaussian.mahalanobis(X)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * X.nbytes  # beside X, which is a third of what is allowed
+    assert peak < 2 * X.nbytes  # X itself is not counted
     y = X.astype(np.float64)
     y -= y.mean(axis=0)
     covariance = y.T @ y / len(y)
@@ -113,7 +113,7 @@ def test_large_arrays_of_float32_are_not_copied_and_lose_nothing() -> None:
     np.testing.assert_allclose(distances[:5000], expected, rtol=1e-4)
 
 
-def test_one_that_was_fitted_can_be_fitted_again_and_fails_whole() -> None:
+def test_a_failed_fit_keeps_the_earlier_one() -> None:
     X = rows(50, 4)
     gaussian = Gaussian(0).fit(X)
     before = gaussian.mahalanobis(X)
@@ -124,7 +124,7 @@ def test_one_that_was_fitted_can_be_fitted_again_and_fails_whole() -> None:
 
 
 @pytest.mark.parametrize("shrinkage", ["ledoit-wolf", -0.1, 1.5, None, True])
-def test_shrinkages_that_are_none(shrinkage: object) -> None:
+def test_an_invalid_shrinkage_is_refused(shrinkage: object) -> None:
     with pytest.raises((InvalidValueError, InvalidTypeError), match=r"^Gaussian: shrinkage"):
         Gaussian(shrinkage).fit(rows(9, 2))
 
@@ -132,17 +132,17 @@ def test_shrinkages_that_are_none(shrinkage: object) -> None:
 @pytest.mark.parametrize(
     "X", [np.ones(4), np.ones((1, 4)), [[np.nan, 1], [2, 3]], [["a"], ["b"]], [[1e20], [2]]]
 )
-def test_rows_that_are_none(X: object) -> None:
+def test_invalid_rows_are_refused(X: object) -> None:
     with pytest.raises((InvalidValueError, InvalidTypeError), match=r"^Gaussian: "):
         Gaussian().fit(X)
 
 
-def test_before_fit() -> None:
+def test_distances_need_a_fit() -> None:
     with pytest.raises(NotFittedError, match="Call fit"):
         Gaussian().mahalanobis(rows(2, 2))
 
 
-# --- One for each position ------------------------------------------------------------------
+# --- One Gaussian for each position ---------------------------------------------------------
 
 
 def embeddings(n: int, h: int = 5, w: int = 7, d: int = 6, seed: int = 0) -> np.ndarray:
@@ -164,35 +164,35 @@ def naive(E: np.ndarray, Q: np.ndarray, ridge: float) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [2, 4, 60])  # fewer images than dimensions, and more
 @pytest.mark.parametrize("ridge", [0.01, 1.0])
-def test_each_position_is_as_in_the_paper(n: int, ridge: float) -> None:
+def test_each_position_follows_the_paper(n: int, ridge: float) -> None:
     E, Q = embeddings(n), embeddings(9, seed=1)
     grid = GaussianGrid((5, 7, 6), ridge)
     grid.add(E)
-    grid.factor()
+    grid.factorize()
     np.testing.assert_allclose(grid.mahalanobis(Q), naive(E, Q, ridge), rtol=2e-4)
 
 
-def test_going_on_after_factoring_and_restoring() -> None:
+def test_images_can_be_added_after_factorize_and_restore() -> None:
     E, Q = embeddings(80), embeddings(9, seed=1)
     grid = GaussianGrid((5, 7, 6))
     grid.add(E[:30])
-    grid.factor()
+    grid.factorize()
     again = GaussianGrid((5, 7, 6))
     again.restore(grid.n, grid.mean.copy(), grid.packed())
     np.testing.assert_array_equal(again.mahalanobis(Q), grid.mahalanobis(Q))
     for one in (grid, again):
         one.add(E[30:31])
         one.add(E[31:])
-        one.factor()
+        one.factorize()
         assert one.n == 80
         np.testing.assert_allclose(one.mahalanobis(Q), naive(E, Q, 0.01), rtol=1e-3)
 
 
-def test_left_out_is_as_if_it_had_not_been_there() -> None:
+def test_leave_one_out_equals_a_fit_without_the_image() -> None:
     E = embeddings(25)
     grid = GaussianGrid((5, 7, 6))
     grid.add(E)
-    got = grid.left_out([E[:10], E[10:]])
+    got = grid.leave_one_out([E[:10], E[10:]])
     for i in (0, 7, 24):
         expected = naive(np.delete(E, i, axis=0), E[i : i + 1], 0.01)
         np.testing.assert_allclose(got[i : i + 1], expected, rtol=1e-2)

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, and against naive versions written from their definitions."""
+"""Metrics against scikit-learn and against naive versions of their definitions."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from anomalib_lite.metrics import (
     pixel_auroc,
     pixel_average_precision,
     pixel_metrics,
+    rate,
     seg_f1,
 )
 
@@ -41,7 +42,7 @@ def image_scores(seed: int, *, ties: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pixel_scores(seed: int, *, ties: bool) -> tuple[list[np.ndarray | None], list[np.ndarray]]:
-    """Images of several sizes, none square but one; the last two are good images."""
+    """Images of several sizes, all but one not square; the last two are good images."""
     rng = np.random.default_rng(seed)
     masks: list[np.ndarray | None] = []
     maps = []
@@ -111,8 +112,8 @@ class TestImagesAgainstScikitLearn:
         assert fpr_at_tpr(y, scores, tpr) == pytest.approx(expected, abs=1e-12)
 
 
-def test_fpr_at_tpr_needs_no_more_hits_than_asked() -> None:
-    # 0.55 * 100 is 55.00000000000001 in binary: rounding that up would ask for 56 hits.
+def test_fpr_at_tpr_needs_no_more_hits_than_requested() -> None:
+    # 0.55 * 100 is 55.00000000000001 in binary: rounding it up would need 56 hits.
     y = np.r_[np.ones(100), np.zeros(1)]
     scores = np.r_[np.arange(100, 0, -1), 45.5]
     assert fpr_at_tpr(y, scores, 0.55) == 0.0
@@ -130,13 +131,13 @@ class TestPixels:
         assert pixel_average_precision(masks, maps) == pytest.approx(expected, abs=1e-12)
 
     @pytest.mark.parametrize("limit", [0.001, 0.05, 0.3, 0.77, 1.0])
-    def test_aupro_is_the_definition(self, seed: int, ties: bool, limit: float) -> None:
+    def test_aupro_equals_its_definition(self, seed: int, ties: bool, limit: float) -> None:
         masks, maps = pixel_scores(seed, ties=ties)
         assert aupro(masks, maps, limit) == pytest.approx(
             naive_aupro(masks, maps, limit), abs=1e-12
         )
 
-    def test_all_at_once_is_one_by_one(self, seed: int, ties: bool) -> None:
+    def test_all_at_once_equals_one_by_one(self, seed: int, ties: bool) -> None:
         masks, maps = pixel_scores(seed, ties=ties)
         assert pixel_metrics(masks, maps, fpr_limit=0.05) == {
             "pixel_auroc": pytest.approx(pixel_auroc(masks, maps), abs=1e-12),
@@ -150,7 +151,7 @@ class TestPixels:
         assert pixel_metrics(masks, stretched) == pytest.approx(pixel_metrics(masks, maps))
 
 
-def test_long_runs_are_looked_up_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_look_ups_in_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, maps = pixel_scores(7, ties=True)
     whole = pixel_metrics(masks, maps)
     monkeypatch.setattr(_ranking, "_LOOKUP", 3)
@@ -175,7 +176,7 @@ def test_regions_that_touch_at_a_corner_are_one() -> None:
     assert pixel_auroc([apart], [np.maximum(amap, -1)]) < 0.5  # ... though a third of the pixels
 
 
-def test_every_region_counts_the_same_however_small() -> None:
+def test_every_region_has_the_same_weight() -> None:
     mask = np.zeros((10, 30), dtype=np.uint8)
     mask[1:9, 1:11] = 255
     mask[5, 20] = 7
@@ -193,7 +194,7 @@ def test_good_images_lower_the_false_positive_rate() -> None:
     assert aupro([mask, None], [amap, good], 0.3) == pytest.approx((0.3 - 1 / 18) / 0.3)
 
 
-def test_perfect_and_worst() -> None:
+def test_perfect_and_worst_maps() -> None:
     masks, maps = pixel_scores(0, ties=False)
     truths = as_truths(masks, maps)
     best = [t.astype(np.float32) for t in truths]
@@ -219,19 +220,19 @@ def test_scores_keep_their_precision_and_range() -> None:
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float32])
-def test_masks_of_any_integer_type(dtype: type) -> None:
+def test_masks_may_have_any_integer_type(dtype: type) -> None:
     masks, maps = pixel_scores(3, ties=False)
     typed = [None if m is None else m.astype(dtype) for m in masks]
     assert pixel_metrics(typed, maps) == pixel_metrics(masks, maps)
 
 
-def test_stacks_are_lists() -> None:
+def test_an_array_equals_a_list_of_arrays() -> None:
     rng = np.random.default_rng(0)
     masks, maps = rng.random((3, 7, 11)) < 0.2, rng.random((3, 7, 11)).astype(np.float32)
     assert pixel_metrics(masks, maps) == pixel_metrics(list(masks), list(maps))
 
 
-def test_inputs_stay_as_they_were() -> None:
+def test_inputs_are_not_changed() -> None:
     masks, maps = pixel_scores(1, ties=False)
     before = [a.copy() for a in maps]
     pixel_metrics(masks, maps)
@@ -244,12 +245,12 @@ def test_inputs_stay_as_they_were() -> None:
 
 @pytest.mark.parametrize("metric", [auroc, average_precision, f1_max, fpr_at_tpr])
 @pytest.mark.parametrize("y", [[0, 0, 0], [1, 1, 1]])
-def test_one_class_is_missing_not_a_number_for_images(metric, y) -> None:
+def test_image_metrics_are_nan_without_one_class(metric, y) -> None:
     assert math.isnan(metric(y, [0.1, 0.2, 0.3]))
 
 
 @pytest.mark.parametrize("mask", [np.zeros((2, 3), int), np.ones((2, 3), int), None])
-def test_one_class_is_missing_not_a_number_for_pixels(mask) -> None:
+def test_pixel_metrics_are_nan_without_one_class(mask) -> None:
     maps = [np.arange(6.0).reshape(2, 3)]
     assert all(math.isnan(v) for v in pixel_metrics([mask], maps).values())
     assert math.isnan(aupro([mask], maps))
@@ -265,12 +266,12 @@ def test_one_class_is_missing_not_a_number_for_pixels(mask) -> None:
         ([-1, 1], [0.1, 0.2], "got -1. For scikit-learn's"),
     ],
 )
-def test_refuses_images(y, scores, message: str) -> None:
+def test_refuses_wrong_labels_and_scores(y, scores, message: str) -> None:
     with pytest.raises(InvalidValueError, match=message):
         auroc(y, scores)
 
 
-def test_refuses_what_is_no_number() -> None:
+def test_refuses_what_is_not_a_number() -> None:
     with pytest.raises(InvalidTypeError, match="y_score must hold real numbers"):
         auroc([0, 1], ["a", "b"])
     with pytest.raises(InvalidTypeError, match="y_true must hold 0"):
@@ -293,7 +294,7 @@ def test_refuses_what_is_no_number() -> None:
         ([None, None], [np.zeros((2, 2)), np.array([[0, np.nan]])], r"maps\[1\] must not be NaN"),
     ],
 )
-def test_refuses_pixels(masks, maps, message: str) -> None:
+def test_refuses_wrong_masks_and_maps(masks, maps, message: str) -> None:
     with pytest.raises(InvalidValueError, match=message):
         aupro(masks, maps)
 
@@ -304,7 +305,7 @@ def test_refuses_soft_masks() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -0.1, 1.01, float("nan"), "0.3", None])
-def test_refuses_limits(limit) -> None:
+def test_refuses_a_rate_outside_0_to_1(limit) -> None:
     with pytest.raises(InvalidValueError, match=r"fpr_limit must be a number in \(0, 1\]"):
         aupro([None], [np.zeros((2, 2))], limit)
     with pytest.raises(InvalidValueError, match=r"tpr must be a number in \(0, 1\]"):
@@ -325,7 +326,7 @@ def test_memory_stays_near_one_copy_of_the_maps() -> None:
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_seg_f1(ties: bool) -> None:
+def test_seg_f1_is_the_f1_of_all_pixels(ties: bool) -> None:
     masks, maps = pixel_scores(3, ties=ties)
     truth = [np.zeros(m.shape) if t is None else t for t, m in zip(masks, maps, strict=True)]
     y = np.concatenate([t.ravel() for t in truth]) > 0
@@ -335,3 +336,9 @@ def test_seg_f1(ties: bool) -> None:
     assert math.isnan(seg_f1([None], maps[:1], 0.5))
     with pytest.raises(InvalidValueError, match="seg_f1: threshold must be a number"):
         seg_f1(masks, maps, math.nan)
+
+
+def test_rate_is_the_share_of_true_decisions() -> None:
+    assert rate(np.array([True, False, True, True])) == 0.75
+    assert rate([False]) == 0.0
+    assert math.isnan(rate(np.empty(0, bool)))

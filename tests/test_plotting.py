@@ -1,4 +1,4 @@
-"""Overlays and contact sheets: geometry, absolute colours, nothing cut off."""
+"""Overlays and contact sheets: geometry, absolute colours, and text that is not cut off."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ THRESHOLD = 20.0
 
 @pytest.fixture
 def photo() -> np.ndarray:
-    """A gray ground of 60 x 100 pixels."""
+    """A gray image of 60 x 100 pixels."""
     return np.full((60, 100, 3), 128, np.uint8)
 
 
@@ -35,7 +35,7 @@ def luminance(rgb: tuple[int, ...]) -> float:
 
 
 def lit_border(picture: Image.Image) -> bool:
-    """Whether anything but white touches the picture's edge."""
+    """Whether a pixel at the edge of the picture is not white."""
     pixels = np.asarray(picture)
     edges = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
     return any((edge != 255).any() for edge in edges)
@@ -46,11 +46,11 @@ class TestOverlay:
         assert overlay(photo, flat(0), threshold=THRESHOLD).size == (100, 60)
 
     @pytest.mark.parametrize("level", [0, 0.3, SCALE[0]])
-    def test_leaves_ordinary_patches_untouched(self, photo: np.ndarray, level: float) -> None:
+    def test_low_scores_are_not_tinted(self, photo: np.ndarray, level: float) -> None:
         picture = overlay(photo, flat(level * THRESHOLD), threshold=THRESHOLD)
         assert (np.asarray(picture) == 128).all()
 
-    def test_one_colour_is_one_score_whatever_else_the_image_shows(self, photo: np.ndarray) -> None:
+    def test_one_colour_is_one_score_in_all_images(self, photo: np.ndarray) -> None:
         calm, wild = flat(18), flat(18)
         wild[:20, :30] = 500
         first, second = (overlay(photo, m, threshold=THRESHOLD) for m in (calm, wild))
@@ -61,7 +61,7 @@ class TestOverlay:
         second = overlay(photo, flat(2.2), threshold=2)
         assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 2
 
-    def test_colours_are_those_of_the_legend(self, photo: np.ndarray) -> None:
+    def test_colours_equal_those_of_the_legend(self, photo: np.ndarray) -> None:
         for share, expected in zip((0.5, 1.0, 1.5, 9.0), (0, 1, 2, 2), strict=True):
             picture = overlay(photo, flat(share * THRESHOLD), threshold=THRESHOLD, outline=None)
             want = legend_colors(3)[expected]
@@ -76,7 +76,7 @@ class TestOverlay:
         assert lightness == sorted(lightness)
         assert lightness[-1] > 150
 
-    def test_outlines_what_exceeds_the_threshold(self, photo: np.ndarray) -> None:
+    def test_outlines_regions_above_the_threshold(self, photo: np.ndarray) -> None:
         heatmap = flat(10)
         heatmap[20:40, 30:60] = 21
         lined = overlay(photo, heatmap, threshold=THRESHOLD)
@@ -94,7 +94,7 @@ class TestOverlay:
         assert len(set(gray)) == 1
         assert color(overlay(red, flat(0), threshold=THRESHOLD, gray=False), 0, 0) == (200, 0, 0)
 
-    def test_a_strip_says_what_it_was_called(self, photo: np.ndarray) -> None:
+    def test_a_strip_shows_the_label(self, photo: np.ndarray) -> None:
         big = np.full((240, 400, 3), 128, np.uint8)
         heatmap = np.zeros((240, 400), np.float32)
         strips = {}
@@ -104,7 +104,7 @@ class TestOverlay:
             assert 250 < picture.height < 300
             strip = picture.crop((0, 240, *picture.size))
             strips[score] = ImageStat.Stat(strip).sum
-            assert not lit_border(strip.crop((7, 0, *strip.size)))  # the words are whole
+            assert not lit_border(strip.crop((7, 0, *strip.size)))  # no text is cut off
         assert strips[21.0][0] - strips[21.0][1] > strips[19.0][0] - strips[19.0][1]  # redder
 
     def test_a_score_at_the_threshold_is_normal(self, photo: np.ndarray) -> None:
@@ -112,7 +112,7 @@ class TestOverlay:
         red, green, _ = color(at, 0, at.height - 1)
         assert green > red
 
-    def test_words_are_whole_below_the_smallest_image(self) -> None:
+    def test_text_below_a_tiny_image_is_not_cut_off(self) -> None:
         tiny = np.full((8, 9, 3), 128, np.uint8)
         heatmap = np.zeros((8, 9), np.float32)
         picture = overlay(tiny, heatmap, threshold=THRESHOLD, score=123456.0)
@@ -120,7 +120,7 @@ class TestOverlay:
         middle = picture.width // 2
         assert color(picture, middle, 4) == (128, 128, 128)
 
-    def test_takes_what_detectors_take(self, tmp_path: Path) -> None:
+    def test_accepts_the_images_that_detectors_accept(self, tmp_path: Path) -> None:
         wide = np.full((60, 100), 40000, np.uint16)
         Image.fromarray(wide).save(tmp_path / "16bit.png")
         turned = Image.new("RGB", (60, 100), "gray")
@@ -148,7 +148,7 @@ class TestOverlay:
             overlay(photo, heatmap, threshold=THRESHOLD)
 
     @pytest.mark.parametrize("threshold", [0, -1, np.inf, np.nan, "high"])
-    def test_refuses_a_threshold_that_ties_nothing(
+    def test_refuses_a_threshold_without_a_scale(
         self, photo: np.ndarray, threshold: object
     ) -> None:
         with pytest.raises(InvalidValueError, match=r"threshold must be a number in \(0, inf\)"):
@@ -171,7 +171,7 @@ class TestColorBar:
         assert luminance(color(bar, 390, 10)) > luminance(color(bar, 260, 10)) > 128
 
     @pytest.mark.parametrize("threshold", [0.00123, 25.9, 123456.0])
-    def test_words_are_whole_and_apart(self, threshold: float) -> None:
+    def test_texts_are_not_cut_off_and_do_not_touch(self, threshold: float) -> None:
         bar = color_bar(threshold, width=380)
         assert not lit_border(bar)
         inked = (np.asarray(bar.crop((0, 28, *bar.size))) < 200).any(axis=(0, 2))
@@ -184,7 +184,7 @@ class TestColorBar:
 
 
 class TestContactSheet:
-    def test_keeps_every_picture_whole_and_in_its_shape(self) -> None:
+    def test_pictures_are_not_cut_off_or_distorted(self) -> None:
         colors = ["red", "lime", "blue", "cyan", "magenta"]
         sizes = [(90, 60), (60, 90), (300, 30), (16, 16), (500, 400)]
         tiles = [Image.new("RGB", size, c) for size, c in zip(sizes, colors, strict=True)]
@@ -198,7 +198,7 @@ class TestContactSheet:
             assert block.shape[0] <= 80
             assert block.shape[1] / block.shape[0] == pytest.approx(width / height, rel=0.06)
 
-    def test_pictures_of_a_row_stand_on_one_line_and_captions_below(self) -> None:
+    def test_pictures_of_a_row_are_aligned_above_their_captions(self) -> None:
         tiles = [Image.new("RGB", (90, 60), "red"), Image.new("RGB", (90, 30), "red")]
         pixels = np.asarray(contact_sheet(tiles, columns=2, tile_size=(60, 90), captions=["a"] * 2))
         red = (pixels == (255, 0, 0)).all(axis=2)

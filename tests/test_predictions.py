@@ -1,28 +1,24 @@
-"""The command predict: the table, the pictures, and what stays when something breaks."""
+"""The command predict: the table, the pictures, and what remains after an error."""
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cli_fixtures import Refused, read
 from PIL import Image
 
 from anomalib_lite import PatchCore, cli, load
 from anomalib_lite.cli import _predictions
-from anomalib_lite.cli._predictions import unique_names
+from anomalib_lite.cli._predictions import predict_to, unique_names
+from anomalib_lite.errors import ImageError
+from anomalib_lite.images import ImageSource
 from anomalib_lite.plotting import overlay
 
-Refused = Callable[..., str]
 SIZE = (96, 64)  # width, height
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
 class TestPredict:
@@ -51,7 +47,9 @@ class TestPredict:
         assert re.match(rf"10 images in .*: {counts[0]} normal, {counts[1]} anomalous", out)
         assert err == ""
 
-    def test_the_picture_is_the_overlay(self, wall: Path, model: Path, tmp_path: Path) -> None:
+    def test_a_picture_is_the_overlay_of_the_library(
+        self, wall: Path, model: Path, tmp_path: Path
+    ) -> None:
         path = wall / "test/scratch/000.png"
         assert cli.main(["predict", str(model), str(path), "-o", str(tmp_path)]) == 0
         detector = load(model)
@@ -62,7 +60,7 @@ class TestPredict:
         with Image.open(tmp_path / "overlays/000.png") as picture:
             assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
-    def test_each_image_once_and_no_name_twice(
+    def test_no_image_and_no_picture_appears_twice(
         self, wall: Path, model: Path, tmp_path: Path
     ) -> None:
         given = [wall / "test/good", wall / "test/good/001.png", wall / "test/scratch/001.png"]
@@ -76,11 +74,26 @@ class TestPredict:
             f"overlays/{path.name}" for path in (tmp_path / "overlays").iterdir()
         )
 
-    def test_no_name_twice_whatever_the_names(self) -> None:
+    def test_the_detector_is_not_changed(
+        self, wall: Path, model: Path, broken: dict[str, Path], tmp_path: Path
+    ) -> None:
+        detector = load(model)
+        detector.verbose = 1
+        before = dict(vars(detector))
+        good, cut = wall / "test/good/000.png", broken["cut"]
+        with pytest.raises(ImageError, match="1 of 2 images are done"):
+            predict_to(tmp_path, detector, ImageSource([good, cut]), maps=True, skip=False)
+        summary = predict_to(tmp_path, detector, ImageSource([cut, good]), maps=True, skip=True)
+        assert summary.counts.total() == 2
+        assert len(summary.skipped) == 1
+        assert vars(detector).keys() == before.keys()
+        assert all(vars(detector)[name] is value for name, value in before.items())
+
+    def test_names_of_pictures_are_unique(self) -> None:
         names = unique_names(["a/0.png", "b/0.png", "A/0.JPG", "a-0.png", "0.png", "x/a-0-2.png"])
         assert len({name.casefold() for name in names}) == 6
 
-    def test_a_threshold_of_ones_own(self, wall: Path, model: Path, tmp_path: Path) -> None:
+    def test_the_threshold_can_be_given(self, wall: Path, model: Path, tmp_path: Path) -> None:
         for value, label in (("1e-3", "anomalous"), ("1000", "normal")):
             options = ["-o", str(tmp_path), "--no-overlays", "--threshold", value]
             assert cli.main(["predict", str(model), str(wall / "test/good"), *options]) == 0
@@ -90,7 +103,7 @@ class TestPredict:
             assert {row["overlay"] for row in rows} == {""}
         assert not (tmp_path / "overlays").exists()
 
-    def test_small_chunks_give_the_same_table(
+    def test_the_size_of_chunks_does_not_change_the_table(
         self, wall: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         command = ["predict", str(model), str(wall / "test/good")]
@@ -113,7 +126,7 @@ class TestPredict:
             scores = [[float(row["score"]) for row in table] for table in (rows, first)]
             np.testing.assert_allclose(*scores, rtol=1e-2)  # bfloat16 differs with the batch
 
-    def test_what_is_done_is_kept_when_one_image_breaks(
+    def test_finished_rows_are_kept_after_an_unreadable_image(
         self,
         wall: Path,
         model: Path,
@@ -132,7 +145,7 @@ class TestPredict:
         )
         assert not list((tmp_path / "out").glob(".*"))
 
-    def test_an_older_table_stays_when_nothing_is_done(
+    def test_an_older_table_stays_if_no_row_is_finished(
         self,
         model: Path,
         broken: dict[str, Path],
@@ -145,7 +158,7 @@ class TestPredict:
         assert "--on-error skip" in said
         assert (tmp_path / "scores.csv").read_text() == "older"
 
-    def test_skips_and_lists(
+    def test_unreadable_images_can_be_skipped_and_are_listed(
         self,
         wall: Path,
         model: Path,
@@ -166,7 +179,7 @@ class TestPredict:
             assert str(path) in row["reason"]
             assert str(path) in err
 
-    def test_what_is_done_is_kept_after_ctrl_c(
+    def test_finished_rows_are_kept_after_ctrl_c(
         self,
         wall: Path,
         model: Path,
@@ -190,7 +203,7 @@ class TestPredict:
         assert said == f"anomalib-lite: interrupted. {kept}\n"
         assert len(read(tmp_path / "scores.csv")) == 4
 
-    def test_a_fault_of_ours_is_not_hidden(
+    def test_a_fault_of_the_program_is_not_hidden(
         self, wall: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(*_: Any, **__: Any) -> None:
@@ -200,7 +213,7 @@ class TestPredict:
         with pytest.raises(ZeroDivisionError):
             cli.main(["predict", str(model), str(wall / "test/good"), "-o", str(tmp_path)])
 
-    def test_names_a_model_that_is_none(
+    def test_a_file_that_is_not_a_model_is_named(
         self, wall: Path, model: Path, tmp_path: Path, refused: Refused
     ) -> None:
         cut = tmp_path / "cut.safetensors"
@@ -211,7 +224,7 @@ class TestPredict:
         said = refused("predict", tmp_path / "none", images, "-o", out)
         assert f"model file {tmp_path / 'none'} does not exist" in said
 
-    def test_names_a_place_that_cannot_be_written(
+    def test_a_directory_that_cannot_be_written_is_named(
         self, wall: Path, model: Path, tmp_path: Path, refused: Refused
     ) -> None:
         (tmp_path / "file").touch()
@@ -224,7 +237,7 @@ class TestPredict:
         assert f"cannot write into {tmp_path / 'overlays'}: it is a file" in said
 
     @pytest.mark.parametrize("threshold", ["nan", "inf", "-1"])
-    def test_names_a_threshold_that_is_none(
+    def test_an_invalid_threshold_is_named(
         self,
         wall: Path,
         model: Path,
@@ -236,7 +249,7 @@ class TestPredict:
         said = refused("predict", model, wall / "test/good", *options)
         assert "predict: threshold must be a number in [0, inf)" in said
 
-    def test_pictures_need_a_threshold(
+    def test_pictures_need_a_finite_threshold(
         self, wall: Path, model: Path, tmp_path: Path, refused: Refused
     ) -> None:
         detector = load(model)

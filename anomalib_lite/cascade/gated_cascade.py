@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -168,6 +168,8 @@ class GatedCascade(DetectorMixin, BaseEstimator):
     """
 
     _network = "gate"
+    _threshold_range = "[0, 1]"
+    _routes = ("gate_normal", "gate_anomalous", "detector")
 
     def __init__(
         self,
@@ -413,6 +415,38 @@ class GatedCascade(DetectorMixin, BaseEstimator):
     def _members(self) -> dict[str, DetectorMixin]:
         members = {"detector": self.detector_, "gate": self.gate_.detector}
         return {name: fitted for name, fitted in members.items() if fitted is not None}
+
+    def _with_options(self, **options: Any) -> Self:
+        other = super()._with_options(**options)
+        other.detector_ = self.detector_._with_options(**options)
+        if self.gate_.detector is not None:
+            detector = self.gate_.detector._with_options(**options)
+            other.gate_ = replace(self.gate_, detector=detector)
+        return other
+
+    def _summary_lines(self) -> list[tuple[str, str]]:
+        routing, backbone = self.routing_, self.gate_.backbone
+        if backbone is None:
+            backbone = self.gate_.detector.backbone_
+        dtype = str(backbone.dtype).removeprefix("torch.")
+        normal = f"below {routing.t_low:.3g}" if routing.t_low > 0 else "never"
+        anomalous = f"above {routing.t_high:.3g}" if routing.t_high < 1 else "never"
+        if routing.t_low == 0:
+            lost = "nothing, since it calls no image normal"
+        elif self.t_low is not None:
+            lost = "as many as lie below the t_low given: nothing is promised of them"
+        else:
+            kind = "made-up" if self.synthetic_ else "given"
+            lost = (
+                f"at most {self.max_missed:.3g} of anomalies such as the "
+                f"{len(self.anomaly_probabilities_):,} {kind} ones held out (95 % confidence)"
+            )
+        where = f"{backbone.device}, {dtype}"
+        return [
+            ("gate", f"{self.gate} ({where}): normal {normal}, anomalous {anomalous}"),
+            ("gate loses", lost),
+            *self.detector_._summary_lines(),
+        ]
 
     def _fitted_backbone(self) -> AnyBackbone | None:
         backbone: AnyBackbone | None = self.gate_.backbone

@@ -1,4 +1,4 @@
-"""The command ``anomalib-lite``."""
+"""The command ``anomalib-lite``: fit, predict, evaluate and a demonstration."""
 
 from anomalib_lite.cli._main import main
 

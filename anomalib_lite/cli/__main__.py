@@ -1,4 +1,4 @@
-"""``python -m anomalib_lite.cli``."""
+"""Run the command line with ``python -m anomalib_lite.cli``."""
 
 import sys
 

@@ -1,31 +1,102 @@
-"""The command fit: which detector was asked for, and what is said of the one that came out."""
+"""The command fit: learn from normal images, write a model file, and print a summary."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from anomalib_lite.cli._parser import (
+from anomalib_lite.cli._messages import one_line_warnings, print_skipped
+from anomalib_lite.cli._options import (
     ALL_FIT_OPTIONS,
     CASCADE_OPTIONS,
     CASCADE_PARAMETERS,
     DETECTORS,
-    UsageError,
+    HEATMAP_MODELS,
 )
+from anomalib_lite.cli._parser import UsageError
 
-# Of the options that have one name in a cascade and in its heatmap model, those meant for both.
-_OF_BOTH = ("device", "dtype", "engine", "batch_size", "on_error", "max_pixels", "random_state")
+# Options that a cascade passes on to its heatmap model.
+_FOR_BOTH = ("device", "dtype", "engine", "batch_size", "on_error", "max_pixels", "random_state")
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("fit", help="learn from normal images and write a model file")
+    parser.set_defaults(run=run)
+    parser.add_argument("images", metavar="DIR", help="directory of normal images")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="model to write")
+    parser.add_argument(
+        "--detector",
+        choices=tuple(DETECTORS),
+        default="patchcore",
+        help="padim: parts that always lie in the same place (give --image-size HxW); "
+        "mahalanobis_vfm: for a foundation model (give --backbone); gated_cascade: a small network "
+        "decides about clear images, a heatmap model about the rest; default: patchcore",
+    )
+    parser.add_argument(
+        "--heatmap-model",
+        choices=tuple(HEATMAP_MODELS),
+        help="GatedCascade: model that the options without 'gate' belong to (default: patchcore)",
+    )
+    parser.add_argument(
+        "--anomalous",
+        nargs="+",
+        metavar="DIR",
+        help="GatedCascade: directories of anomalous images (default: synthetic ones)",
+    )
+    for name, (kind, default, text) in ALL_FIT_OPTIONS.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=argparse.SUPPRESS,  # the detector has the defaults
+            metavar="VALUE",
+            help=text if default is None else f"{text} (default: {default})",
+        )
+    parser.add_argument(
+        "--include-backbone", action="store_true", help="put the network's weights into the file"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fit a detector, save it, and print a summary."""
+    from anomalib_lite._files import check_file
+    from anomalib_lite.images import ImageSource
+
+    # Checked before the import of torch, which takes seconds, and the fit, which takes minutes.
+    source = ImageSource(arguments.images, where="fit")
+    images, y = normal_and_anomalous(arguments.images, arguments.anomalous or ())
+    model = check_file(Path(arguments.output))
+
+    detector = make_detector(arguments)
+    start = time.perf_counter()
+    with one_line_warnings() as shown:
+        if y is None:
+            detector.fit(images)
+        else:
+            detector.fit(images, y)
+    seconds = time.perf_counter() - start
+    # Programs that load the model should not show progress bars.
+    detector._with_options(verbose=0).save(model, include_backbone=arguments.include_backbone)
+    print_skipped([reason for _, reason in detector.skipped_])
+    n_images = len(source) if y is None else len(y)
+    rate_kept = not any("false_alarm_rate=" in message for message in shown)
+    for title, text in summary_lines(detector, n_images, seconds, rate_kept=rate_kept):
+        print(f"{title:<14}{text}")
+    print(f"written to    {model} ({model.stat().st_size / 1e6:.1f} MB)")
 
 
 def make_detector(arguments: argparse.Namespace) -> Any:
-    """The one asked for, with the options that were given."""
+    """Make the detector that was asked for, with the options that were given."""
     given = {n: vars(arguments)[n] for n in ALL_FIT_OPTIONS if n in vars(arguments)}
     if arguments.detector == "gated_cascade":
         return _make_cascade(given, arguments.heatmap_model)
-    also = {n: vars(arguments)[n] for n in ("heatmap_model", "anomalous") if vars(arguments)[n]}
-    return _make(arguments.detector, given | also, "detector")
+    cascade_only = ("heatmap_model", "anomalous")
+    given |= {n: vars(arguments)[n] for n in cascade_only if vars(arguments)[n]}  # to be refused
+    return _make(arguments.detector, given, "detector")
 
 
 def _make(name: str, given: Mapping[str, Any], option: str) -> Any:
@@ -46,16 +117,17 @@ def _make_cascade(given: dict[str, Any], heatmap_model: str | None) -> Any:
     own = {CASCADE_PARAMETERS.get(n, n): given.pop(n) for n in CASCADE_OPTIONS if n in given}
     if "false_alarm_rate" in given:
         own["false_alarm_rate"] = given.pop("false_alarm_rate")
-    own |= {name: given[name] for name in _OF_BOTH if name in given}
+    own |= {name: given[name] for name in _FOR_BOTH if name in given}
     name = heatmap_model or "patchcore"
     if name != "patchcore":
-        # Its own threshold is not used; PatchCore learns from what it holds back for it, too.
+        # The cascade does not use this threshold, so no images should be held back for it.
+        # PatchCore learns from the images that it holds back, too.
         given = {"calibration": "leave_one_out"} | given
     return GatedCascade(detector=_make(name, given, "heatmap-model"), **own, verbose=1)
 
 
 def normal_and_anomalous(normal: Any, directories: Sequence[str]) -> tuple[Any, list[int] | None]:
-    """What fit takes: images, and labels where there are anomalous ones."""
+    """Return the arguments of fit: images, and labels if there are anomalous images."""
     from anomalib_lite.images import ImageSource
 
     if not directories:
@@ -73,61 +145,25 @@ def normal_and_anomalous(normal: Any, directories: Sequence[str]) -> tuple[Any, 
     return [*good, *bad], [0] * len(good) + [1] * len(bad)
 
 
-def describe(detector: Any, n_images: int, seconds: float, *, rate_kept: bool) -> list[str]:
-    """Lines about a fitted detector."""
-    from anomalib_lite import GatedCascade
-
-    model, gate, whose = detector, [], ""
-    if isinstance(detector, GatedCascade):
-        model, gate = detector.detector_, _describe_gate(detector)
-        whose = " of the heatmap model"
-    where = f"{model.backbone_.device}, {model.dtype_}"
+def summary_lines(
+    detector: Any, n_images: int, seconds: float, *, rate_kept: bool
+) -> list[tuple[str, str]]:
+    """Return lines about a fitted detector, each as (title, text)."""
+    model = detector._members().get("detector", detector)
+    whose = "" if model is detector else " of the heatmap model"
     n_used = n_images - len(detector.skipped_)
+    used = f"{n_used:,} in {seconds:.1f} s ({model.backbone_.device}, {model.dtype_})"
     return [
-        f"images        {n_used:,} in {seconds:.1f} s ({where})",
-        *gate,
-        _describe_learned(model),
-        f"threshold     {detector._map_threshold:.6g}{whose}",
-        f"false alarms  {_promise(detector, rate_kept)}",
+        ("images", used),
+        *detector._summary_lines(),
+        ("threshold", f"{detector._map_threshold:.6g}{whose}"),
+        ("false alarms", _promise(detector, rate_kept)),
     ]
 
 
-def _describe_gate(cascade: Any) -> list[str]:
-    routing, backbone = cascade.routing_, cascade.gate_.backbone
-    dtype = str(backbone.dtype).removeprefix("torch.")
-    normal = f"below {routing.t_low:.3g}" if routing.t_low > 0 else "never"
-    anomalous = f"above {routing.t_high:.3g}" if routing.t_high < 1 else "never"
-    if routing.t_low == 0:
-        missed = "nothing, since it calls no image normal"
-    elif cascade.t_low is not None:
-        missed = "as many as lie below the t_low given: nothing is promised of them"
-    else:
-        kind = "made-up" if cascade.synthetic_ else "given"
-        missed = (
-            f"at most {cascade.max_missed:.3g} of anomalies such as the "
-            f"{len(cascade.anomaly_probabilities_):,} {kind} ones held out (95 % confidence)"
-        )
-    return [
-        f"gate          {cascade.gate} ({backbone.device}, {dtype}): normal {normal}, "
-        f"anomalous {anomalous}",
-        f"gate loses    {missed}",
-    ]
-
-
-def _describe_learned(detector: Any) -> str:
-    if hasattr(detector, "memory_bank_"):
-        n_patches, length = detector.memory_bank_.embeddings_.shape
-        return f"memory bank   {n_patches:,} patches of {length} numbers"
-    if hasattr(detector, "gaussians_"):
-        height, width, length = detector.gaussians_.shape
-        return f"gaussians     {height} x {width} positions of {length} numbers"
-    patches, images = detector.patches_.moments_.n, detector.images_.moments_.n
-    return f"gaussians     of {patches:,} patches and {images:,} images"
-
-
-def _promise(detector: Any, guaranteed: bool) -> str:
+def _promise(detector: Any, rate_kept: bool) -> str:
     rate = f"{detector.false_alarm_rate:.3g}"
-    if not guaranteed:
+    if not rate_kept:
         return f"the rate of {rate} asked for is not guaranteed, see the warning"
     if detector.calibration == "leave_one_out":
         return f"about {rate} of future normal images (leave-one-out: an estimate)"

@@ -14,86 +14,144 @@ from PIL import Image
 from tqdm import tqdm
 
 from anomalib_lite._files import RowsFile, make_directory, shortest, writing
-from anomalib_lite.cascade import CascadeDetections, GatedCascade
-from anomalib_lite.detectors import BaseDetector, Detections
+from anomalib_lite.detectors import Detections, DetectorMixin
 from anomalib_lite.errors import AnomalibLiteError, ImageError, InvalidValueError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.plotting import overlay
 
 COLUMNS = ("path", "score", "label", "threshold", "reason", "overlay")
-ROUTE = "route"  # one more, of a cascade
+ROUTE = "route"  # one more column, for a cascade
 
-# Heatmaps held at once, as a number of pixels: 256 MiB of float32, whatever the images' size.
+# Largest number of heatmap pixels held at once: 256 MiB of float32, whatever the image sizes.
 _PIXELS_AT_ONCE = 1 << 26
+
+
+@dataclass(frozen=True)
+class Result:
+    """Result for one image; a skipped image has a ``reason``."""
+
+    score: float
+    label: str  # "normal", "anomalous" or "skipped"
+    reason: str
+    route: str  # which model of a cascade decided, or "skipped"
+    heatmap: Any  # (H, W) float32, or None
 
 
 @dataclass
 class Summary:
-    """How many images were called what, of a cascade by whom, and which were left out and why."""
+    """Number of images with each label and each route, and the reasons of skipped images."""
 
     counts: Counter[str] = field(default_factory=Counter)
     routes: Counter[str] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
 
-    def add(self, found: Detections, i: int, reason: str | None) -> None:
-        """Count the i-th image of a chunk."""
-        self.counts[_label(found, i, reason)] += 1
-        if reason is not None:
-            self.skipped.append(reason)
-        elif isinstance(found, CascadeDetections):
-            self.routes[str(found.routes[i])] += 1
+    def add(self, result: Result) -> None:
+        """Count one image."""
+        self.counts[result.label] += 1
+        if result.reason:
+            self.skipped.append(result.reason)
+        elif result.route:
+            self.routes[result.route] += 1
+
+
+class Writer:
+    """Write rows of the table, and pictures beside it in ``overlays``.
+
+    Parameters
+    ----------
+    rows : RowsFile
+        The open table.
+    detector : DetectorMixin
+        The detector whose results are written.
+    source : ImageSource
+        All images; methods take positions in it.
+    """
+
+    def __init__(self, rows: RowsFile, detector: DetectorMixin, source: ImageSource) -> None:
+        self._rows, self._source = rows, source
+        self._threshold, self._map_threshold = detector.threshold_, detector._map_threshold
+        self._with_route = bool(detector._routes)
+        self._names = unique_names(source.items)
+
+    def row(self, index: int, result: Result, picture: str) -> None:
+        """Write the row of one image; ``picture`` is the path of its overlay, or empty."""
+        score = "" if result.reason else shortest(result.score)
+        threshold = shortest(self._threshold)
+        name = self._source.names[index]
+        row = [name, score, result.label, threshold, result.reason, picture]
+        if self._with_route:
+            row.append(result.route)
+        self._rows.write(row)
+
+    def overlay(self, index: int, result: Result) -> str:
+        """Save the overlay of one image, and return its path in the directory of the table."""
+        # The heatmaps of a cascade are in the units of its heatmap model. Scaled like this, the
+        # threshold is the middle of the colours.
+        heatmap = result.heatmap * (self._threshold / self._map_threshold)
+        # A map may exceed the threshold although the score, which has other parts, does not.
+        outline = 1.0 if result.label == "anomalous" else None
+        picture = overlay(
+            self._source.decode(index),
+            heatmap,
+            threshold=self._threshold,
+            score=result.score,
+            outline=outline,
+        )
+        place = f"overlays/{self._names[index]}.png"
+        path = self._rows.path.parent / place
+        with writing(path):
+            picture.save(path)
+        return place
 
 
 def predict_to(
-    output: Path,
-    detector: BaseDetector | GatedCascade,
-    source: ImageSource,
-    *,
-    maps: str | bool,
-    skip: bool,
+    output: Path, detector: DetectorMixin, source: ImageSource, *, maps: str | bool, skip: bool
 ) -> Summary:
     """Write ``scores.csv`` and, if asked for, ``overlays/*.png`` into ``output``.
 
-    ``maps`` says which images get a picture: all or none; of a cascade "escalated" or "always",
-    True for what its own ``maps`` says.
+    Images are processed in chunks, so memory does not grow with their number. Whatever happens, the
+    rows of the images that are done stay in ``scores.csv``. The detector is not changed.
 
-    Images pass in chunks, so memory does not grow with their number. Whatever happens on the
-    way, the rows of the images that are done stay in ``scores.csv``. Without ``skip`` the first
-    image that cannot be used ends all, once those before it are written.
+    Parameters
+    ----------
+    output : Path
+        Directory; created if it does not exist.
+    detector : DetectorMixin
+        A fitted detector.
+    source : ImageSource
+        The images.
+    maps : bool, "escalated" or "always"
+        Which images get a picture: True means all, for a cascade those of its parameter ``maps``.
+    skip : bool
+        List images that cannot be used and go on. Otherwise the first one ends the run, after the
+        images before it are written.
+
+    Returns
+    -------
+    Summary
     """
-    is_cascade = isinstance(detector, GatedCascade)
-    wanted = detector.maps if isinstance(detector, GatedCascade) and maps is True else maps
-    overlays = bool(maps)
-    if overlays:
+    wanted = getattr(detector, "maps", True) if maps is True else maps
+    if maps:
         _check_colours(detector)
-    pictures = make_directory(make_directory(output) / "overlays") if overlays else None
-    # Broken images are handled here, where the rows of the others are kept.
-    for member in (detector, *detector._members().values()):
-        member.on_error, member.verbose = "skip", 0
-    # Of a cascade, too, the threshold is the middle of the colours: only the units differ.
-    in_units = detector.threshold_ / detector._map_threshold if overlays else 1.0
-    names = unique_names(source.items)
+        make_directory(make_directory(output) / "overlays")
+    # Unreadable images are handled here, where the rows of the others are kept.
+    skipping = detector._with_options(on_error="skip", verbose=0)
+    columns = (*COLUMNS, ROUTE) if detector._routes else COLUMNS
     summary = Summary()
     with (
-        RowsFile(output / "scores.csv", (*COLUMNS, *[ROUTE] * is_cascade)) as rows,
+        RowsFile(output / "scores.csv", columns) as rows,
         tqdm(total=len(source), desc="predict", unit="image", leave=False, disable=None) as bar,
     ):
+        writer = Writer(rows, detector, source)
         try:
-            for chunk in _chunks(source, 2 * detector.batch_size, by_pixels=overlays):
-                part = source.take(chunk)
-                found = detector.detect(part, maps=wanted)  # type: ignore[arg-type]
-                reasons = dict(found.skipped)
-                for i, index in enumerate(chunk):
-                    reason = reasons.get(i)
-                    if reason is not None and not skip:
-                        raise ImageError(_with_remedy(reason))
-                    drawn = pictures and found.maps[i] is not None
-                    place = f"overlays/{names[index]}.png" if drawn else ""
-                    if place:
-                        heatmap = found.maps[i] * in_units
-                        _save_overlay(output / place, part, i, found, heatmap, detector.threshold_)
-                    rows.write(_row(part.names[i], found, i, detector.threshold_, reason, place))
-                    summary.add(found, i, reason)
+            for chunk in _chunks(source, 2 * detector.batch_size, by_pixels=bool(maps)):
+                found = skipping.detect(source.take(chunk), maps=wanted)
+                for index, result in zip(chunk, _results(found), strict=True):
+                    if result.reason and not skip:
+                        raise ImageError(_with_remedy(result.reason))
+                    drawn = maps and result.heatmap is not None
+                    writer.row(index, result, writer.overlay(index, result) if drawn else "")
+                    summary.add(result)
                     bar.update()
         except (AnomalibLiteError, KeyboardInterrupt) as error:
             kept = f" and kept in {rows.path}" if rows.n_rows else ""
@@ -102,12 +160,25 @@ def predict_to(
     return summary
 
 
-def _check_colours(detector: BaseDetector | GatedCascade) -> None:
-    levels = {"threshold": detector.threshold_}
+def _results(found: Detections) -> Iterator[Result]:
+    """Yield the result of each image in turn."""
+    reasons, routes = dict(found.skipped), getattr(found, "routes", None)
+    for i, score in enumerate(found.scores):
+        route = "" if routes is None else str(routes[i])
+        if i in reasons:
+            yield Result(float(score), "skipped", reasons[i], route and "skipped", None)
+            continue
+        label = "anomalous" if found.labels[i] else "normal"
+        heatmap = None if found.maps is None else found.maps[i]
+        yield Result(float(score), label, "", route, heatmap)
+
+
+def _check_colours(detector: DetectorMixin) -> None:
     remedy = "Give one with --threshold, or go"
-    if isinstance(detector, GatedCascade):
-        levels |= {"threshold of its heatmap model": detector._map_threshold}
-    for name, level in levels.items():
+    for name, level in (
+        ("threshold", detector.threshold_),
+        ("threshold of its heatmap model", detector._map_threshold),
+    ):
         if not (np.isfinite(level) and level > 0):
             raise InvalidValueError(
                 f"predict: the colours of overlays are tied to the model's {name}, which must be "
@@ -117,9 +188,9 @@ def _check_colours(detector: BaseDetector | GatedCascade) -> None:
 
 
 def unique_names(paths: Sequence[Any]) -> list[str]:
-    """A file name for each path: its stem, with the directory's name where stems clash.
+    """Return a file name for each path: its stem, with the directory's name if stems are equal.
 
-    Case counts for nothing, since some file systems do not know it.
+    Names that differ only in case count as equal, because some file systems ignore case.
 
     Examples
     --------
@@ -131,9 +202,9 @@ def unique_names(paths: Sequence[Any]) -> list[str]:
     names: dict[str, None] = {}  # in order
     taken: set[str] = set()
     for file in files:
-        clashes = stems[file.stem.casefold()] > 1
+        is_shared = stems[file.stem.casefold()] > 1
         # The parent of a bare file name is the current directory, which has no name.
-        base = f"{file.parent.name or 'here'}-{file.stem}" if clashes else file.stem
+        base = f"{file.parent.name or 'here'}-{file.stem}" if is_shared else file.stem
         name, n = base, 1
         while name.casefold() in taken:
             n += 1
@@ -144,7 +215,7 @@ def unique_names(paths: Sequence[Any]) -> list[str]:
 
 
 def _chunks(source: ImageSource, n_images: int, *, by_pixels: bool) -> Iterator[list[int]]:
-    """Positions of the images, as many at once as the number and their sizes allow."""
+    """Yield positions of images, as many at once as ``n_images`` and their sizes allow."""
     chunk: list[int] = []
     pixels = 0
     for index, path in enumerate(source.items):
@@ -158,7 +229,7 @@ def _chunks(source: ImageSource, n_images: int, *, by_pixels: bool) -> Iterator[
 
 
 def _pixels(path: Any) -> int:
-    """Pixels of an image file, from its header; 0 if it cannot be read, which others report."""
+    """Read the number of pixels from the header of a file; 0 if that fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -166,36 +237,8 @@ def _pixels(path: Any) -> int:
                 return image.width * image.height
     except Image.DecompressionBombError:
         return _PIXELS_AT_ONCE
-    except Exception:  # PIL's decoders raise all kinds on broken files
+    except Exception:  # PIL's decoders raise many types; detect reports the file
         return 0
-
-
-def _save_overlay(
-    path: Path, part: ImageSource, i: int, found: Detections, heatmap: Any, threshold: float
-) -> None:
-    # A map may rise above the threshold where the score, of other things too, does not.
-    outline = 1.0 if found.labels[i] else None
-    score = float(found.scores[i])
-    picture = overlay(part.decode(i), heatmap, threshold=threshold, score=score, outline=outline)
-    with writing(path):
-        picture.save(path)
-
-
-def _row(
-    name: str, found: Detections, i: int, threshold: float, reason: str | None, place: str
-) -> tuple[str, ...]:
-    """One line of the table, in the order of ``COLUMNS``."""
-    score = "" if reason else shortest(found.scores[i])
-    row = name, score, _label(found, i, reason), shortest(threshold), reason or "", place
-    if isinstance(found, CascadeDetections):
-        return *row, "skipped" if reason else str(found.routes[i])
-    return row
-
-
-def _label(found: Detections, i: int, reason: str | None) -> str:
-    if reason is not None:
-        return "skipped"
-    return "anomalous" if found.labels[i] else "normal"
 
 
 def _with_remedy(reason: str) -> str:

@@ -262,8 +262,8 @@ class MomentsCollector(Collector):
 
     def merge(self, other: Self) -> None:
         """Let those of the other join."""
-        self.patches = self.patches.with_(other.patches)
-        self.images = self.images.with_(other.images)
+        self.patches = self.patches.merged_with(other.patches)
+        self.images = self.images.merged_with(other.images)
 
 
 def split_summary(E: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray]:

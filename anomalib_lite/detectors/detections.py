@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class DetectorMixin(ABC):
     on_error: str
     verbose: int
     _network: ClassVar[str] = "backbone"  # the parameter that names the network
+    _threshold_range: ClassVar[str] = "[0, inf)"  # values that threshold_ may have
+    _routes: ClassVar[tuple[str, ...]] = ()  # models that decide, if there are several
 
     @abstractmethod
     def detect(self, images: Any, *, maps: Any = True) -> Detections:
@@ -183,6 +186,16 @@ class DetectorMixin(ABC):
     def _map_threshold(self) -> float:
         """The threshold in the units of the heatmaps."""
         return float(self.threshold_)
+
+    def _with_options(self, **options: Any) -> Self:
+        """Return a copy with other options, also in its members; it shares all fitted state."""
+        other = copy.copy(self)
+        vars(other).update(options)
+        return other
+
+    def _summary_lines(self) -> list[tuple[str, str]]:
+        """Return lines about what was learned, each as (title, text)."""
+        return []
 
     def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what a file holds of this detector: tensors by name, and the header as JSON."""

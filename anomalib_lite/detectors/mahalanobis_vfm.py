@@ -356,6 +356,10 @@ class MahalanobisVFM(BaseDetector):
             )[1][0]
         return scores
 
+    def _summary_lines(self) -> list[tuple[str, str]]:
+        patches, images = self.patches_.moments_.n, self.images_.moments_.n
+        return [("gaussians", f"of {patches:,} patches and {images:,} images")]
+
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         arrays: dict[str, np.ndarray] = {}
         state: dict[str, Any] = {"n_features": self.n_features_}

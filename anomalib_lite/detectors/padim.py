@@ -222,9 +222,9 @@ class PaDiM(BaseDetector):
         if collected.kept is not None:
             self._left_out = np.empty(0, np.float32)
             if self.gaussians_.n > 2:  # two others, or they would have no covariance
-                patch_scores = self.gaussians_.left_out(collected.kept)
+                patch_scores = self.gaussians_.leave_one_out(collected.kept)
                 self._left_out = image_scores(patch_scores, self.image_score)
-        self.gaussians_.factor()
+        self.gaussians_.factorize()
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _check_grid(E.shape[1:3], self.gaussians_.shape[:2])
@@ -234,6 +234,10 @@ class PaDiM(BaseDetector):
     def _score_left_out(self, E: Embeddings) -> np.ndarray:
         left_out: np.ndarray = self.__dict__.pop("_left_out")
         return left_out
+
+    def _summary_lines(self) -> list[tuple[str, str]]:
+        height, width, length = self.gaussians_.shape
+        return [("gaussians", f"{height} x {width} positions of {length} numbers")]
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         grid = self.gaussians_

@@ -370,6 +370,10 @@ class PatchCore(BaseDetector):
             self.memory_bank_ = copy.copy(bank)
             self.memory_bank_.embeddings_ = bank.embeddings_[:n]
 
+    def _summary_lines(self) -> list[tuple[str, str]]:
+        n_patches, length = self.memory_bank_.embeddings_.shape
+        return [("memory bank", f"{n_patches:,} patches of {length} numbers")]
+
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         bank = self.memory_bank_
         arrays = {"embeddings": bank.embeddings_}

@@ -1,4 +1,4 @@
-"""A detector and a data set -> a report."""
+"""Evaluation: a detector and a data set -> a report."""
 
 from anomalib_lite.evaluation._evaluate import Detector, Report, evaluate
 

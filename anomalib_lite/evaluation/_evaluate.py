@@ -1,4 +1,4 @@
-"""One call from a detector and a data set to every figure that a comparison needs."""
+"""evaluate: a detector and a data set -> all metrics of a comparison."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from anomalib_lite import metrics
 from anomalib_lite._validation import check_int, check_number
 from anomalib_lite.datasets import Dataset, Sample
 from anomalib_lite.errors import (
@@ -19,18 +20,17 @@ from anomalib_lite.errors import (
     NotFittedError,
 )
 from anomalib_lite.evaluation._report import Report
-from anomalib_lite.metrics import _image
 
 __all__ = ["Detector", "Report", "evaluate"]
 
 
 class Detector(Protocol):
-    """What :func:`evaluate` needs of a detector; every detector of this library has it."""
+    """The interface that :func:`evaluate` needs; every detector of this library has it."""
 
     threshold_: float
 
     def fit(self, images: Any, /) -> Any:
-        """Fit on normal images; sets ``threshold_``."""
+        """Fit on normal images and set ``threshold_``."""
 
     def detect(self, images: Any, /) -> Any:
         """Return an object with ``scores`` (n,), ``maps`` (n of (H, W)) and ``labels`` (n,)."""
@@ -45,47 +45,47 @@ def evaluate(
     chunk_size: int = 64,
     progress: bool = False,
 ) -> Report:
-    """Test a detector on a data set, fitting it first if need be.
+    """Test a detector on a data set; an unfitted detector is fitted first.
 
     Parameters
     ----------
     detector : Detector
-        Fitted or not. Without a ``threshold_`` it counts as not fitted, and is fitted here on
-        ``dataset.train``; a fitted one is tested as it is.
+        A detector without ``threshold_`` counts as unfitted and is fitted on ``dataset.train``; a
+        fitted one is tested as it is.
     dataset : Dataset or sequence of Sample
-        A sequence of samples is tested on only; the detector must then be fitted.
+        A sequence of samples serves as test images only; the detector must then be fitted.
     fpr_limit : float, default=0.3
-        Limit of :func:`~anomalib_lite.metrics.aupro`, in (0, 1].
+        False-positive rate up to which :func:`~anomalib_lite.metrics.aupro` integrates, in (0, 1].
     pixel_metrics : bool, default=True
-        Whether to compute pixel metrics where there are masks.
+        Compute pixel metrics if there are masks.
     chunk_size : int, default=64
-        How many images go into one call of ``detect``. More than this are never held decoded.
-        Maps are kept, in float32, only if pixel metrics are computed.
+        Number of images in one call of ``detect``, so never more than this are held decoded. Maps
+        are kept, in float32, only if pixel metrics are computed.
     progress : bool, default=False
-        Show a bar if standard error is a terminal.
+        Show a progress bar if standard error is a terminal.
 
     Returns
     -------
     Report
-        The metrics by name in ``metrics``; timings, memory and parameters beside them.
+        Metrics, timings, memory and parameters.
 
     Raises
     ------
     NotFittedError
         If the detector is not fitted and there are no training images.
     MissingPathError
-        If an anomalous image has no mask while others have one.
+        If some anomalous images have a mask and others have none.
     InvalidValueError
-        If there is nothing to test on, an argument is outside of what is allowed, a map is not
-        of its mask's size, or the detector answers with another number of scores than images.
+        If there are no test images, an argument is out of range, the size of a map differs from
+        that of its mask, or the detector returns another number of scores than there are images.
     InvalidTypeError
-        If ``dataset`` is neither a data set nor samples.
+        If ``dataset`` is neither a data set nor a sequence of samples.
 
     Notes
     -----
-    Nothing is chosen on the test labels: decisions are the detector's own, at the threshold it
-    brought along. The exception is ``image_f1_max``, which is an upper bound by definition.
-    Pixel metrics compare maps at the masks' own sizes; neither is ever resized here.
+    Nothing is chosen on the test labels: the decisions are those of the detector at its own
+    threshold. The exception is ``image_f1_max``, which is an upper bound by definition. Pixel
+    metrics compare maps and masks at the size of the masks; neither is resized here.
 
     Examples
     --------
@@ -119,7 +119,7 @@ def evaluate(
     if with_masks and getattr(detector, "maps", None) == "escalated":
         raise InvalidValueError(
             f"evaluate: pixel metrics need heatmaps of all images, but {type(detector).__name__} "
-            "has maps='escalated', which makes them for some alone. Set maps='always', or pass "
+            "has maps='escalated', which makes them for some only. Set maps='always', or pass "
             "pixel_metrics=False."
         )
     fit_s = _fit_if_needed(detector, train)
@@ -127,9 +127,9 @@ def evaluate(
     figures = _image_metrics(test, tested)
     if tested.routes:
         routes = np.concatenate(tested.routes)
-        figures["heatmap_call_rate"] = _share((routes == "detector")[routes != "skipped"])
+        figures["heatmap_call_rate"] = metrics.rate((routes == "detector")[routes != "skipped"])
     if with_masks:
-        figures |= _image.pixel_metrics(tested.masks, tested.maps, fpr_limit=fpr_limit)
+        figures |= metrics.pixel_metrics(tested.masks, tested.maps, fpr_limit=fpr_limit)
     timings = {"test_s": tested.seconds, "ms_per_image": 1000 * tested.seconds / len(test)}
     return Report(
         dataset=name,
@@ -148,12 +148,14 @@ def evaluate(
 
 
 class _Tested(NamedTuple):
+    """What the detector said of the test images."""
+
     scores: npt.NDArray[np.float32]
     decisions: npt.NDArray[np.bool_]
     maps: list[npt.NDArray[np.float32]]
     masks: list[npt.NDArray[np.bool_] | None]
     seconds: float
-    routes: list[npt.NDArray[np.str_]]  # of a cascade
+    routes: list[npt.NDArray[np.str_]]  # empty unless the detector is a cascade
 
 
 def _unpack(
@@ -176,7 +178,7 @@ def _unpack(
 
 
 def _masks_complete(test: tuple[Sample, ...]) -> bool:
-    """Whether the anomalous samples have masks; raises if only some have."""
+    """Return whether the anomalous samples have masks; raise if only some have one."""
     anomalous = [s for s in test if s.label]
     missing = [s for s in anomalous if s.mask_path is None]
     if missing and len(missing) < len(anomalous):
@@ -188,7 +190,7 @@ def _masks_complete(test: tuple[Sample, ...]) -> bool:
 
 
 def _fit_if_needed(detector: Detector, train: tuple[Sample, ...]) -> float | None:
-    """Fit and return the seconds it took; None if the detector is fitted already."""
+    """Fit and return the seconds that took; None if the detector is already fitted."""
     if hasattr(detector, "threshold_"):
         return None
     if not train:
@@ -210,7 +212,7 @@ def _test(
     masks: list[npt.NDArray[np.bool_] | None] = []
     routes: list[npt.NDArray[np.str_]] = []
     seconds = 0.0
-    # disable=None: shown on a terminal only, never written into a log file.
+    # disable=None: shown on a terminal only, not written into a log file.
     with tqdm(
         total=len(test), desc="test", unit="image", disable=None if progress else True
     ) as bar:
@@ -236,7 +238,7 @@ def _check_lengths(found: Any, n_images: int, with_masks: bool) -> None:
     for name in ("scores", "labels", "maps") if with_masks else ("scores", "labels"):
         if len(getattr(found, name)) != n_images:
             raise InvalidValueError(
-                f"evaluate: detect must answer with as many {name} as there are images, "
+                f"evaluate: detect must return as many {name} as there are images, "
                 f"got {len(getattr(found, name))} for {n_images}."
             )
 
@@ -246,7 +248,7 @@ def _mask_of(sample: Sample, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | 
     if mask is not None and mask.shape != shape:
         raise InvalidValueError(
             f"evaluate: the map of {sample.path} must have the size of its mask {mask.shape}, "
-            f"got {shape}. Image and mask must be of one size; check {sample.mask_path}."
+            f"got {shape}. Image and mask must have the same size; check {sample.mask_path}."
         )
     return mask
 
@@ -254,16 +256,16 @@ def _mask_of(sample: Sample, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | 
 def _image_metrics(test: tuple[Sample, ...], tested: _Tested) -> dict[str, float]:
     truth = np.array([s.label for s in test])
     return {
-        "image_auroc": _image.auroc(truth, tested.scores),
-        "image_ap": _image.average_precision(truth, tested.scores),
-        "image_f1_max": _image.f1_max(truth, tested.scores),
-        "false_alarm_rate": _share(tested.decisions[truth == 0]),
-        "detection_rate": _share(tested.decisions[truth == 1]),
+        "image_auroc": metrics.auroc(truth, tested.scores),
+        "image_ap": metrics.average_precision(truth, tested.scores),
+        "image_f1_max": metrics.f1_max(truth, tested.scores),
+        "false_alarm_rate": metrics.rate(tested.decisions[truth == 0]),
+        "detection_rate": metrics.rate(tested.decisions[truth == 1]),
     }
 
 
 def _kinds(test: tuple[Sample, ...], tested: _Tested) -> dict[str, dict[str, float]]:
-    """Each kind of anomaly by itself, against all normal images."""
+    """Compute the metrics of each kind of anomaly, against all normal images."""
     truth = np.array([s.label for s in test])
     kinds = np.array([s.kind for s in test])
     rows = {}
@@ -272,8 +274,8 @@ def _kinds(test: tuple[Sample, ...], tested: _Tested) -> dict[str, dict[str, flo
         against = chosen | (truth == 0)
         rows[kind] = {
             "images": float(chosen.sum()),
-            "image_auroc": _image.auroc(chosen[against], tested.scores[against]),
-            "detection_rate": _share(tested.decisions[chosen]),
+            "image_auroc": metrics.auroc(chosen[against], tested.scores[against]),
+            "detection_rate": metrics.rate(tested.decisions[chosen]),
         }
     return rows
 
@@ -290,7 +292,3 @@ def _counts(train: tuple[Sample, ...], test: tuple[Sample, ...], tested: _Tested
         truths = zip(test, tested.masks, strict=True)
         counts["empty_masks"] = sum(s.label and m is not None and not m.any() for s, m in truths)
     return counts
-
-
-def _share(decisions: npt.NDArray[np.bool_]) -> float:
-    return float(decisions.mean()) if decisions.size else float("nan")

@@ -1,4 +1,4 @@
-"""What an evaluation found: the record, its table and its files."""
+"""Report: the results of an evaluation, as a table and as files."""
 
 from __future__ import annotations
 
@@ -54,28 +54,29 @@ def _versions() -> dict[str, str]:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue  # another build of it, such as faiss-gpu
+            continue  # another build is installed, such as faiss-gpu
     return versions
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Report:
-    """What :func:`evaluate` found. Print it for a table.
+    """Results of :func:`evaluate`. Print it for a table.
 
     Attributes
     ----------
     dataset, detector : str
-        Name of the data set, class of the detector.
+        Name of the data set, and name of the detector's class.
     parameters : dict
-        The detector's ``get_params()``, empty if it has none.
+        Result of the detector's ``get_params()``; empty if it has no such method.
     threshold : float
-        Its ``threshold_``: the decisions below are those at this threshold.
+        Threshold of the detector, at which it decided.
     counts : dict of str to int
-        ``train`` (0 if not fitted here), ``test``, ``test_normal``, ``test_anomalous``;
-        with masks also ``empty_masks``, the anomalous images whose mask marks nothing.
+        Numbers of images: ``train`` (0 if the detector was fitted before), ``test``,
+        ``test_normal``, ``test_anomalous``; with masks also ``empty_masks``, the number of
+        anomalous images whose mask marks nothing.
     metrics : dict of str to float
         ``image_auroc``, ``image_ap``, ``image_f1_max``, ``false_alarm_rate``,
-        ``detection_rate``; of a cascade ``heatmap_call_rate``, the share of images that its
+        ``detection_rate``; for a cascade ``heatmap_call_rate``, the share of images that its
         heatmap model decided; with masks ``pixel_auroc``, ``pixel_ap``, ``aupro``. ``nan`` where
         a class is missing.
     per_kind : dict of str to dict of str to float
@@ -83,9 +84,9 @@ class Report:
         ``detection_rate``.
     timings : dict of str to float
         ``test_s``, the seconds spent in ``detect``, decoding included; ``ms_per_image``, the
-        same per image in milliseconds; ``fit_s`` if the detector was fitted here.
+        same per image in milliseconds; ``fit_s`` if the detector was fitted for this report.
     fpr_limit : float
-        The limit of ``aupro``.
+        False-positive rate up to which ``aupro`` integrates.
     samples : tuple of Sample
         The test images, in the order of ``scores`` and ``decisions``.
     scores : ndarray of shape (n,), float32
@@ -93,9 +94,9 @@ class Report:
     decisions : ndarray of shape (n,), bool
         True where the detector called the image anomalous.
     peak_memory_mb : float or None
-        Largest resident memory of this process since it started, in MiB; None on Windows.
+        Peak resident memory of this process since it started, in MiB; None on Windows.
     versions : dict of str to str
-        Python, platform, this library and those below it.
+        Versions of Python, the platform, this library and the libraries it uses.
     """
 
     dataset: str
@@ -114,31 +115,31 @@ class Report:
     versions: dict[str, str] = field(default_factory=_versions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the single images, in types that JSON knows; not finite becomes None."""
+        """Return all but the single images, in types of JSON; numbers not finite become None."""
         names = ("dataset", "detector", "parameters", "threshold", "counts", "metrics")
         more = ("per_kind", "fpr_limit", "timings", "peak_memory_mb", "versions")
         return {name: _plain(getattr(self, name)) for name in names + more}
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_dict` to a file; a file that stood there is replaced in one step.
+        """Write :meth:`to_dict` to a file; an existing file is replaced in one step.
 
         Raises
         ------
         OutputError
-            If the file cannot be written; what stood there stays as it was.
+            If the file cannot be written; an existing file is then unchanged.
         """
         write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", "Report")
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write one row per figure, so that several files can be stacked into one table.
+        """Write one row per metric, so that several files can be joined into one table.
 
-        The columns are dataset, detector, kind, metric, value. The kind is ``all``, or a kind of
-        anomaly. An undefined figure is an empty value.
+        The columns are dataset, detector, kind, metric, value. The kind is ``all`` or a kind of
+        anomaly. The value of an undefined metric is empty.
 
         Raises
         ------
         OutputError
-            If the file cannot be written; what stood there stays as it was.
+            If the file cannot be written; an existing file is then unchanged.
         """
         whole: dict[str, Any] = {**self.metrics, **self.timings, **self.counts}
         whole |= {"threshold": self.threshold, "peak_memory_mb": self.peak_memory_mb}
@@ -186,7 +187,7 @@ def _shown(value: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return ``value`` in types that JSON knows; objects become the name of their class."""
+    """Return ``value`` in types of JSON; other objects become the name of their class."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

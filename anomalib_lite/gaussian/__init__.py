@@ -1,6 +1,7 @@
-"""Gaussians and the distances to them, fitted from running moments."""
+"""Gaussian models of normal embeddings, fitted from running moments."""
 
-from anomalib_lite.gaussian._gaussian import Gaussian, GaussianGrid, check_shrinkage
+from anomalib_lite.gaussian._gaussian import Gaussian, check_shrinkage
+from anomalib_lite.gaussian._grid import GaussianGrid
 from anomalib_lite.gaussian._moments import Moments
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Running sums of rows, and how much a covariance from them should be shrunk.
+"""Running sums of rows, and the shrinkage of the covariance computed from them.
 
 References
 ----------
@@ -14,23 +14,26 @@ import numpy as np
 
 __all__ = ["Moments", "shrinkage_of"]
 
-# Values of rows whose float64 copies are in memory at once.
+# Number of values whose float64 copies are in memory at once.
 _BLOCK_VALUES = 1 << 22
 
 
 class Moments:
-    """Count, mean and scatter of rows that pass by in blocks, and what Ledoit and Wolf need more.
+    """Count, mean, scatter and higher sums of rows that arrive in blocks.
+
+    The higher sums are those of Ledoit and Wolf's shrinkage.
 
     Parameters
     ----------
     n_features : int
-        D.
+        Number of features D.
 
     Attributes
     ----------
     n : int
-        Rows seen.
+        Number of rows seen.
     mean : ndarray of shape (D,), float64
+        Mean of the rows.
     scatter : ndarray of shape (D, D), float64
         Sum of ``y y^T`` with ``y = x - mean``.
     cubic : ndarray of shape (D,), float64
@@ -57,7 +60,7 @@ class Moments:
         self.quartic = 0.0
 
     def add(self, X: np.ndarray) -> None:
-        """Take in rows (n, D) of any float type; they are copied to float64 block by block."""
+        """Add rows (n, D) of any float type; they are copied to float64 block by block."""
         step = max(1, _BLOCK_VALUES // X.shape[1])
         for start in range(0, len(X), step):
             self._add_block(X[start : start + step].astype(np.float64))
@@ -72,7 +75,7 @@ class Moments:
         self.merge(block)
 
     def merge(self, other: Moments) -> None:
-        """Take in what another has seen; equal, up to rounding, to having seen it here ([1]_)."""
+        """Add the rows that ``other`` has seen; equal, up to rounding, to :meth:`add` ([1]_)."""
         n = self.n + other.n
         if n == 0:
             return
@@ -84,17 +87,15 @@ class Moments:
         self.cubic += moved.cubic
         self.quartic += moved.quartic
 
-    def with_(self, other: Moments) -> Moments:
-        """:meth:`merge` into a new one."""
+    def merged_with(self, other: Moments) -> Moments:
+        """Return new moments of the rows of both."""
         both = Moments(len(self.mean))
         both.merge(self)
         both.merge(other)
         return both
 
     def without(self, other: Moments) -> Moments:
-        """A new one that has not seen those rows of this one that ``other`` has; some must be
-        left.
-        """
+        """Return new moments without the rows that ``other`` has seen; some must remain."""
         rest, n = self._moved_to(self.mean), self.n - other.n
         mean = self.mean + (self.mean - other.mean) * (other.n / n)
         rest._move_to(mean)
@@ -112,7 +113,7 @@ class Moments:
         return copied
 
     def _move_to(self, mean: np.ndarray) -> None:
-        """Take all sums about another point: each ``y`` becomes ``y + d``, and the y sum to 0."""
+        """Take all sums about another point: each ``y`` becomes ``y + d``; the y sum to 0."""
         d = self.mean - mean
         sq, trace, along = float(d @ d), float(self.scatter.trace()), self.scatter @ d
         self.quartic += 4 * float(d @ along) + self.n * sq**2
@@ -123,7 +124,7 @@ class Moments:
 
 
 def shrinkage_of(moments: Moments, how: str | float) -> float:
-    """Weight, 0 to 1, of the multiple of the identity that the covariance is mixed with."""
+    """Return the weight, 0 to 1, of the multiple of the identity in the shrunk covariance."""
     if not isinstance(how, str):
         return float(how)
     n, p = moments.n, len(moments.mean)
@@ -132,6 +133,6 @@ def shrinkage_of(moments: Moments, how: str | float) -> float:
     if how == "oas":  # Chen et al., with n + 1 as in scikit-learn
         numerator, spread = sq_sum / p**2 + mu**2, (n + 1) * (sq_sum / p**2 - mu**2 / p)
         return 1.0 if spread <= 0 else float(min(numerator / spread, 1.0))
-    distance = (sq_sum - p * mu**2) / p  # of the covariance from mu I, squared
-    noise = min((moments.quartic / n - sq_sum) / (n * p), distance)  # of the covariance itself
+    distance = (sq_sum - p * mu**2) / p  # squared, from the covariance to mu I
+    noise = min((moments.quartic / n - sq_sum) / (n * p), distance)  # error of the covariance
     return 0.0 if noise <= 0 else float(noise / distance)

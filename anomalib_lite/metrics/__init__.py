@@ -1,11 +1,8 @@
-"""How well scores and heatmaps tell anomalous from normal."""
+"""Metrics of how well scores and heatmaps separate anomalous from normal."""
 
-from anomalib_lite.metrics._image import (
+from anomalib_lite.metrics._image import auroc, average_precision, f1_max, fpr_at_tpr, rate
+from anomalib_lite.metrics._pixel import (
     aupro,
-    auroc,
-    average_precision,
-    f1_max,
-    fpr_at_tpr,
     pixel_auroc,
     pixel_average_precision,
     pixel_metrics,
@@ -21,5 +18,6 @@ __all__ = [
     "pixel_auroc",
     "pixel_average_precision",
     "pixel_metrics",
+    "rate",
     "seg_f1",
 ]

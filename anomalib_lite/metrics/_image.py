@@ -1,49 +1,25 @@
-"""Image and pixel metrics: numpy arrays in, floats out.
+"""Image metrics: labels and scores in, floats out.
 
-Every metric here only compares scores with each other, so raw scores go in as they are: no
-normalising, no clipping. All of them are exact. No threshold grid is used: the scores of the
-normal images (or pixels) are sorted once, and each anomalous score is looked up in them.
+Every metric only compares scores with each other, so raw scores go in as they are: they are not
+normalized and not clipped. All metrics are exact. There is no grid of thresholds: the scores of the
+normal images are sorted once, and each anomalous score is looked up in them.
 
-A metric that is undefined because one class is missing is ``nan``: reported as missing, not as
-a number.
+A metric that is undefined because one class is missing is ``nan``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from anomalib_lite._validation import check_number
-from anomalib_lite.metrics._ranking import (
-    Array,
-    area,
-    mean_precision,
-    n_at_least,
-    pool_pixels,
-    region_area,
-    split_images,
-)
+from anomalib_lite.metrics._ranking import area, mean_precision, n_at_least, split_images
 
-__all__ = [
-    "aupro",
-    "auroc",
-    "average_precision",
-    "f1_max",
-    "fpr_at_tpr",
-    "pixel_auroc",
-    "pixel_average_precision",
-    "pixel_metrics",
-    "seg_f1",
-]
-
-Masks = Sequence[npt.ArrayLike | None] | Array
-Maps = Sequence[npt.ArrayLike] | Array
+__all__ = ["auroc", "average_precision", "f1_max", "fpr_at_tpr", "rate"]
 
 
 def auroc(y_true: npt.ArrayLike, y_score: npt.ArrayLike) -> float:
-    r"""Area under the receiver operating characteristic.
+    r"""Area under the receiver operating characteristic (ROC) curve.
 
     Parameters
     ----------
@@ -108,10 +84,11 @@ def average_precision(y_true: npt.ArrayLike, y_score: npt.ArrayLike) -> float:
 
     Notes
     -----
-    :math:`\sum_n (R_n - R_{n-1}) P_n` over the thresholds :math:`n`, a step function without
-    interpolation, equal scores entering together: :func:`sklearn.metrics.average_precision_score`.
-    Written per anomalous image, it is the mean of the precision at that image's own score. We
-    deviate in one point: with no normal image the result is ``nan``, not 1.
+    :math:`\sum_n (R_n - R_{n-1}) P_n` over the thresholds :math:`n`: a step function without
+    interpolation, in which equal scores make one step, as in
+    :func:`sklearn.metrics.average_precision_score`. It equals the mean, over the anomalous images,
+    of the precision at the image's own score. One point differs from scikit-learn: with no normal
+    image the result is ``nan``, not 1.
 
     Examples
     --------
@@ -123,10 +100,10 @@ def average_precision(y_true: npt.ArrayLike, y_score: npt.ArrayLike) -> float:
 
 
 def f1_max(y_true: npt.ArrayLike, y_score: npt.ArrayLike) -> float:
-    r"""Largest F1 that any threshold on the scores reaches.
+    r"""Largest F1 score over all thresholds.
 
-    The threshold is chosen with the test labels in hand, so this is an upper bound that says
-    how separable the scores are. It is not what a deployed detector reaches.
+    The threshold is chosen with the test labels, so this is an upper bound that says how separable
+    the scores are. A deployed detector does not reach it.
 
     Parameters
     ----------
@@ -147,7 +124,7 @@ def f1_max(y_true: npt.ArrayLike, y_score: npt.ArrayLike) -> float:
     -----
     :math:`\max_t 2 TP / (2 TP + FP + FN)` with "anomalous" meaning a score of at least
     :math:`t`. Between two anomalous scores a lower threshold only adds false alarms, so the
-    maximum lies at one of the anomalous scores and only these are tried.
+    maximum lies at an anomalous score, and only these are tried.
 
     Examples
     --------
@@ -163,14 +140,14 @@ def f1_max(y_true: npt.ArrayLike, y_score: npt.ArrayLike) -> float:
 
 
 def fpr_at_tpr(y_true: npt.ArrayLike, y_score: npt.ArrayLike, tpr: float = 0.95) -> float:
-    """False-alarm rate at the highest threshold that finds a share ``tpr`` of the anomalies.
+    """False-alarm rate at the highest threshold that detects a share ``tpr`` of the anomalies.
 
     Parameters
     ----------
     y_true, y_score : array-like of shape (N,)
         Labels (1 is anomalous) and scores (higher is more anomalous), as for :func:`auroc`.
     tpr : float, default=0.95
-        Share of the anomalous images that must be found, in (0, 1].
+        Share of the anomalous images that must be detected, in (0, 1].
 
     Returns
     -------
@@ -184,8 +161,8 @@ def fpr_at_tpr(y_true: npt.ArrayLike, y_score: npt.ArrayLike, tpr: float = 0.95)
 
     Notes
     -----
-    An image is found if its score is at least the threshold. There is no interpolation between
-    thresholds: the value is one that a threshold really has.
+    An image is detected if its score is at least the threshold. There is no interpolation between
+    thresholds: the value is one that a threshold really reaches.
 
     Examples
     --------
@@ -196,203 +173,30 @@ def fpr_at_tpr(y_true: npt.ArrayLike, y_score: npt.ArrayLike, tpr: float = 0.95)
     negatives, positives = split_images(y_true, y_score, "fpr_at_tpr")
     if not negatives.size or not positives.size:
         return float("nan")
-    # The smallest k with k / n >= tpr. ceil(tpr * n) would be one too many where the product
-    # is rounded up, as in 0.55 * 100.
+    # The smallest k with k / n >= tpr. ceil(tpr * n) would be 1 too large where the product is
+    # rounded up, as in 0.55 * 100.
     reached = np.arange(1, positives.size + 1) / positives.size
     k = int(np.searchsorted(reached, tpr, side="left")) + 1
     threshold = positives[positives.size - k]
     return float(n_at_least(negatives, threshold) / negatives.size)
 
 
-def pixel_auroc(masks: Masks, maps: Maps) -> float:
-    """AUROC over the pixels of all images, pooled.
+def rate(decisions: npt.ArrayLike) -> float:
+    """Share of decisions that are True, such as a false-alarm rate or a recall.
 
     Parameters
     ----------
-    masks : sequence of N arrays of shape (H, W), or array of shape (N, H, W)
-        Ground truth, bool or integer; non-zero is anomalous. Sizes may differ between images.
-        ``None`` in place of a mask means a good image: all zero.
-    maps : sequence of N arrays of shape (H, W), or array of shape (N, H, W)
-        Anomaly maps at their masks' own sizes, higher is more anomalous; any range.
+    decisions : array-like of shape (N,), bool
 
     Returns
     -------
     float
-        In [0, 1]. ``nan`` if there is no anomalous pixel, or no other.
-
-    Raises
-    ------
-    InvalidValueError
-        If the input is empty, the numbers of masks and maps differ, a map is not of its mask's
-        size, or a map holds NaN.
-    InvalidTypeError
-        If masks or maps are not numbers, or a mask holds fractions.
-
-    Notes
-    -----
-    All pixels go into one pool: it is no mean over images. Takes memory for a copy of the maps.
+        In [0, 1]. ``nan`` if there is no decision.
 
     Examples
     --------
-    >>> import numpy as np
-    >>> mask = np.array([[0, 0, 1], [0, 0, 1]])
-    >>> amap = np.array([[0.1, 0.2, 0.9], [0.1, 0.3, 0.2]], dtype=np.float32)
-    >>> pixel_auroc([mask, None], [amap, np.zeros((2, 2), np.float32)])
-    0.90625
+    >>> rate([True, False, False, False])
+    0.25
     """
-    pool = pool_pixels(masks, maps, "pixel_auroc", by_region=False)
-    return area(pool.negatives, pool.positives)
-
-
-def pixel_average_precision(masks: Masks, maps: Maps) -> float:
-    """:func:`average_precision` over the pixels of all images, pooled.
-
-    Parameters
-    ----------
-    masks, maps : sequences of N arrays of shape (H, W), or arrays of shape (N, H, W)
-        Ground truth and anomaly maps, as for :func:`pixel_auroc`.
-
-    Returns
-    -------
-    float
-        In (0, 1]; chance is the share of anomalous pixels. ``nan`` if there is no anomalous
-        pixel, or no other.
-
-    Raises
-    ------
-    InvalidValueError, InvalidTypeError
-        As :func:`pixel_auroc`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> mask = np.array([[0, 0, 1], [0, 0, 1]])
-    >>> amap = np.array([[0.1, 0.2, 0.9], [0.1, 0.3, 0.2]], dtype=np.float32)
-    >>> pixel_average_precision([mask], [amap])
-    0.75
-    """
-    pool = pool_pixels(masks, maps, "pixel_average_precision", by_region=False)
-    return mean_precision(pool.negatives, pool.positives)
-
-
-def aupro(masks: Masks, maps: Maps, fpr_limit: float = 0.3) -> float:
-    r"""Area under the per-region overlap curve, up to a false-positive rate.
-
-    Each connected defect counts the same, so small ones cannot hide behind a large one.
-
-    Parameters
-    ----------
-    masks, maps : sequences of N arrays of shape (H, W), or arrays of shape (N, H, W)
-        Ground truth and anomaly maps, as for :func:`pixel_auroc`.
-    fpr_limit : float, default=0.3
-        False-positive rate up to which the curve is integrated, in (0, 1]. MVTec AD uses 0.3,
-        MVTec AD 2 uses 0.05; figures of different limits cannot be compared.
-
-    Returns
-    -------
-    float
-        In [0, 1]. ``nan`` if there is no anomalous pixel, or no other.
-
-    Raises
-    ------
-    InvalidValueError, InvalidTypeError
-        If ``fpr_limit`` is outside (0, 1]; otherwise as :func:`pixel_auroc`.
-
-    Notes
-    -----
-    For a threshold, a region's overlap is the share of its pixels at or above it; PRO is the
-    mean overlap of all regions of all images. Regions are the connected components of the masks
-    with 8-neighbourhood. The false-positive rate is taken over all defect-free pixels, those of
-    good images included. PRO is integrated over the false-positive rate from 0 to the limit,
-    with straight lines between the thresholds and interpolated exactly at the limit, and divided
-    by the limit.
-
-    No threshold is enumerated. A pixel of score :math:`t` adds a ramp to the curve, from 0 at
-    :math:`a = |\{j: s_j > t\}| / n_-` to 1 at :math:`b = |\{j: s_j \ge t\}| / n_-`, whose area
-    up to the limit :math:`L` is :math:`L - (a + b) / 2` if :math:`b \le L`,
-    :math:`(L - a)^2 / (2 (b - a))` if :math:`a < L < b`, and 0 otherwise. AUPRO is the mean of
-    these areas over a region's pixels, then over the regions, divided by :math:`L`.
-
-    References
-    ----------
-    Bergmann, Fauser, Sattlegger and Steger, "Uninformed Students", CVPR 2020.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> mask = np.array([[0, 0, 1], [0, 0, 1]])
-    >>> amap = np.array([[0.1, 0.2, 0.9], [0.1, 0.3, 0.2]], dtype=np.float32)
-    >>> aupro([mask], [amap], fpr_limit=0.5)
-    0.625
-    """
-    limit = check_number("fpr_limit", fpr_limit, "aupro", "(0, 1]")
-    return region_area(pool_pixels(masks, maps, "aupro", by_region=True), limit)
-
-
-def seg_f1(masks: Masks, maps: Maps, threshold: float) -> float:
-    """F1 of the pixels of all images, pooled, at a given threshold: MVTec AD 2's SegF1.
-
-    Parameters
-    ----------
-    masks, maps : sequences of N arrays of shape (H, W), or arrays of shape (N, H, W)
-        Ground truth and anomaly maps, as for :func:`pixel_auroc`.
-    threshold : float
-        Pixels above it are called anomalous. Take it from normal images, never from these.
-
-    Returns
-    -------
-    float
-        In [0, 1]: 2 TP / (2 TP + FP + FN). ``nan`` if there is no anomalous pixel.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> mask = np.array([[0, 0, 1], [0, 0, 1]])
-    >>> amap = np.array([[0.1, 0.2, 0.9], [0.1, 0.3, 0.2]], dtype=np.float32)
-    >>> seg_f1([mask], [amap], threshold=0.25)
-    0.5
-    """
-    above = check_number("threshold", threshold, "seg_f1", "(-inf, inf)")
-    pool = pool_pixels(masks, maps, "seg_f1", by_region=False)
-    found, alarms = ((scores > above).sum() for scores in (pool.positives, pool.negatives))
-    n_anomalous = pool.positives.size
-    return float(2 * found / (found + alarms + n_anomalous)) if n_anomalous else float("nan")
-
-
-def pixel_metrics(masks: Masks, maps: Maps, *, fpr_limit: float = 0.3) -> dict[str, float]:
-    """All pixel metrics at once: the pixels are pooled and sorted once instead of three times.
-
-    Parameters
-    ----------
-    masks, maps : sequences of N arrays of shape (H, W), or arrays of shape (N, H, W)
-        Ground truth and anomaly maps, as for :func:`pixel_auroc`.
-    fpr_limit : float, default=0.3
-        As for :func:`aupro`.
-
-    Returns
-    -------
-    dict of str to float
-        ``"pixel_auroc"``, ``"pixel_ap"`` and ``"aupro"``.
-
-    Raises
-    ------
-    InvalidValueError, InvalidTypeError
-        As :func:`aupro`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> mask = np.array([[0, 0, 1], [0, 0, 1]])
-    >>> amap = np.array([[0.1, 0.2, 0.9], [0.1, 0.3, 0.2]], dtype=np.float32)
-    >>> pixel_metrics([mask], [amap], fpr_limit=0.5)
-    {'pixel_auroc': 0.8125, 'pixel_ap': 0.75, 'aupro': 0.625}
-    """
-    limit = check_number("fpr_limit", fpr_limit, "pixel_metrics", "(0, 1]")
-    pool = pool_pixels(masks, maps, "pixel_metrics", by_region=True)
-    overlap = region_area(pool, limit)
-    pool.positives.sort()  # the regions are done with: one run from here on
-    return {
-        "pixel_auroc": area(pool.negatives, pool.positives),
-        "pixel_ap": mean_precision(pool.negatives, pool.positives),
-        "aupro": overlap,
-    }
+    array = np.asarray(decisions)
+    return float(array.mean()) if array.size else float("nan")

@@ -1,8 +1,8 @@
-"""The one core of all metrics: sorted scores of the negatives, positives looked up in them.
+"""The core of all metrics: positive scores are looked up in the sorted negative scores.
 
-With the negatives sorted, two binary searches say where a positive score stands among them.
-AUROC, average precision and AUPRO are then plain means over the positives, exact to the last
-tie, without a threshold grid and without sorting an index array of 8 bytes per pixel.
+Two binary searches give the rank of a positive score among the sorted negatives. AUROC, average
+precision and AUPRO are then plain means over the positives. They are exact, ties included, and need
+neither a grid of thresholds nor an index array of 8 bytes per pixel.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 Array = npt.NDArray[Any]
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
-# Positives are looked up this many at a time: the counts take 8 bytes each, and must not
-# outweigh the scores themselves.
+# Number of positives looked up at a time: counts take 8 bytes each and must not need more memory
+# than the scores.
 _LOOKUP = 1 << 18
 
 
 class PixelPool(NamedTuple):
-    """The scores of all pixels of all images, in one buffer of the maps' total size."""
+    """Scores of all pixels of all images, in one buffer of the total size of the maps."""
 
     negatives: Array  # (n_negative,) sorted
     positives: Array  # (n_positive,) region after region, or one sorted run
@@ -33,17 +33,17 @@ class PixelPool(NamedTuple):
 
 
 def n_at_least(ordered: Array, threshold: Any) -> Any:
-    """How many of the sorted values ``ordered`` are ``>= threshold``."""
+    """Count the values ``>= threshold`` in the sorted array ``ordered``."""
     return ordered.size - np.searchsorted(ordered, threshold, side="left")
 
 
 def n_above(ordered: Array, threshold: Any) -> Any:
-    """How many of the sorted values ``ordered`` are ``> threshold``."""
+    """Count the values ``> threshold`` in the sorted array ``ordered``."""
     return ordered.size - np.searchsorted(ordered, threshold, side="right")
 
 
 def area(negatives: Array, positives: Array, limit: float = 1.0) -> float:
-    """Mean of :func:`_shares` over the sorted ``positives``; with ``limit=1`` the AUROC."""
+    """Return the mean of :func:`_shares` over sorted ``positives``: AUROC for ``limit=1``."""
     if not negatives.size or not positives.size:
         return float("nan")
     total = sum(float(_shares(negatives, p, limit).sum()) for _, p in _portions(positives))
@@ -51,7 +51,7 @@ def area(negatives: Array, positives: Array, limit: float = 1.0) -> float:
 
 
 def mean_precision(negatives: Array, positives: Array) -> float:
-    """Mean over the sorted ``positives`` of the precision at their own score."""
+    """Return the mean precision at the scores of the sorted ``positives``."""
     if not negatives.size or not positives.size:
         return float("nan")
     total = 0.0
@@ -62,13 +62,13 @@ def mean_precision(negatives: Array, positives: Array) -> float:
 
 
 def region_area(pool: PixelPool, limit: float) -> float:
-    """Mean of :func:`_shares` over each region's pixels, then over the regions."""
+    """Return the mean of :func:`_shares` over the pixels of each region, then over the regions."""
     if not pool.negatives.size or not pool.region_sizes.size:
         return float("nan")
     ends = np.cumsum(pool.region_sizes)
     total = 0.0
     for start, scores in _portions(pool.positives):
-        # In order, neighbouring look-ups hit the same memory: several times faster.
+        # Sorted look-ups touch neighbouring memory, which is several times faster.
         order = np.argsort(scores)
         region = np.searchsorted(ends, start + order, side="right")
         shares = _shares(pool.negatives, scores[order], limit)
@@ -77,7 +77,7 @@ def region_area(pool: PixelPool, limit: float) -> float:
 
 
 def split_images(y_true: npt.ArrayLike, y_score: npt.ArrayLike, where: str) -> tuple[Array, Array]:
-    """Check labels and scores; return the scores of the normal and of the anomalous, sorted."""
+    """Check labels and scores; return the sorted scores of normal and of anomalous images."""
     labels, scores = np.asarray(y_true), _numbers("y_score", y_score, where)
     if labels.ndim != 1 or scores.shape != labels.shape:
         raise InvalidValueError(
@@ -110,10 +110,10 @@ def pool_pixels(
     *,
     by_region: bool,
 ) -> PixelPool:
-    """Check masks and maps and gather their scores.
+    """Check masks and maps, and collect the scores of their pixels.
 
-    Negatives fill the one buffer from its start, positives from its end, so that nothing needs
-    to be counted first and no second copy of the maps exists.
+    Negatives fill one buffer from its start and positives from its end, so nothing has to be
+    counted first and there is no second copy of the maps.
     """
     masks, maps = _listed("masks", masks, where), _listed("maps", maps, where)
     if len(masks) != len(maps):
@@ -143,17 +143,17 @@ def pool_pixels(
 
 
 def _shares(negatives: Array, scores: Array, limit: float) -> Array:
-    """For each score, the share of [0, limit] under its own ramp; see ``aupro``.
+    """Return, for each score, the share of [0, limit] under its ramp; see ``aupro``.
 
-    Over the false-positive rate a positive of score t is missed up to #(negatives > t) / n, found
-    from #(negatives >= t) / n, and on a straight line between the two.
+    Over the false-positive rate, a positive with score t is missed up to #(negatives > t) / n, is
+    detected from #(negatives >= t) / n on, and lies on a straight line in between.
     """
     low = n_above(negatives, scores) / negatives.size
     high = n_at_least(negatives, scores) / negatives.size
     rise = np.minimum(high, limit) - np.minimum(low, limit)
     under_ramp = np.zeros_like(rise)
     np.divide(rise**2, 2 * (high - low), out=under_ramp, where=high > low)
-    # Divided here and not after summing, so that a perfect map gives 1.0 and not 0.9999....
+    # Divided before summing, so that a perfect map gives 1.0 and not 0.9999...
     return np.asarray((limit - np.minimum(high, limit) + under_ramp) / limit)
 
 
@@ -163,7 +163,7 @@ def _portions(positives: Array) -> Iterator[tuple[int, Array]]:
 
 
 def _regions(mask: Array, array: Array) -> Iterator[Array]:
-    """Scores of each connected component of ``mask``, 8-neighbourhood."""
+    """Yield the scores of each connected component of ``mask``, with 8-neighbourhood."""
     labels, _ = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         yield array[box][labels[box] == number]

@@ -1,14 +1,12 @@
-"""The demonstration's page: one HTML file that needs no network and no script."""
+"""The page itself: one HTML text that needs no network and no script."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from html import escape
 from string import Template
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -16,11 +14,8 @@ from PIL import Image
 from anomalib_lite.datasets import ELPV
 from anomalib_lite.evaluation import Report
 from anomalib_lite.plotting import SCALE, legend_colors
-
-if TYPE_CHECKING:
-    from anomalib_lite.demo import Gallery, Tile
-
-_NORMAL, _DEFECT = "#2f6fb0", "#d9622b"
+from anomalib_lite.report._galleries import Gallery, Tile
+from anomalib_lite.report._histogram import histogram
 
 _PAGE = Template("""\
 <!doctype html>
@@ -121,7 +116,7 @@ anomalib-lite $version.</p>
 
 
 def page(report: Report, galleries: Sequence[Gallery], false_alarm_rate: float, cells: ELPV) -> str:
-    """The whole page as text; every picture is inside it."""
+    """Return the whole page as HTML; every picture is embedded in it."""
     counts, seconds = report.counts, report.timings
     low, high = (report.threshold * end for end in SCALE)
     headline = (
@@ -224,80 +219,3 @@ def _inline(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=88, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-
-
-def histogram(report: Report, width: int, height: int) -> str:
-    """Scores of normal and defective cells as SVG text, with axes, legend and threshold."""
-    truth = np.array([sample.label for sample in report.samples], dtype=bool)
-    ends = [*report.scores, report.threshold]
-    x_ticks = _ticks(min(ends), max(ends), width // 70)
-    n_bins = min(40, width // 20)
-    edges = np.linspace(x_ticks[0], x_ticks[-1], n_bins + 1)
-    counts = {
-        ("Normal", _NORMAL): np.histogram(report.scores[~truth], edges)[0],
-        ("Defective", _DEFECT): np.histogram(report.scores[truth], edges)[0],
-    }
-    y_ticks = _ticks(0, max(int(bars.max()) for bars in counts.values()), 5)
-    left, right, top, bottom = 48, width - 12, 56, height - 44
-
-    def x_of(value: float) -> float:
-        return left + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left)
-
-    def y_of(value: float) -> float:
-        return bottom - value / y_ticks[-1] * (bottom - top)
-
-    parts = [
-        f'<line x1="{left}" x2="{right}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}" '
-        f'stroke="#e1e6eb"/>{_text(left - 8, y_of(y) + 5, f"{y:g}", "end")}'
-        for y in y_ticks
-    ]
-    for (_, color), bars in counts.items():
-        for i, count in enumerate(bars):
-            if count:
-                x, step = x_of(edges[i]), x_of(edges[i + 1]) - x_of(edges[i])
-                parts.append(
-                    f'<rect x="{x + 0.5:.1f}" y="{y_of(count):.1f}" width="{step - 1:.1f}" '
-                    f'height="{bottom - y_of(count):.1f}" fill="{color}" fill-opacity="0.65"/>'
-                )
-    parts += [_text(x_of(x), bottom + 19, f"{x:g}", "middle") for x in x_ticks]
-    parts.append(_text((left + right) / 2, height - 6, "anomaly score", "middle"))
-    parts.append(_text(12, (top + bottom) / 2, "cells", "middle", turned=True))
-    x = x_of(report.threshold)
-    parts.append(
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8}" y2="{bottom}" stroke="#1f2933" '
-        'stroke-width="2" stroke-dasharray="6 4"/>'
-    )
-    # The words stay inside the picture, wherever the line is.
-    words = min(max(x, left + 55), right - 55)
-    parts.append(_text(words, top - 14, f"threshold {report.threshold:.1f}", "middle"))
-    for i, (name, color) in enumerate(counts):
-        x = left + i * 100
-        parts.append(f'<rect x="{x}" y="4" width="14" height="14" fill="{color}" rx="2"/>')
-        parts.append(_text(x + 20, 16, name, "start"))
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Histogram of the scores of '
-        f'normal and defective cells, with the threshold">{"".join(parts)}</svg>'
-    )
-
-
-def _text(x: float, y: float, words: str, anchor: str, *, turned: bool = False) -> str:
-    turn = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turned else ""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="14" text-anchor="{anchor}"{turn}>'
-        f"{escape(words)}</text>"
-    )
-
-
-def _ticks(low: float, high: float, n: int) -> list[float]:
-    """Round numbers, about ``n`` steps of them, from at most ``low`` to at least ``high``.
-
-    Examples
-    --------
-    >>> _ticks(13.4, 51.2, 5)
-    [10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
-    """
-    rough = max(high - low, 1e-9) / max(n, 2)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [step * i for i in range(first, max(last, first + 1) + 1)]

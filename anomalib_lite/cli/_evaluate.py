@@ -1,0 +1,128 @@
+"""The command evaluate: test a model on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from anomalib_lite.cli._model import add_model_arguments, load_model
+from anomalib_lite.cli._parser import UsageError
+
+# Directories of the folder layout that hold masks instead of images.
+_MASKS = ("ground_truth", "masks")
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("evaluate", help="test a model on labelled images")
+    parser.set_defaults(run=run)
+    add_model_arguments(parser)
+    parser.add_argument(
+        "dataset",
+        metavar="DATASET",
+        help="one category in the layout of MVTec AD or MVTec AD 2, or a directory with one "
+        "subdirectory of normal images that the model was not fitted on, and others of anomalous "
+        "images",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("auto", "mvtec", "folder"),
+        default="auto",
+        help="layout of the data set (default: auto)",
+    )
+    parser.add_argument(
+        "--normal", metavar="DIR", help="folder layout: normal images (default: good)"
+    )
+    parser.add_argument(
+        "--anomalous",
+        nargs="+",
+        metavar="DIR",
+        help="folder layout: anomalous images (default: all others)",
+    )
+    parser.add_argument(
+        "--masks",
+        metavar="DIR",
+        help=f"folder layout: ground truth (default: {' or '.join(_MASKS)}, if there is one)",
+    )
+    parser.add_argument(
+        "--fpr-limit",
+        type=float,
+        default=0.3,
+        metavar="VALUE",
+        help="false-positive rate up to which AUPRO integrates (default: 0.3)",
+    )
+    parser.add_argument("--no-pixel-metrics", action="store_true", help="only image metrics")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--csv", metavar="FILE", help="write the report as CSV")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Test the model, print the report, and write it."""
+    from anomalib_lite._files import check_file
+
+    name, samples = _test_samples(arguments)
+    files = [check_file(Path(f)) for f in (arguments.json, arguments.csv) if f is not None]
+
+    from anomalib_lite.evaluation import evaluate
+
+    # Metrics without the unreadable images would be metrics of another data set.
+    detector = load_model(arguments)._with_options(on_error="raise", verbose=0)
+    with_masks = not arguments.no_pixel_metrics and any(s.mask_path for s in samples)
+    if with_masks and hasattr(detector, "maps"):
+        detector.maps = "always"  # pixel metrics need heatmaps of all images
+    report = evaluate(
+        detector,
+        samples,
+        fpr_limit=arguments.fpr_limit,
+        pixel_metrics=not arguments.no_pixel_metrics,
+        progress=True,
+    )
+    report = replace(report, dataset=name)
+    if arguments.json is not None:
+        report.to_json(arguments.json)
+    if arguments.csv is not None:
+        report.to_csv(arguments.csv)
+    print(report)
+    for file in files:
+        print(f"written to {file}")
+
+
+def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
+    """Return the name of the data set and its test images, none of them decoded."""
+    from anomalib_lite.datasets import Folder, MVTecAD, MVTecAD2
+    from anomalib_lite.datasets.base import subdirectories
+    from anomalib_lite.errors import MissingPathError
+
+    root = Path(arguments.dataset)
+    if not root.is_dir():
+        raise MissingPathError(f"evaluate: {root} is not an existing directory.")
+    if not root.name:  # "." and ".." have no name of their own
+        root = root.resolve()
+    layout = arguments.layout
+    if layout == "auto":
+        layout = "mvtec" if (root / "train" / "good").is_dir() else "folder"
+    if layout == "mvtec":
+        if arguments.normal is not None or arguments.anomalous or arguments.masks:
+            raise UsageError(
+                f"evaluate: --normal, --anomalous and --masks are for the folder layout, but "
+                f"{root} is read as MVTec AD's. Add --layout folder, or leave them out"
+            )
+        of_layout = MVTecAD2 if (root / "test_public").is_dir() else MVTecAD
+        dataset = of_layout(root.parent, root.name)
+        return dataset.name, dataset.test
+    kinds = [d.name for d in subdirectories(root)]
+    masks = arguments.masks or next((name for name in _MASKS if name in kinds), None)
+    normal = arguments.normal or "good"
+    apart = {os.path.normpath(name) for name in (normal, masks) if name}
+    folder = Folder(
+        root,
+        normal=normal,
+        anomalous=arguments.anomalous or [kind for kind in kinds if kind not in apart],
+        masks=masks,
+        test_size=0,  # the model is already fitted, so no image is needed for training
+    )
+    return folder.name, folder.train + folder.test

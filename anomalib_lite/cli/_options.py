@@ -1,0 +1,87 @@
+"""Options of the command fit: for each parameter of a detector its type, default and help."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+    """Parse ``"256"`` or ``"256x384"``, height first."""
+    if not re.fullmatch(r"\d+(x\d+)?", text.lower()):
+        raise argparse.ArgumentTypeError(f"must be a whole number or HxW, got {text!r}")
+    sides = [int(side) for side in text.lower().split("x")]
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _layers(text: str) -> list[str | int]:
+    """Parse ``"blocks.2,blocks.4"`` or ``"1,3"``."""
+    return [int(name) if re.fullmatch(r"-?\d+", name) else name for name in text.split(",")]
+
+
+def _name_or_number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+# Type, default and help. A test compares the defaults with those of the detectors.
+Option = tuple[Any, Any, str]
+
+FIT_OPTIONS: dict[str, Option] = {
+    "backbone": (str, "efficientnet_lite0", "embedded network, or any timm name"),
+    "weights": (str, None, "weights file for a timm name (default: from the hub)"),
+    "layers": (_layers, None, "names or positions, separated by commas (default: chosen)"),
+    "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
+    "coreset_ratio": (float, 0.1, "PatchCore: share of patches to keep, in (0, 1]"),
+    "n_neighbors": (int, 1, "PatchCore: number of nearest patches that a score averages"),
+    "image_score": (str, "max", "max, top1%% or smoothed (PaDiM's default); PatchCore: reweighted"),
+    "index": (str, "flat", "PatchCore: flat (exact), or a FAISS index-factory string"),
+    "smoothing": (float, 4.0, "smoothing of heatmaps, in pixels of the image size"),
+    "false_alarm_rate": (float, 0.01, "share of future normal images called anomalous, in (0, 1)"),
+    "calibration": (str, "split", "split or leave_one_out"),
+    "device": (str, "auto", "auto, cpu, cuda or mps"),
+    "dtype": (str, "auto", "auto, float32, bfloat16 or float16"),
+    "engine": (str, "auto", "auto, torch, openvino or onnxruntime"),
+    "batch_size": (int, 32, "number of images in a batch"),
+    "memory_budget": (str, None, "largest memory of fit, such as 2GB (default: no limit)"),
+    "n_jobs": (int, None, "number of processes that share the images (default: one)"),
+    "on_error": (str, "raise", "what to do with an unreadable image: raise or skip"),
+    "max_pixels": (int, 100_000_000, "largest number of pixels of an image"),
+    "random_state": (int, 0, "seed"),
+}
+PADIM_OPTIONS: dict[str, Option] = {
+    "n_components": (int, None, "PaDiM: length of an embedding (default: 100, or 550 of many)"),
+    "reduction": (str, "random", "PaDiM: random or semi_orthogonal"),
+    "ridge": (float, 0.01, "PaDiM: number added to the diagonal of each covariance"),
+}
+MAHALANOBIS_OPTIONS: dict[str, Option] = {
+    "shrinkage": (_name_or_number, "ledoit_wolf", "MahalanobisVFM: ledoit_wolf, oas or a number"),
+    "global_weight": (float, 0.5, "MahalanobisVFM: weight of the whole image, 0 to 1"),
+    "adapt": (str, None, "MahalanobisVFM: lora adapts a vision transformer (default: none)"),
+    "rank": (int, 16, "MahalanobisVFM: rank of the LoRA update"),
+    "epochs": (int, 10, "MahalanobisVFM: largest number of LoRA training epochs"),
+}
+CASCADE_OPTIONS: dict[str, Option] = {
+    "gate": (str, "efficientnet_lite0", "GatedCascade: network of the gate"),
+    "gate_weights": (str, None, "GatedCascade: weights file for a gate with a timm name"),
+    "gate_image_size": (_image_size, 160, "GatedCascade: image size of the gate"),
+    "gate_training": (str, "head", "GatedCascade: head, or finetune to train its network as well"),
+    "gate_epochs": (int, 20, "GatedCascade: number of epochs of finetune"),
+    "max_missed": (float, 0.01, "GatedCascade: share of anomalous images that the gate may lose"),
+    "t_low": (float, None, "GatedCascade: the gate says normal below (default: chosen)"),
+    "t_high": (float, None, "GatedCascade: the gate says anomalous above (default: chosen)"),
+}
+# Parameters of GatedCascade whose option has another name, because the heatmap model has an option
+# of the parameter's name.
+CASCADE_PARAMETERS = {
+    "gate_weights": "weights",
+    "gate_image_size": "image_size",
+    "gate_training": "training",
+    "gate_epochs": "epochs",
+}
+ALL_FIT_OPTIONS = FIT_OPTIONS | PADIM_OPTIONS | MAHALANOBIS_OPTIONS | CASCADE_OPTIONS
+HEATMAP_MODELS = {"patchcore": "PatchCore", "padim": "PaDiM", "mahalanobis_vfm": "MahalanobisVFM"}
+DETECTORS = HEATMAP_MODELS | {"gated_cascade": "GatedCascade"}

@@ -1,0 +1,102 @@
+"""The command predict: score images, and write a table and heatmaps."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from anomalib_lite.cli._messages import print_skipped
+from anomalib_lite.cli._model import add_model_arguments, load_model
+from anomalib_lite.cli._parser import UsageError
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("predict", help="score images; write a table and heatmaps")
+    parser.set_defaults(run=run)
+    add_model_arguments(parser)
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGES",
+        help="files and directories (the images directly inside a directory are used)",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", required=True, help="directory for scores.csv and overlays"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="stop at an unreadable image, or list it and go on (default: raise)",
+    )
+    parser.add_argument("--no-overlays", action="store_true", help="write only the table")
+    parser.add_argument(
+        "--maps",
+        choices=("escalated", "always"),
+        help="GatedCascade: pictures of the images that its heatmap model decides, or of all "
+        "(default: as fitted, so escalated)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Score the images, and print how many were called what."""
+    from anomalib_lite._files import make_directory
+    from anomalib_lite.images import ImageSource
+
+    if arguments.maps and arguments.no_overlays:
+        raise UsageError(
+            "predict: --maps says which images get a picture, and --no-overlays that none does. "
+            "Leave one of them out"
+        )
+    files = _image_files(arguments.images)
+    output = make_directory(Path(arguments.output))
+
+    from anomalib_lite.cli._predictions import predict_to
+
+    detector = load_model(arguments)
+    if arguments.maps and not hasattr(detector, "maps"):
+        raise UsageError(
+            f"predict: --maps is for a GatedCascade, {arguments.model} holds a "
+            f"{type(detector).__name__}, which makes heatmaps of all images. Leave it out"
+        )
+    source = ImageSource(files, max_pixels=detector.max_pixels, where="predict")
+    maps: str | bool = arguments.maps or not arguments.no_overlays
+    start = time.perf_counter()
+    summary = predict_to(output, detector, source, maps=maps, skip=arguments.on_error == "skip")
+    seconds = time.perf_counter() - start
+    print_skipped(summary.skipped)
+    labels = [label for label in ("normal", "anomalous", "skipped") if summary.counts[label]]
+    counts = ", ".join(f"{summary.counts[label]:,} {label}" for label in labels)
+    places = [output / "scores.csv"]
+    if maps:
+        places.append(output / "overlays")
+    print(
+        f"{len(source):,} images in {seconds:.1f} s: {counts} at threshold "
+        f"{detector.threshold_:.6g}; see {' and '.join(map(str, places))}"
+    )
+    if summary.routes:
+        print(_decided_by(summary.routes))
+
+
+def _image_files(given: Sequence[str]) -> list[Any]:
+    """List the images of directories and files, each once, in the order given."""
+    from anomalib_lite.images import ImageSource
+
+    files = [item for name in given for item in ImageSource(name, where="predict").items]
+    return list({os.path.abspath(file): file for file in files}.values())  # noqa: PTH100
+
+
+def _decided_by(routes: Counter[str]) -> str:
+    """Say how many images each model of a cascade decided."""
+    normal, anomalous, called = (routes[r] for r in ("gate_normal", "gate_anomalous", "detector"))
+    return (
+        f"decided by the gate: {normal + anomalous:,} ({normal:,} normal, {anomalous:,} "
+        f"anomalous), by the heatmap model: {called:,}; heatmap_call_rate "
+        f"{called / routes.total():.3g}"
+    )
