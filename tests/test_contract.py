@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detector_fixtures import HEIGHT, PLAIN, WIDTH, Small, bad, good
+from detector_fixtures import DEFECT, HEIGHT, PLAIN, WIDTH, Small, bad, good
 from PIL import Image
 from safetensors import safe_open
 from sklearn.base import clone
@@ -156,6 +156,9 @@ def test_maps_show_where(fitted: Any) -> None:
         y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
         assert 8 <= y < 20
         assert 48 <= x < 68
+        outside = np.ones_like(heatmap, bool)
+        outside[:30, 38:78] = False
+        assert heatmap[outside].max() < heatmap[DEFECT].mean()
 
 
 def test_every_view_is_a_view_of_detect(fitted: Any) -> None:
@@ -600,7 +603,7 @@ def test_embeddings_give_what_their_images_give(fitted: Any, detector: Any) -> N
     np.testing.assert_allclose(detector.score_embeddings(questions)[4:], scores[4:], rtol=0.1)
 
 
-def test_after_embeddings_no_image_can_be_asked(twin: Any, detector: Any) -> None:
+def test_after_embeddings_no_image_can_be_asked(fitted: Any, twin: Any, detector: Any) -> None:
     needs(detector, "fit_embeddings")
     E = twin.backbone_.embed(NORMAL)
     with pytest.raises(NotFittedError, match=rf"^{name_of(detector)}: .*fit_embeddings"):
@@ -610,6 +613,7 @@ def test_after_embeddings_no_image_can_be_asked(twin: Any, detector: Any) -> Non
     for ask in ASKS:
         with pytest.raises(NotFittedError, match=rf"^{name_of(detector)}: .*score_embeddings"):
             getattr(twin, ask)(MIXED)
+    assert_alike(twin.fit(NORMAL), fitted)
 
 
 @pytest.mark.parametrize(
