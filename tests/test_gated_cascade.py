@@ -1,10 +1,9 @@
-"""GatedCascade: routes, thresholds and their guarantees, the public contract."""
+"""GatedCascade: routes, thresholds and their guarantees; what it does beyond the contract."""
 
 from __future__ import annotations
 
 import copy
 import math
-import pickle
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detector_fixtures import HEIGHT, PLAIN, WIDTH, Small
 from scipy.stats import beta, binom
 from sklearn.base import clone
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, precision_score, recall_score
-from torch import Tensor, nn
+from torch import nn
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, load
 from anomalib_lite.cascade import _fitting
@@ -35,7 +35,6 @@ from anomalib_lite.datasets import Folder, MVTecAD, Sample
 from anomalib_lite.errors import (
     AnomalibLiteError,
     CalibrationWarning,
-    ImageError,
     InvalidTypeError,
     InvalidValueError,
     ModelFileError,
@@ -45,16 +44,6 @@ from anomalib_lite.evaluation import evaluate
 from anomalib_lite.gaussian import Moments
 from anomalib_lite.images import ImageSource
 from anomalib_lite.metrics import auroc, average_precision
-
-HEIGHT, WIDTH = 48, 80
-PLAIN: dict[str, Any] = {"device": "cpu", "dtype": "float32", "engine": "torch"}
-
-
-class Small(nn.Module):
-    """The pixels of each 4 x 4 square: the same bits in any batch and thread."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.pixel_unshuffle(x, 4)[:, ::3]  # (B, 16, h, w)
 
 
 def heatmaps(**parameters: Any) -> PatchCore:
@@ -115,7 +104,7 @@ def test_a_gate_is_not_trained_on_one_class() -> None:
     for normal, anomalous in ((some, []), (some, [none]), (none, [some])):
         with pytest.raises(InvalidValueError, match=r"^gate: .* needs both, got (9|0) normal"):
             Head.fit(normal, anomalous, "balanced", "gate")
-    cascade = make(gate="efficientnet_lite0", image_size=64).fit(good(100))  # without labels
+    cascade = make(gate="efficientnet_lite0", image_size=64).fit(good(50))  # without labels
     normal = cascade.calibration_probabilities_
     anomalous = cascade.anomaly_probabilities_
     y = np.repeat([0, 1], [len(normal), len(anomalous)])
@@ -241,20 +230,15 @@ def test_every_route_is_taken(labelled: GatedCascade) -> None:
     assert (np.diff(found.scores[escalated][np.argsort(scores[escalated])]) >= 0).all()
 
 
-def test_all_questions_agree(labelled: GatedCascade) -> None:
+def test_heatmaps_are_made_for_whom_they_are_asked(labelled: GatedCascade) -> None:
     images, _ = mixed()
     found = labelled.detect(images)
-    np.testing.assert_array_equal(labelled.score(images), found.scores)
-    np.testing.assert_array_equal(labelled.predict(images), np.where(found.labels, -1, 1))
-    np.testing.assert_array_equal(labelled.score_samples(images), -found.scores)
-    np.testing.assert_array_equal(labelled.decision_function(images), 0.5 - found.scores)
     maps = labelled.anomaly_map(images)
     np.testing.assert_array_equal(maps, labelled.detector_.anomaly_map(images))
     always = labelled.detect(images, maps="always")
     np.testing.assert_array_equal(always.maps, maps)
     np.testing.assert_array_equal(always.scores, found.scores)
     assert always.heatmap_call_rate == found.heatmap_call_rate
-    assert labelled.detect(images, maps=False).maps is None
     by_default = copy.deepcopy(labelled).set_params(maps="always").detect(images)
     np.testing.assert_array_equal(by_default.maps, maps)
 
@@ -399,11 +383,11 @@ def test_the_heatmap_model_is_asked_no_more_than_matters(
 
 
 def test_few_labelled_anomalies_are_learned_from_beside_synthetic_ones() -> None:
-    normal = good(60)
+    normal = good(24)
     without = make().fit(normal)
     for n, n_held_out in ((1, 56), (20, 56), (28, 14), (40, 20)):  # 14 are needed
         images = np.concatenate([normal, bad(n)])
-        cascade = make().fit(images, [0] * 60 + [1] * n)
+        cascade = make().fit(images, [0] * 24 + [1] * n)
         assert len(cascade.anomaly_probabilities_) == n_held_out
         assert len(cascade.anomaly_detector_scores_) == n_held_out
         # The same synthetic ones; but another gate, which knows the labelled ones.
@@ -549,7 +533,7 @@ def test_gates_of_both_kinds(kind: str) -> None:
         if kind == "network"
         else MahalanobisVFM(Small(), image_size=(32, 48), false_alarm_rate=0.2, **PLAIN)
     )
-    cascade = make(gate=gate).fit(good(80))
+    cascade = make(gate=gate).fit(good(40))
     found = cascade.detect(np.concatenate([good(6, 9), bad(6, contrast=120)]))
     assert auroc([0] * 6 + [1] * 6, found.scores) > 0.9
     assert (cascade.gate_.backbone is None) == (kind == "detector")
@@ -559,25 +543,17 @@ def test_gates_of_both_kinds(kind: str) -> None:
 # --- Files, copies, scikit-learn ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("calibration", ["temperature", "isotonic"])
-def test_a_file_holds_it_to_the_bit(calibration: str, tmp_path: Path) -> None:
-    cascade = make(calibration=calibration, class_weight={0: 1, 1: 2.5}).fit(good(80))
-    cascade.threshold_ = 0.45
+def test_a_file_holds_what_a_cascade_has_beside_its_detector(tmp_path: Path) -> None:
+    cascade = make(calibration="isotonic", class_weight={0: 1, 1: 2.5}).fit(good(30))
     cascade.save(tmp_path / "line3.safetensors")
-    with pytest.raises(InvalidValueError, match="a module of your own"):
-        load(tmp_path / "line3.safetensors")
     images, _ = mixed()
-    for backbone in (Small(), {"gate": Small(), "detector": Small()}):
-        again = load(tmp_path / "line3.safetensors", backbone=backbone)
-        same(again.detect(images), cascade.detect(images))
-        same(again.detect(images, maps="always"), cascade.detect(images, maps="always"))
-    assert again.threshold_ == 0.45
+    again = load(tmp_path / "line3.safetensors", backbone={"gate": Small(), "detector": Small()})
+    same(again.detect(images), cascade.detect(images))
+    same(again.detect(images, maps="always"), cascade.detect(images, maps="always"))
     assert again.routing_ == cascade.routing_
     assert again.class_weight == {0: 1, 1: 2.5}
     assert again.detector.get_params()["image_size"] == 48
     assert again.set_thresholds(0.1, 1.0).routing_ == cascade.set_thresholds(0.1, 1.0).routing_
-    again.save(tmp_path / "again.safetensors")
-    again.fit(good(80))
 
 
 def test_thresholds_can_be_chosen_again_after_load(fitted: GatedCascade, tmp_path: Path) -> None:
@@ -595,7 +571,7 @@ def test_a_file_with_everything_in_it(tmp_path: Path) -> None:
     gate = heatmaps(backbone="efficientnet_lite0", image_size=32)
     images, _ = mixed(4)
     for number, options in enumerate(({"gate": gate}, {"gate": "efficientnet_lite0"})):
-        cascade = make(detector=detector, **options).fit(good(60))
+        cascade = make(detector=detector, max_missed=0.5, **options).fit(good(20))
         for included in (False, True):
             path = tmp_path / f"{number}{included}.safetensors"
             cascade.save(path, include_backbone=included)
@@ -606,7 +582,8 @@ def test_a_file_with_everything_in_it(tmp_path: Path) -> None:
 
 
 def test_the_default_heatmap_model_comes_back(tmp_path: Path) -> None:
-    cascade = make(gate="efficientnet_lite0", detector=None).fit(good(40))
+    options = {"gate": "efficientnet_lite0", "detector": None}
+    cascade = make(max_missed=0.5, false_alarm_rate=0.25, **options).fit(good(12))
     assert type(cascade.detector_) is PatchCore
     assert cascade.detector_.engine == "torch"
     cascade.save(tmp_path / "line3.safetensors")
@@ -615,43 +592,24 @@ def test_the_default_heatmap_model_comes_back(tmp_path: Path) -> None:
     same(again.detect(bad(2)), cascade.detect(bad(2)))
 
 
-def test_broken_files_are_refused(fitted: GatedCascade, tmp_path: Path) -> None:
+def test_another_gate_than_fitted_with_is_refused(fitted: GatedCascade, tmp_path: Path) -> None:
     path = tmp_path / "line3.safetensors"
     fitted.save(path)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ModelFileError, match="is cut short"):
-        load(path, backbone=Small())
-    with pytest.raises(NotFittedError, match="Call fit"):
-        make().save(path)
-    fitted.save(path)
-
-    class Other(Small):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(1))
-
+    other = Small()
+    other.weight = nn.Parameter(torch.ones(1))
     with pytest.raises(ModelFileError, match="other backbone weights"):
-        load(path, backbone={"gate": Other(), "detector": Small()})
+        load(path, backbone={"gate": other, "detector": Small()})
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
-def test_copies_answer_alike(labelled: GatedCascade, copied: Any) -> None:
-    images, _ = mixed(6)
-    same(copied(labelled).detect(images), labelled.detect(images))
-
-
-def test_it_is_an_estimator(fitted: GatedCascade) -> None:
+def test_parameters_of_the_detector_can_be_set(fitted: GatedCascade) -> None:
     fresh = clone(fitted)
-    assert not hasattr(fresh, "routing_")
     assert not hasattr(fresh.detector, "threshold_")
     assert fresh.detector is not fitted.detector
     fresh.set_params(detector__coreset_ratio=0.5, max_missed=0.3)
     assert fresh.get_params()["detector__coreset_ratio"] == 0.5
     assert fitted.get_params()["detector__coreset_ratio"] == 0.1
     with pytest.raises(ValueError, match="Invalid parameter"):
-        fresh.set_params(detector__coreset=0.5, t_lo=0.3)
-    again = clone(fitted).fit(good(100))
-    np.testing.assert_array_equal(again.score(bad(3)), fitted.score(bad(3)))
+        fresh.set_params(detector__coreset_rate=0.5)
 
 
 def test_it_is_evaluated_as_other_detectors_are(tmp_path: Path, labelled: GatedCascade) -> None:
@@ -699,7 +657,6 @@ def test_pixel_metrics_need_all_heatmaps(tmp_path: Path, labelled: GatedCascade)
         ({"t_low": True}, "t_low must be a number"),
         ({"t_low": 0.6, "t_high": 0.5}, "t_low must not exceed t_high"),
         ({"max_missed": 0}, "max_missed must be a number"),
-        ({"false_alarm_rate": 1}, "false_alarm_rate must be a number"),
         ({"calibration": "temprature"}, "Did you mean 'temperature'"),
         ({"class_weight": "balance"}, "Did you mean 'balanced'"),
         ({"class_weight": 3}, "class_weight must be 'balanced', None or a dict"),
@@ -707,12 +664,6 @@ def test_pixel_metrics_need_all_heatmaps(tmp_path: Path, labelled: GatedCascade)
         ({"class_weight": {0: 1, 1: -1}}, "a number above 0"),
         ({"maps": "all"}, "maps must be one of"),
         ({"weights": "file.safetensors"}, "weights go with the name"),
-        ({"engine": "tensorflow"}, "engine must be one of"),
-        ({"on_error": "ignore"}, "on_error must be one of"),
-        ({"batch_size": 0}, "batch_size must be"),
-        ({"max_pixels": 0}, "max_pixels must be"),
-        ({"image_size": 3}, "image_size must be"),
-        ({"random_state": "x"}, "random_state must be"),
     ],
 )
 def test_bad_parameters_are_refused_by_fit(parameters: dict[str, Any], message: str) -> None:
@@ -721,70 +672,40 @@ def test_bad_parameters_are_refused_by_fit(parameters: dict[str, Any], message: 
         make(**parameters).fit(good(20))
 
 
-def test_bad_images_and_labels_are_refused(fitted: GatedCascade, tmp_path: Path) -> None:
+def test_what_a_cascade_cannot_be_asked(fitted: GatedCascade) -> None:
     with pytest.raises(InvalidValueError, match=r"at least 8 normal images.*got 7"):
         make().fit(good(7))
     for y in ([0] * 19, [0] * 19 + [2], [[0] * 20]):
-        with pytest.raises(InvalidValueError, match="y must hold 20 labels"):
-            make().fit(good(20), y)
         with pytest.raises(InvalidValueError, match="y must hold 20 labels"):
             fitted.sweep(good(20), y)
     with pytest.raises(InvalidValueError, match="must have a pair with t_low <= t_high"):
         fitted.sweep(good(2), [0, 0], t_low=[0.5], t_high=[0.4])
     with pytest.raises(InvalidValueError, match="maps must be one of"):
         fitted.detect(good(1), maps="some")
-    (tmp_path / "broken.png").write_bytes(b"nothing")
-    with pytest.raises(ImageError, match=r"broken\.png"):
-        fitted.detect([tmp_path / "broken.png"])
-    for ask in ("detect", "score", "predict", "anomaly_map", "decision_function", "score_samples"):
-        with pytest.raises(NotFittedError, match="Call fit"):
-            getattr(make(), ask)(good(1))
     with pytest.raises(NotFittedError, match="Call fit"):
         make().set_thresholds(0.1, 0.2)
     with pytest.raises(NotFittedError, match="Call fit"):
         make().sweep(good(1), [0])
 
 
-def test_samples_labelled_anomalous_need_y(tmp_path: Path) -> None:
-    from PIL import Image
-
-    for kind in ("good", "dark"):
-        (tmp_path / kind).mkdir()
-        for i, image in enumerate(good(12)):
-            Image.fromarray(image).save(tmp_path / kind / f"{i}.png")
-    samples = list(Folder(tmp_path, anomalous="dark", name="plates").test)
-    assert any(sample.label for sample in samples)
-    with pytest.raises(InvalidValueError, match=r"labelled anomalous\. Pass their labels"):
-        make().fit(samples)
-
-
-def test_a_failed_fit_changes_nothing(labelled: GatedCascade, tmp_path: Path) -> None:
+def test_a_heatmap_model_that_cannot_be_fitted_changes_nothing(labelled: GatedCascade) -> None:
     cascade = copy.deepcopy(labelled)
     before = dict(vars(cascade))
-    with pytest.raises(InvalidValueError, match="does not exist"):
-        cascade.fit([*good(20), tmp_path / "gone.png"])
     cascade.detector.set_params(coreset_ratio=7)
     with pytest.raises(InvalidValueError, match="coreset_ratio"):
         cascade.fit(good(20))
     assert vars(cascade) == before
 
 
-def test_what_cannot_be_read_is_skipped(tmp_path: Path) -> None:
-    gone = tmp_path / "gone.png"
-    cascade = make(on_error="skip").fit([gone, *good(60), gone])
-    assert cascade.skipped_ == [(str(gone), f"GatedCascade: {gone} does not exist.")] * 2
+def test_what_cannot_be_read_takes_no_route(labelled: GatedCascade, tmp_path: Path) -> None:
+    cascade, gone = copy.deepcopy(labelled).set_params(on_error="skip"), tmp_path / "gone.png"
     plain = [*good(3, 4), *bad(3)]
     found = cascade.detect([*plain[:3], gone, *plain[3:]])
     assert found.routes[3] == "skipped"
-    assert np.isnan(found.scores[3])
-    assert found.labels[3]
-    assert [index for index, _ in found.skipped] == [3]
     expected = cascade.detect(plain)
     np.testing.assert_array_equal(np.delete(found.scores, 3), expected.scores)
     assert found.heatmap_call_rate == expected.heatmap_call_rate
-    nothing = cascade.detect([gone])
-    assert nothing.labels.all()
-    assert np.isnan(nothing.heatmap_call_rate)
+    assert np.isnan(cascade.detect([gone]).heatmap_call_rate)
     with pytest.raises(InvalidValueError, match="none of 9 images to learn from could be used"):
         make(on_error="skip").fit([gone] * 20)
 
@@ -836,7 +757,7 @@ def test_the_rate_is_kept_for_parts_to_come_exactly() -> None:
 
 
 def test_parts_to_come_make_no_more_false_alarms_than_asked() -> None:
-    images, shows = photographs(120, 3, 0)
+    images, shows = photographs(60, 3, 0)
     future, _ = photographs(300, 1, 1)
     apart, mingled = (
         make(t_low=0.0, t_high=1.0)
@@ -867,9 +788,10 @@ def test_groups_that_cannot_be_used() -> None:
 # --- Sweeps ---------------------------------------------------------------------------------
 
 
-def test_a_sweep_is_to_fit_anew_for_each_pair(fitted: GatedCascade) -> None:
+def test_a_sweep_is_to_fit_anew_for_each_pair() -> None:
     images, y = mixed()
-    lows, highs = [0.0, 0.2, 0.6], [0.2, 0.5, 1.0]
+    fitted = make().fit(good(40))
+    lows, highs = [0.0, 0.2, 0.6], [0.2, 1.0]
     table = fitted.sweep(images, y, t_low=lows, t_high=highs)
     pairs = [(low, high) for low in lows for high in highs if low <= high]
     assert [(row["t_low"], row["t_high"]) for row in table.rows] == pairs
@@ -877,7 +799,7 @@ def test_a_sweep_is_to_fit_anew_for_each_pair(fitted: GatedCascade) -> None:
         one = clone(fitted).set_params(t_low=row["t_low"], t_high=row["t_high"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CalibrationWarning)
-            found = one.fit(good(100)).detect(images, maps=False)
+            found = one.fit(good(40)).detect(images, maps=False)
         alarm = found.labels
         assert row["accuracy"] == np.mean(alarm == y)
         assert row["recall"] == recall_score(y, alarm)

@@ -1,25 +1,20 @@
-"""PaDiM: the public contract, and a reference written from the paper."""
+"""PaDiM: what it does beyond the contract, and a reference written from the paper."""
 
 from __future__ import annotations
 
 import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
 import pytest
-import torch
+from detector_fixtures import DEFECT, HEIGHT, PLAIN, WIDTH, Small
 from scipy.ndimage import gaussian_filter
-from sklearn.base import clone
-from torch import Tensor, nn
 
 from anomalib_lite import PaDiM, load
 from anomalib_lite.calibration import conformal_threshold
 from anomalib_lite.errors import (
-    AnomalibLiteError,
-    CalibrationWarning,
     InvalidValueError,
     ModelFileError,
     NotFittedError,
@@ -27,26 +22,10 @@ from anomalib_lite.errors import (
 from anomalib_lite.images import ImageSource
 from anomalib_lite.metrics import auroc
 
-HEIGHT, WIDTH = 48, 80
-DEFECT = np.s_[8:20, 48:68]  # right of the middle and above it: swapped sides would show
-
-
-class Small(nn.Module):
-    """A network of two layers: real, fast, and the same bits in any batch and thread."""
-
-    def __init__(self, factor: int = 4) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        a = torch.pixel_unshuffle(x, self.factor)  # 48 channels of one patch
-        return [a, a[:, :12, ::2, ::2]]
-
 
 def make(**parameters: Any) -> PaDiM:
-    options = {"backbone": Small(), "image_size": 48, "dtype": "float32", "device": "cpu"}
-    options |= {"engine": "torch", "false_alarm_rate": 0.25, "n_components": 20}
-    return PaDiM(**(options | parameters))
+    options = {"backbone": Small(), "image_size": 48, "false_alarm_rate": 0.25, "n_components": 12}
+    return PaDiM(**(PLAIN | options | parameters))
 
 
 def good(n: int, seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> np.ndarray:
@@ -68,7 +47,7 @@ def fitted() -> PaDiM:
     return make().fit(good(40))
 
 
-# --- The contract ---------------------------------------------------------------------------
+# --- Places ---------------------------------------------------------------------------------
 
 
 def test_what_is_normal_elsewhere_is_found_where_it_is(fitted: PaDiM) -> None:
@@ -83,55 +62,23 @@ def test_what_is_normal_elsewhere_is_found_where_it_is(fitted: PaDiM) -> None:
         assert 48 <= column < 68
 
 
-def test_every_view_is_a_view_of_detect(fitted: PaDiM) -> None:
-    images = np.concatenate([good(3, 9), bad(3)])
-    detections = fitted.detect(images)
-    np.testing.assert_array_equal(fitted.score(images), detections.scores)
-    np.testing.assert_array_equal(fitted.anomaly_map(images), detections.maps)
-    np.testing.assert_array_equal(fitted.predict(images), np.where(detections.labels, -1, 1))
-    np.testing.assert_array_equal(fitted.score_samples(images), -detections.scores)
-    np.testing.assert_array_equal(
-        fitted.decision_function(images), np.float32(fitted.threshold_) - detections.scores
-    )
-
-
-def test_the_batch_size_and_the_workers_do_not_matter(fitted: PaDiM) -> None:
-    images = good(11, 9)
-    expected = fitted.score(images)
-    for options in ({"batch_size": 1}, {"batch_size": 7}, {"n_jobs": 2}):
-        with joblib.parallel_config("threading"):
-            again = make(**options).fit(good(40))
-        np.testing.assert_allclose(again.score(images), expected, rtol=1e-5)
-        np.testing.assert_allclose(again.threshold_, fitted.threshold_, rtol=1e-5)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
-def test_copies_answer_alike(fitted: PaDiM, copied: Any) -> None:
-    np.testing.assert_array_equal(copied(fitted).score(bad(2)), fitted.score(bad(2)))
-    assert not hasattr(clone(fitted), "threshold_")
-
-
-def test_the_seed_decides_and_nothing_else(fitted: PaDiM) -> None:
-    np.testing.assert_array_equal(make().fit(good(40)).score(bad(2)), fitted.score(bad(2)))
-    assert (make(random_state=1).fit(good(40)).score(bad(2)) != fitted.score(bad(2))).any()
+def test_the_workers_do_not_matter(fitted: PaDiM) -> None:
+    with joblib.parallel_config("threading"):
+        again = make(n_jobs=2).fit(good(40))
+    np.testing.assert_allclose(again.score(good(11, 9)), fitted.score(good(11, 9)), rtol=1e-5)
+    np.testing.assert_allclose(again.threshold_, fitted.threshold_, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["random", "semi_orthogonal"])
-@pytest.mark.parametrize("backbone", ["module", "embedded"])
-def test_a_file_holds_it_to_the_bit(reduction: str, backbone: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"backbone": "efficientnet_lite0"} if backbone == "embedded" else {}
-    detector = make(reduction=reduction, **options).fit(good(20))
+def test_a_file_holds_what_the_reduction_leaves(reduction: str, tmp_path: Path) -> None:
+    detector = make(reduction=reduction, backbone="efficientnet_lite0").fit(good(20))
     path = tmp_path / "line3.safetensors"
     detector.save(path)
-    again = load(path, **({} if options else {"backbone": Small()}))
-    expected = detector.detect(bad(3))
-    got = again.detect(bad(3))
-    np.testing.assert_array_equal(got.scores, expected.scores)
-    np.testing.assert_array_equal(got.maps, expected.maps)
-    assert again.threshold_ == detector.threshold_
-    d = len(detector.components_) if reduction == "random" else 20
+    again, found = load(path), detector.detect(bad(3))
+    np.testing.assert_array_equal(again.detect(bad(3)).scores, found.scores)
+    np.testing.assert_array_equal(again.detect(bad(3)).maps, found.maps)
     positions = detector.gaussians_.mean.shape[0]
-    assert path.stat().st_size < 4 * positions * d * (d + 3) / 2 + 100_000
+    assert path.stat().st_size < 4 * positions * 12 * (12 + 3) / 2 + 100_000
 
 
 def test_a_file_that_does_not_fit_together_is_refused(fitted: PaDiM, tmp_path: Path) -> None:
@@ -142,7 +89,7 @@ def test_a_file_that_does_not_fit_together_is_refused(fitted: PaDiM, tmp_path: P
         load(tmp_path / "broken.safetensors", backbone=Small())
     broken.components_ = fitted.components_ + 1000
     broken.save(tmp_path / "broken.safetensors")
-    with pytest.raises(ModelFileError, match="channels beyond 60"):
+    with pytest.raises(ModelFileError, match="channels beyond 20"):
         load(tmp_path / "broken.safetensors", backbone=Small())
 
 
@@ -175,13 +122,6 @@ def test_images_of_another_size_are_refused(fitted: PaDiM) -> None:
     np.testing.assert_array_equal(make(image_size=(48, 80)).fit(mixed).score(mixed).shape, (12,))
     with pytest.raises(NotFittedError, match="Call fit"):
         make().score(good(1))
-
-
-def test_a_failed_fit_leaves_the_old_one_whole(fitted: PaDiM) -> None:
-    detector = copy.copy(fitted)
-    with pytest.raises(AnomalibLiteError):
-        detector.fit([*good(6), *good(6, size=(48, 96))])
-    np.testing.assert_array_equal(detector.score(bad(2)), fitted.score(bad(2)))
 
 
 # --- The paper ------------------------------------------------------------------------------
@@ -286,7 +226,7 @@ def test_of_images_the_backbone_gives_the_chosen_channels_alone(calibration: str
     images = good(40)
     detector = make(calibration=calibration).fit(images)
     E = detector.backbone_.embed(images)
-    assert (E.shape[-1], len(detector.components_)) == (60, 20)
+    assert (E.shape[-1], len(detector.components_)) == (20, 12)
     same = make(calibration=calibration).fit_embeddings(E)
     np.testing.assert_array_equal(same.components_, detector.components_)
     np.testing.assert_allclose(same.threshold_, detector.threshold_, rtol=1e-5)
@@ -309,23 +249,9 @@ def test_going_on_is_to_have_had_all_from_the_start() -> None:
     np.testing.assert_allclose(detector.score_embeddings(Q), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("threshold", [float("nan"), "400", None])
-def test_thresholds_that_are_no_numbers(fitted: PaDiM, threshold: Any) -> None:
-    detector = copy.copy(fitted)
-    detector.threshold_ = threshold
-    with pytest.raises(InvalidValueError, match=r"^PaDiM: threshold_ must be a number, got"):
-        detector.predict(good(1))
-
-
 def test_one_image_has_no_covariance() -> None:
     with pytest.raises(InvalidValueError, match=r"^PaDiM: 1 image to fit on has no covariance"):
         make().fit(good(1))
-
-
-def test_too_few_images_say_so() -> None:
-    with pytest.warns(CalibrationWarning):
-        detector = make(false_alarm_rate=0.01).fit(good(4))
-    assert np.isfinite(detector.score(good(2))).all()
 
 
 # --- Real images ----------------------------------------------------------------------------
