@@ -148,7 +148,7 @@ def evaluate(
 
 
 class _Tested(NamedTuple):
-    """What the detector said of the test images."""
+    """Scores, decisions, maps and masks of the test images."""
 
     scores: npt.NDArray[np.float32]
     decisions: npt.NDArray[np.bool_]
