@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from detector_fixtures import PLAIN, Small
 from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 from torch import Tensor, nn
@@ -28,14 +29,6 @@ from anomalib_lite.metrics import auroc
 
 HEIGHT, WIDTH = 64, 96
 NETWORK = "test_efficientnet"
-PLAIN: dict[str, Any] = {"device": "cpu", "dtype": "float32", "engine": "torch"}
-
-
-class Small(nn.Module):
-    """The pixels of each 4 x 4 square: nothing in it can learn."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.pixel_unshuffle(x, 4)[:, ::3]  # (B, 16, h, w)
 
 
 class Learner(nn.Module):
