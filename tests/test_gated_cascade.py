@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, load
 from anomalib_lite.cascade import _fitting
 from anomalib_lite.cascade._fitting import _split
-from anomalib_lite.cascade.gate import Head, Probability, Whitening
+from anomalib_lite.cascade.gate import LinearHead, ProbabilityCalibrator, Whitening
 from anomalib_lite.cascade.routing import (
     Routing,
-    anomalies_needed,
     calibrate_routing,
-    lowest_probability,
+    choose_t_low,
+    min_anomalies,
 )
 from anomalib_lite.cascade.sweep import sweep_routings
 from anomalib_lite.datasets import Folder, MVTecAD, Sample
@@ -114,7 +114,7 @@ def test_a_gate_is_not_trained_on_one_class() -> None:
     some, none = np.ones((9, 2)), np.ones((0, 2))
     for normal, anomalous in ((some, []), (some, [none]), (none, [some])):
         with pytest.raises(InvalidValueError, match=r"^gate: .* needs both, got (9|0) normal"):
-            Head.fit(normal, anomalous, "balanced", "gate")
+            LinearHead.fit(normal, anomalous, "balanced", "gate")
     cascade = make(gate="efficientnet_lite0", image_size=64).fit(good(100))  # without labels
     normal = cascade.calibration_probabilities_
     anomalous = cascade.anomaly_probabilities_
@@ -176,15 +176,15 @@ def test_classes_weigh_the_same_by_default() -> None:
     rng = np.random.default_rng(0)
     X = np.concatenate([rng.normal(0, 1, (400, 2)), rng.normal(1, 1, (20, 2))])
     few = [X[400:]]
-    balanced, plain = (Head.fit(X[:400], few, weight, "") for weight in ("balanced", None))
+    balanced, plain = (LinearHead.fit(X[:400], few, weight, "") for weight in ("balanced", None))
     assert (balanced.logits(X[400:]) > 0).mean() > 0.7
     assert (plain.logits(X[400:]) > 0).mean() < 0.3
-    by_hand = Head.fit(X[:400], few, {0: 420 / 800, 1: 420 / 40}, "")
+    by_hand = LinearHead.fit(X[:400], few, {0: 420 / 800, 1: 420 / 40}, "")
     np.testing.assert_allclose(balanced.weights, by_hand.weights, rtol=1e-6)
     # Kinds of anomalies weigh the same too.
     rare, often = rng.normal((3, 0), 1, (10, 2)), rng.normal((0, 3), 1, (300, 2))
     apart, mingled = (
-        Head.fit(X[:400], kinds, "balanced", "")
+        LinearHead.fit(X[:400], kinds, "balanced", "")
         for kinds in ([rare, often], [np.concatenate([rare, often])])
     )
     assert (apart.logits(rare) > 0).mean() > (mingled.logits(rare) > 0).mean() + 0.3
@@ -324,12 +324,12 @@ def test_the_rate_is_kept_with_a_given_t_high(t_high: float) -> None:
 
 @pytest.mark.parametrize("max_missed", [0.01, 0.05, 0.2])
 def test_few_anomalies_are_lost_with_the_confidence_promised(max_missed: float) -> None:
-    needed = anomalies_needed(max_missed)
+    needed = min_anomalies(max_missed)
     assert (1 - max_missed) ** needed <= 0.05 < (1 - max_missed) ** (needed - 1)
     routing = Routing(t_low=0.0, t_high=1.0, threshold=0.5, scale=1.0)
     for n in (needed, needed + 1, 2 * needed, 5 * needed):
         p, s = np.sort(np.random.default_rng(n).random(n)), np.ones(n)  # all found by the other
-        k = int(np.flatnonzero(p == lowest_probability(p, s, routing, max_missed))[0]) + 1
+        k = int(np.flatnonzero(p == choose_t_low(p, s, routing, max_missed))[0]) + 1
         # Of uniform probabilities t_low is Beta(k, n + 1 - k), and the share lost is t_low.
         assert beta.sf(max_missed, k, n + 1 - k) <= 0.05 + 1e-9
         assert beta.sf(max_missed, k + 1, n - k) > 0.05
@@ -337,9 +337,9 @@ def test_few_anomalies_are_lost_with_the_confidence_promised(max_missed: float) 
         assert beta.ppf(0.95, k, n - k + 1) <= max_missed + 1e-9
         assert binom.cdf(k - 1, n, max_missed) <= 0.05 + 1e-9
     shuffled = np.random.default_rng(0).permutation(p)
-    assert lowest_probability(shuffled, s, routing, max_missed) == p[k - 1]
+    assert choose_t_low(shuffled, s, routing, max_missed) == p[k - 1]
     capped = replace(routing, t_high=p[0] / 2)
-    assert lowest_probability(p, s, capped, max_missed) == capped.t_high
+    assert choose_t_low(p, s, capped, max_missed) == capped.t_high
 
 
 def test_lost_is_what_the_heatmap_model_would_have_found() -> None:
@@ -354,19 +354,19 @@ def test_lost_is_what_the_heatmap_model_would_have_found() -> None:
         return float(np.mean((many[0] < t_low) & (many[1] > routing.threshold)))
 
     many = draw(200_000)
-    chosen = [lowest_probability(*draw(300), routing, 0.05) for _ in range(400)]
+    chosen = [choose_t_low(*draw(300), routing, 0.05) for _ in range(400)]
     too_many = np.mean([lost(t_low) > 0.05 for t_low in chosen])
     assert 0.01 < too_many <= 0.075  # 5 % are promised, and hardly fewer is what is done
     # Were those counted that neither finds, hardly an image could be spared.
     assert np.median(chosen) > 0.3
     nobody = np.zeros(300)  # found by the heatmap model: then the gate cannot lose any
-    assert lowest_probability(np.linspace(0, 0.6, 300), nobody, routing, 0.05) == 0.6
+    assert choose_t_low(np.linspace(0, 0.6, 300), nobody, routing, 0.05) == 0.6
 
 
 def test_too_few_anomalies_close_the_gate() -> None:
     routing = Routing(t_low=0.0, t_high=1.0, threshold=0.5, scale=1.0)
     with pytest.warns(CalibrationWarning, match=r"0\.01 needs 299 held-out anomalies.*got 298"):
-        assert lowest_probability(np.full(298, 0.9), np.ones(298), routing, 0.01) == 0
+        assert choose_t_low(np.full(298, 0.9), np.ones(298), routing, 0.01) == 0
 
 
 def test_the_heatmap_model_is_asked_no_more_than_matters(
@@ -375,8 +375,8 @@ def test_the_heatmap_model_is_asked_no_more_than_matters(
     images = good(60, 3)
     shares = _split(np.arange(60), np.arange(0), np.arange(60), fitted, np.random.RandomState(0))
     routing, judged = fitted.routing_, []
-    for allowed in (_fitting.losses_allowed, lambda *_: -1):  # the other way: asked of all
-        monkeypatch.setattr(_fitting, "losses_allowed", allowed)
+    for allowed in (_fitting.max_losses, lambda *_: -1):  # the other way: asked of all
+        monkeypatch.setattr(_fitting, "max_losses", allowed)
         judged.append(
             _fitting._judge_anomalies(
                 fitted,
@@ -394,7 +394,7 @@ def test_the_heatmap_model_is_asked_no_more_than_matters(
     assert not np.isnan(all_).any()
     known = ~np.isnan(some)
     np.testing.assert_array_equal(some[known], all_[known])
-    low, naive = (lowest_probability(p, s, routing, 0.2) for s in (some, all_))
+    low, naive = (choose_t_low(p, s, routing, 0.2) for s in (some, all_))
     assert low == naive > 0
 
 
@@ -474,7 +474,7 @@ def test_temperature_minimizes_the_entropy_of_smoothed_labels() -> None:
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 400)
     z = 8 * (rng.normal(size=400) + y - 0.5)  # far too sure of itself
-    fitted = Probability.fit("temperature", z, y, None)
+    fitted = ProbabilityCalibrator.fit("temperature", z, y, None)
     n = y.sum()
     smoothed = np.where(y == 1, (n + 1) / (n + 2), 1 / (402 - n))
 
@@ -486,14 +486,14 @@ def test_temperature_minimizes_the_entropy_of_smoothed_labels() -> None:
     best = grid[np.argmin([loss(t) for t in grid])]
     assert fitted.temperature == pytest.approx(best, rel=0.01)
     assert fitted.temperature > 5
-    separated = Probability.fit("temperature", np.where(y == 1, 50.0, -50.0), y, None)
+    separated = ProbabilityCalibrator.fit("temperature", np.where(y == 1, 50.0, -50.0), y, None)
     assert 0.5 < separated(np.array([50.0]))[0] < 1
 
 
 def test_isotonic_probabilities_do_not_tie() -> None:
     """Else a gate that separates the classes could call nothing normal: t_high would be 0."""
     z = np.linspace(-9, 9, 50)
-    p = Probability.fit("isotonic", z, z > 0, None)(z)
+    p = ProbabilityCalibrator.fit("isotonic", z, z > 0, None)(z)
     assert (np.diff(p) > 0).all()
     normal = np.sort(p[:25])  # the lowest t_high that two false alarms allowed may give
     assert calibrate_routing(p[:25], z[:25], 0.1).t_high == normal[-1] > normal[0]
@@ -503,7 +503,7 @@ def test_isotonic_probabilities_do_not_tie() -> None:
 def test_probabilities_never_change_the_order(kind: str) -> None:
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 300)
-    fitted = Probability.fit(kind, rng.normal(size=300) + y, y, "balanced")
+    fitted = ProbabilityCalibrator.fit(kind, rng.normal(size=300) + y, y, "balanced")
     p = fitted(np.linspace(-9, 9, 500))
     assert (np.diff(p) >= 0).all()
     assert p.min() >= 0

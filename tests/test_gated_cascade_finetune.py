@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from anomalib_lite import GatedCascade, MahalanobisVFM, PatchCore, load
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.cascade import _finetuning
-from anomalib_lite.cascade._finetuning import Tuned, tune_gate
-from anomalib_lite.cascade.gate import Gate, Head
+from anomalib_lite.cascade._finetuning import FinetuningResult, finetune_gate
+from anomalib_lite.cascade.gate import Gate, LinearHead
 from anomalib_lite.errors import InvalidValueError, ModelFileError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.metrics import auroc
@@ -83,10 +83,12 @@ def backbone(network: Any = NETWORK, **options: Any) -> Backbone:
     return Backbone(network, **(defaults | {"trainable": True, "where": "gate"} | options))
 
 
-def tune(network: Backbone, good: np.ndarray, bad: np.ndarray | None, **options: Any) -> Tuned:
+def tune(
+    network: Backbone, good: np.ndarray, bad: np.ndarray | None, **options: Any
+) -> FinetuningResult:
     options = {"image_size": 64, "epochs": 2, "random": np.random.RandomState(0)} | options
     anomalous = None if bad is None else ImageSource(bad)
-    return tune_gate(network, ImageSource(good), anomalous, **options)
+    return finetune_gate(network, ImageSource(good), anomalous, **options)
 
 
 def stripes(n: int, seed: int, *, defect: bool) -> np.ndarray:
@@ -170,7 +172,7 @@ def test_weights_learn_and_statistics_stay(weights: Path, last_is_best: None) ->
 
 
 def test_the_first_line_is_that_of_the_frozen_features(weights: Path) -> None:
-    """Standardized and back again, it is the line of ``Head.fit``; and features are the gate's."""
+    """Standardized and back again, the head is that of ``LinearHead.fit``, on the gate's features."""
     network = backbone(weights=weights)
     [examples, _] = _finetuning._examples(
         ImageSource(good(20)),
@@ -179,11 +181,11 @@ def test_the_first_line_is_that_of_the_frozen_features(weights: Path) -> None:
         {"image_size": 64, "stride": network.stride},
         np.random.RandomState(0),
     )
-    judge = _finetuning._Judge(network, examples, "balanced")
+    judge = _finetuning.GateNetwork(network, examples, "balanced")
     gate = Gate(backbone=backbone(weights=weights, trainable=False))
     X, _ = gate.features(ImageSource(examples.images), make())
     n = examples.n_normal
-    expected = Head.fit(X[:n], [X[n:]], "balanced", "")
+    expected = LinearHead.fit(X[:n], [X[n:]], "balanced", "")
     np.testing.assert_allclose(judge.logits(examples), expected.logits(X), atol=1e-3)
     np.testing.assert_allclose(judge.head().logits(X), expected.logits(X), atol=1e-3)
 
@@ -200,7 +202,7 @@ def test_the_first_line_is_that_of_the_frozen_features(weights: Path) -> None:
 def test_the_best_epoch_is_kept(
     areas: list[float], losses: list[float], best: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[dict[str, Tensor], Head]] = []
+    seen: list[tuple[dict[str, Tensor], LinearHead]] = []
 
     def validate(judge: Any, *args: Any) -> dict[str, float]:
         seen.append((copy.deepcopy(judge.network.state_dict()), judge.head()))
@@ -265,7 +267,7 @@ def test_classes_weigh_in_the_loss(weights: Path, last_is_best: None) -> None:
     for class_weight in (None, "balanced", {0: 2, 1: 2}):
         y = np.repeat([0, 1], [30, 10])
         examples = _finetuning._Examples(list(np.concatenate([good(30), bad(10)])), [10])
-        judge = _finetuning._Judge(backbone(weights=weights), examples, None)
+        judge = _finetuning.GateNetwork(backbone(weights=weights), examples, None)
         stay = torch.optim.SGD(judge.parameters(), lr=0.0)
         random = np.random.RandomState(0)
         losses.append(_finetuning._learn(judge, stay, examples, class_weight, random))
@@ -298,7 +300,7 @@ def test_one_step_for_all_sizes_of_a_batch() -> None:
     """The step for the mean over the whole batch, worked out one image at a time."""
     images = [image[: 96 - 32 * (i % 2)] for i, image in enumerate(np.tile(good(12), (2, 1, 1)))]
     examples = _finetuning._Examples(images, [4])
-    expected, judge = (_finetuning._Judge(backbone(Learner), examples, None) for _ in range(2))
+    expected, judge = (_finetuning.GateNetwork(backbone(Learner), examples, None) for _ in range(2))
     by_step = torch.optim.SGD(judge.parameters(), lr=0.1)
     _finetuning._learn(judge, by_step, examples, "balanced", np.random.RandomState(0))
     w = np.where(examples.y == 1, 12 / 8, 12 / 16)

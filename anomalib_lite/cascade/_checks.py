@@ -14,7 +14,7 @@ from anomalib_lite._validation import (
     check_seed,
     normal_indices,
 )
-from anomalib_lite.cascade.gate import CALIBRATIONS, check_class_weight
+from anomalib_lite.cascade.gate import PROBABILITY_CALIBRATIONS, check_class_weight
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.engines import ENGINES
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
@@ -48,7 +48,7 @@ def check_parameters(cascade: GatedCascade) -> None:
             f"gate={cascade.gate!r}. Give the name of a backbone or a module, or training='head'."
         )
     check_int("epochs", cascade.epochs, _WHERE, low=1)
-    check_choice("calibration", cascade.calibration, CALIBRATIONS, _WHERE)
+    check_choice("calibration", cascade.calibration, PROBABILITY_CALIBRATIONS, _WHERE)
     check_class_weight(cascade.class_weight, _WHERE)
     check_choice("maps", cascade.maps, MAPS, _WHERE)
     check_choice("engine", cascade.engine, ENGINES, _WHERE)

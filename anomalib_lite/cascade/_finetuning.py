@@ -27,14 +27,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from anomalib_lite.backbones import Backbone, weights_sha256
-from anomalib_lite.cascade.gate import Head, example_weights
+from anomalib_lite.cascade.gate import LinearHead, sample_weights
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.fusion import patch_embeddings
 from anomalib_lite.images import ImageSource, iter_batches
 from anomalib_lite.metrics import auroc
 from anomalib_lite.synthetic import SyntheticAnomalies
 
-__all__ = ["Tuned", "tune_gate"]
+__all__ = ["FinetuningResult", "finetune_gate"]
 
 # With steps ten times as large, a pretrained network forgets in the first epoch what it knows, and
 # it depends on the images whether it recovers.
@@ -46,7 +46,7 @@ _REMEDY = "or training='head'."
 
 
 @dataclass(frozen=True)
-class Tuned:
+class FinetuningResult:
     """What was learned.
 
     Attributes
@@ -55,7 +55,7 @@ class Tuned:
         The network's weights, by its own names, on the CPU.
     sha256 : str
         Of these weights, as ``weights_sha256`` in ``_weights.py`` has it.
-    head : Head
+    head : LinearHead
         The line through the features that this network gives.
     history : list of dict
         ``validation_auroc`` and ``validation_loss``, first of the network as it was, then after
@@ -64,7 +64,7 @@ class Tuned:
 
     state: dict[str, Tensor]
     sha256: str
-    head: Head
+    head: LinearHead
     history: list[dict[str, float]]
 
 
@@ -86,7 +86,7 @@ class _Examples:
 
     def weights(self, class_weight: Any) -> np.ndarray:
         """(N,) float64, 1 on average."""
-        weights = example_weights(self.n_normal, self.kinds, class_weight)
+        weights = sample_weights(self.n_normal, self.kinds, class_weight)
         return np.asarray(weights / weights.mean())
 
     def batches(self, random: np.random.RandomState | None = None) -> Iterator[list[list[int]]]:
@@ -104,7 +104,7 @@ class _Examples:
             yield list(groups.values())
 
 
-class _Judge(nn.Module):
+class GateNetwork(nn.Module):
     """A backbone and the line behind it: images -> logits.
 
     The line is one through features that are standardized by what they were before anything was
@@ -121,7 +121,7 @@ class _Judge(nn.Module):
             X = self._all(self.features, train)
         ends = train.n_normal + np.cumsum([0, *train.kinds])
         anomalous = [X[start:end] for start, end in pairwise(ends)]
-        head = Head.fit(X[: train.n_normal], anomalous, class_weight, backbone.where)
+        head = LinearHead.fit(X[: train.n_normal], anomalous, class_weight, backbone.where)
         scaler = StandardScaler().fit(X)
         for name, array in (("mean", scaler.mean_), ("scale", scaler.scale_)):
             self.register_buffer(name, torch.tensor(array, dtype=torch.float32))
@@ -131,7 +131,7 @@ class _Judge(nn.Module):
         self.to(backbone.device)
 
     def features(self, images: Sequence[np.ndarray]) -> Tensor:
-        """As ``pooled`` has them, (B, 2 D), with gradients."""
+        """As ``mean_max_pool`` has them, (B, 2 D), with gradients."""
         E = patch_embeddings(self._backbone(np.stack(images)), self._backbone.fusion)
         return torch.cat([E.mean(dim=(1, 2)), E.amax(dim=(1, 2))], dim=1)
 
@@ -144,13 +144,13 @@ class _Judge(nn.Module):
         with torch.no_grad():
             return self._all(self, examples)
 
-    def head(self) -> Head:
+    def head(self) -> LinearHead:
         """The line, through features as they are."""
         mean, scale, weights, bias = (
             tensor.detach().cpu().double().numpy()
             for tensor in (self.mean, self.scale, self.weights, self.bias)
         )
-        return Head(weights / scale, float(bias - mean @ (weights / scale)))
+        return LinearHead(weights / scale, float(bias - mean @ (weights / scale)))
 
     def _all(self, ask: Any, examples: _Examples) -> np.ndarray:
         """What ``ask`` says of each image, in their order."""
@@ -161,7 +161,7 @@ class _Judge(nn.Module):
         return np.stack([answers[i] for i in range(len(examples.images))])
 
 
-def tune_gate(
+def finetune_gate(
     backbone: Backbone,
     normal: ImageSource,
     anomalous: ImageSource | None,
@@ -172,7 +172,7 @@ def tune_gate(
     epochs: int = 20,
     random: np.random.RandomState | None = None,
     verbose: int = 0,
-) -> Tuned:
+) -> FinetuningResult:
     """Tune a network and the line behind it to tell normal images from anomalous ones.
 
     Parameters
@@ -200,7 +200,7 @@ def tune_gate(
 
     Returns
     -------
-    Tuned
+    FinetuningResult
         Of the epoch with the largest AUROC on the validation images, of several such with the
         smallest loss. That may be the network as it was, if it got worse from there.
 
@@ -214,8 +214,8 @@ def tune_gate(
 
     Notes
     -----
-    The line is first fitted on the frozen network's features as :meth:`Head.fit
-    <anomalib_lite.cascade.gate.Head.fit>` does, and then tuned with the network: so the first
+    The line is first fitted on the frozen network's features as :meth:`LinearHead.fit
+    <anomalib_lite.cascade.gate.LinearHead.fit>` does, and then tuned with the network: so the first
     steps do not undo what the network knows [3]_. The loss of a batch of B images, 16 or a few
     less, is the cross-entropy
 
@@ -237,7 +237,7 @@ def tune_gate(
     >>> import numpy as np
     >>> good = np.random.default_rng(0).integers(90, 150, (10, 64, 64, 3), dtype=np.uint8)
     >>> backbone = Backbone("efficientnet_lite0", strides=(16, 32), device="cpu", trainable=True)
-    >>> tuned = tune_gate(
+    >>> tuned = finetune_gate(
     ...     backbone, ImageSource(good), ImageSource(good // 2), image_size=64, epochs=1,
     ...     random=np.random.RandomState(0),
     ... )
@@ -250,7 +250,7 @@ def tune_gate(
         n_synthetic = 64 if anomalous is None else 0
     options: dict[str, Any] = {"image_size": image_size, "stride": backbone.stride}
     train, validation = _examples(normal, anomalous, n_synthetic, options, random)
-    judge = _Judge(backbone, train, class_weight)
+    judge = GateNetwork(backbone, train, class_weight)
     if not judge.features(train.images[:1]).requires_grad:
         raise InvalidValueError(
             f"{where}: training='finetune' tunes the weights of a network, and the features of "
@@ -273,7 +273,7 @@ def tune_gate(
         if _rank(history[-1]) > best:
             best, best_state, head = _rank(history[-1]), _copy(backbone.network), judge.head()
     backbone.network.load_state_dict(best_state)
-    return Tuned(best_state, weights_sha256(backbone.network), head, history)
+    return FinetuningResult(best_state, weights_sha256(backbone.network), head, history)
 
 
 def _examples(
@@ -332,7 +332,7 @@ def _load(sources: Iterable[ImageSource], options: dict[str, Any]) -> list[np.nd
 
 
 def _learn(
-    judge: _Judge,
+    judge: GateNetwork,
     optimizer: torch.optim.Optimizer,
     train: _Examples,
     class_weight: Any,
@@ -353,7 +353,7 @@ def _learn(
     return total / len(train.y)
 
 
-def _validate(judge: _Judge, examples: _Examples, class_weight: Any) -> dict[str, float]:
+def _validate(judge: GateNetwork, examples: _Examples, class_weight: Any) -> dict[str, float]:
     z, y = judge.logits(examples), examples.y
     losses = np.where(y == 1, -log_expit(z), -log_expit(-z))
     loss = float(np.average(losses, weights=examples.weights(class_weight)))

@@ -15,8 +15,14 @@ from sklearn.utils import check_random_state
 
 from anomalib_lite._validation import check_image_size
 from anomalib_lite.calibration import calibration_size
-from anomalib_lite.cascade.gate import Gate, Head, Probability, Whitening, embed_images
-from anomalib_lite.cascade.routing import anomalies_needed, calibrate_routing, losses_allowed
+from anomalib_lite.cascade.gate import (
+    Gate,
+    LinearHead,
+    ProbabilityCalibrator,
+    Whitening,
+    embed_images,
+)
+from anomalib_lite.cascade.routing import calibrate_routing, max_losses, min_anomalies
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.patchcore import PatchCore
 from anomalib_lite.engines import AnyBackbone, open_backbone
@@ -125,7 +131,7 @@ def _split(
     bad_order = random.permutation(np.unique(parts[anomalous]))
     half = len(bad_order) // 2
     # Where half of the labelled anomalies could show nothing, they are of more use in learning.
-    n_check_bad = half if half >= anomalies_needed(cascade.max_missed) else 0
+    n_check_bad = half if half >= min_anomalies(cascade.max_missed) else 0
     n_learn_bad = len(bad_order) - n_check_bad
     return _Shares(
         learn=_of(order[:n_learn], normal, parts),
@@ -173,7 +179,7 @@ def _learn_gate(
     if n_made:
         made = _synthetic(source.take(learn), n_made, random.randint(2**31))
         bad.append(_features_of(gate, cascade, made))
-    gate.head = Head.fit(features[learn], bad, cascade.class_weight, _WHERE)
+    gate.head = LinearHead.fit(features[learn], bad, cascade.class_weight, _WHERE)
     return gate, features, skipped
 
 
@@ -184,14 +190,14 @@ def _fit_probability(
     features: np.ndarray,
     shares: _Shares,
     seed: int,
-) -> Probability:
+) -> ProbabilityCalibrator:
     bad = features[shares.check_bad]
     if not len(bad):
         n = int(np.clip(2 * len(shares.check), *_TO_CHECK))
         bad = _features_of(gate, cascade, _synthetic(source.take(shares.check), n, seed))
     logits = gate.head.logits(np.concatenate([features[shares.check], bad]))
     y = np.repeat([0, 1], [len(shares.check), len(bad)])
-    return Probability.fit(cascade.calibration, logits, y, cascade.class_weight)
+    return ProbabilityCalibrator.fit(cascade.calibration, logits, y, cascade.class_weight)
 
 
 def _judge_anomalies(
@@ -203,18 +209,18 @@ def _judge_anomalies(
     threshold: float,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Held-out anomalies as :func:`lowest_probability` needs them: labelled ones, or made ones.
+    """Held-out anomalies as :func:`choose_t_low` needs them: labelled ones, or made ones.
 
     The heatmap model takes its time. Once it has found more than may be lost, it is asked no more
     about anomalies that the gate is surer of: ``t_low`` will be below. Their scores are NaN.
     """
     n, images = len(shares.check_bad), iter([source.take(shares.check_bad)])
     if not n:
-        needed = anomalies_needed(cascade.max_missed)
+        needed = min_anomalies(cascade.max_missed)
         n = max(needed, min(4 * needed, _MANY))
         # On images that neither model has seen, as those to come.
         images = _synthetic(source.take(shares.hold), n, seed)
-    allowed = losses_allowed(n, cascade.max_missed)
+    allowed = max_losses(n, cascade.max_missed)
     found, parts = np.empty(0), []
     for some in images:
         p = gate.probabilities(gate.features(some, cascade)[0])
@@ -258,7 +264,7 @@ def _tune(
 ) -> Gate:
     """The gate with a network of its own: tuned, as is the head, and run as the frozen one was."""
     from anomalib_lite.backbones import Backbone  # torch, only for those who ask
-    from anomalib_lite.cascade._finetuning import tune_gate
+    from anomalib_lite.cascade._finetuning import finetune_gate
 
     network = Backbone(
         cascade.gate,
@@ -269,7 +275,7 @@ def _tune(
         trainable=True,
         where=gate.backbone.where,
     )
-    tuned = tune_gate(
+    tuned = finetune_gate(
         network,
         normal,
         anomalous,

@@ -22,18 +22,18 @@ from anomalib_lite.gaussian import Gaussian, Moments
 from anomalib_lite.images import ImageSource, iter_batches
 
 __all__ = [
-    "CALIBRATIONS",
+    "PROBABILITY_CALIBRATIONS",
     "Gate",
-    "Head",
-    "Probability",
+    "LinearHead",
+    "ProbabilityCalibrator",
     "Whitening",
     "check_class_weight",
     "embed_images",
-    "example_weights",
-    "pooled",
+    "sample_weights",
+    "mean_max_pool",
 ]
 
-CALIBRATIONS = ("temperature", "isotonic")
+PROBABILITY_CALIBRATIONS = ("temperature", "isotonic")
 # Of the logistic regression: features are many and images few.
 _C = 0.01
 # Of isotonic probabilities, the share that is logistic.
@@ -134,19 +134,19 @@ class Whitening:
         return np.concatenate([numbers, np.sqrt((w**2).mean(axis=0)), w[far].mean(axis=0)])
 
 
-def pooled(E: np.ndarray) -> np.ndarray:
+def mean_max_pool(E: np.ndarray) -> np.ndarray:
     """Mean and maximum over all positions: (B, h, w, D) -> (B, 2 D)."""
     return np.concatenate([E.mean(axis=(1, 2)), E.max(axis=(1, 2))], axis=1)
 
 
-def example_weights(n_normal: int, kinds: Sequence[int], class_weight: Any) -> np.ndarray:
+def sample_weights(n_normal: int, kinds: Sequence[int], class_weight: Any) -> np.ndarray:
     """(N,) weights of normal images, then of anomalies, of which there are so many of each kind.
 
     Classes as in scikit-learn; of the anomalies, all kinds together weigh the same.
 
     Examples
     --------
-    >>> example_weights(4, [1, 3], "balanced").round(2).tolist()
+    >>> sample_weights(4, [1, 3], "balanced").round(2).tolist()
     [1.0, 1.0, 1.0, 1.0, 2.0, 0.67, 0.67, 0.67]
     """
     n = sum(kinds)
@@ -156,7 +156,7 @@ def example_weights(n_normal: int, kinds: Sequence[int], class_weight: Any) -> n
 
 
 @dataclass(frozen=True)
-class Head:
+class LinearHead:
     """A line through features: positive on the side of the anomalies.
 
     Attributes
@@ -171,7 +171,7 @@ class Head:
     @classmethod
     def fit(
         cls, normal: np.ndarray, anomalous: Sequence[np.ndarray], class_weight: Any, where: str
-    ) -> Head:
+    ) -> LinearHead:
         """Logistic regression on standardized features.
 
         Parameters
@@ -194,7 +194,7 @@ class Head:
         --------
         >>> import numpy as np
         >>> normal, anomalous = np.array([[0.0], [1.0]]), np.array([[4.0], [5.0]])
-        >>> head = Head.fit(normal, [anomalous], "balanced", "example")
+        >>> head = LinearHead.fit(normal, [anomalous], "balanced", "example")
         >>> (head.logits(np.array([[1.0], [4.0]])) > 0).tolist()
         [False, True]
         """
@@ -207,7 +207,7 @@ class Head:
             )
         X = np.concatenate([normal, *anomalous]).astype(np.float64)
         y = np.repeat([0, 1], [len(normal), sum(sizes)])
-        weights = example_weights(len(normal), sizes, class_weight)
+        weights = sample_weights(len(normal), sizes, class_weight)
         scaler = StandardScaler().fit(X)
         line = LogisticRegression(C=_C, max_iter=5000).fit(scaler.transform(X), y, weights)
         slopes = line.coef_[0] / scaler.scale_
@@ -221,7 +221,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Probability:
+class ProbabilityCalibrator:
     """Logits -> probabilities, fitted on images that the line was not fitted on.
 
     Attributes
@@ -244,7 +244,7 @@ class Probability:
     --------
     >>> import numpy as np
     >>> z = np.array([-9.0, -6.0, 3.0, -3.0, 6.0, 9.0])
-    >>> fitted = Probability.fit("temperature", z, np.array([0, 0, 0, 1, 1, 1]), None)
+    >>> fitted = ProbabilityCalibrator.fit("temperature", z, np.array([0, 0, 0, 1, 1, 1]), None)
     >>> bool(fitted.temperature > 1), fitted(np.array([0.0]))
     (True, array([0.5]))
     """
@@ -255,7 +255,9 @@ class Probability:
     y: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     @classmethod
-    def fit(cls, kind: str, logits: np.ndarray, y: np.ndarray, class_weight: Any) -> Probability:
+    def fit(
+        cls, kind: str, logits: np.ndarray, y: np.ndarray, class_weight: Any
+    ) -> ProbabilityCalibrator:
         """From held-out logits (n,) and labels (n,), weighted as the line was."""
         weights = compute_sample_weight(class_weight, y)
         if kind == "isotonic":
@@ -291,14 +293,14 @@ class Gate:
     backbone : Backbone or CompiledBackbone, optional
         Gives the patches of an image.
     whitening : Whitening, optional
-        Says what is kept of them; without one, as for a tuned backbone, their :func:`pooled`.
+        Says what is kept of them; without one, as for a tuned backbone, :func:`mean_max_pool`.
     detector : BaseDetector, optional
         In place of both: its score is the only feature then.
-    head : Head
-    probability : Probability
+    head : LinearHead
+    probability : ProbabilityCalibrator
     history : list of dict
-        Of a backbone that was tuned: see :class:`~anomalib_lite.cascade._finetuning.Tuned`.
-        Empty, if it was not.
+        Of a backbone that was tuned, as in
+        :class:`~anomalib_lite.cascade._finetuning.FinetuningResult`; empty, if it was not.
     """
 
     backbone: Any = None
@@ -326,13 +328,13 @@ class Gate:
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> Gate:
         """What :meth:`to_arrays` took apart; KeyError or ValueError where a part is missing."""
-        head = Head(np.asarray(arrays["gate_weights"], np.float64), float(state["bias"]))
-        probability = Probability(str(state["kind"]), float(state["temperature"]))
+        head = LinearHead(np.asarray(arrays["gate_weights"], np.float64), float(state["bias"]))
+        probability = ProbabilityCalibrator(str(state["kind"]), float(state["temperature"]))
         if probability.kind == "isotonic":
             x, y = (np.asarray(arrays[name], np.float64) for name in ("gate_x", "gate_y"))
             if x.ndim != 1 or x.shape != y.shape or not len(x):
                 raise ValueError(f"isotonic corners have shapes {x.shape} and {y.shape}")
-            probability = Probability("isotonic", x=x, y=y)
+            probability = ProbabilityCalibrator("isotonic", x=x, y=y)
         whitening = None
         if "gate_center" in arrays:
             center, factor = (
@@ -359,7 +361,7 @@ class Gate:
         found: np.ndarray | None = None
         skipped: list[tuple[int, str]] = []
         for indices, E in embed_images(self.backbone, source, options, skipped):
-            rows = pooled(E) if self.whitening is None else self.whitening.summaries(E)
+            rows = mean_max_pool(E) if self.whitening is None else self.whitening.summaries(E)
             if found is None:
                 found = np.full((len(source), rows.shape[1]), np.nan, np.float32)
             found[indices] = rows

@@ -23,7 +23,12 @@ from anomalib_lite.cascade._checks import (
 )
 from anomalib_lite.cascade._fitting import learn_cascade, open_gate
 from anomalib_lite.cascade.gate import Gate
-from anomalib_lite.cascade.routing import Routing, calibrate_routing, keeps_rate, lowest_probability
+from anomalib_lite.cascade.routing import (
+    Routing,
+    calibrate_routing,
+    choose_t_low,
+    leaves_false_alarms,
+)
 from anomalib_lite.cascade.sweep import Sweep, sweep_routings
 from anomalib_lite.detectors import BaseDetector, Detections, DetectorMixin
 from anomalib_lite.embeddings import stack
@@ -87,7 +92,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
     training : {"head", "finetune"}, default="head"
         How a gate that is a network learns: whitened patches of the frozen network are judged by
         a logistic regression, or the network's own weights learn too, by
-        :func:`~anomalib_lite.cascade._finetuning.tune_gate`.
+        :func:`~anomalib_lite.cascade._finetuning.finetune_gate`.
     epochs : int, default=20
         Of ``training="finetune"``.
     t_low, t_high : float, optional
@@ -144,7 +149,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
     the thresholds. The heatmap model is fitted on the others; so is the gate, but for a quarter of
     them that calibrate its probability. What the gate sees of an image is told at ``Whitening`` in
     :mod:`anomalib_lite.cascade.gate`, why the rates hold and what the score means at
-    ``calibrate_routing``, ``lowest_probability`` and ``Routing`` in
+    ``calibrate_routing``, ``choose_t_low`` and ``Routing`` in
     :mod:`anomalib_lite.cascade.routing`.
 
     Cascades of classifiers of growing cost: Viola and Jones, "Rapid object detection using a
@@ -400,7 +405,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             gate_ms=gate_ms,
             detector_ms=detector_ms,
             keeps_rate=[
-                keeps_rate(self.calibration_probabilities_, self.false_alarm_rate, high)
+                leaves_false_alarms(self.calibration_probabilities_, self.false_alarm_rate, high)
                 for _, high in pairs
             ],
             alone=routings[-1],
@@ -425,7 +430,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         self.gate_.backbone = backbone
 
     def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        # Tuned weights exist nowhere else.
+        # FinetuningResult weights exist nowhere else.
         return super()._describe(include_backbone or bool(self.gate_.history))
 
     def _plain_parameters(self) -> dict[str, Any]:
@@ -487,5 +492,5 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", CalibrationWarning)  # once is enough: below
                 routing = calibrate_routing(*normal, self.false_alarm_rate, t_high=t_high)
-            low = lowest_probability(*anomalous, routing, self.max_missed, _REMEDY)
+            low = choose_t_low(*anomalous, routing, self.max_missed, _REMEDY)
         return calibrate_routing(*normal, self.false_alarm_rate, t_low=low, t_high=t_high)

@@ -17,11 +17,11 @@ from anomalib_lite.errors import CalibrationWarning
 __all__ = [
     "ROUTES",
     "Routing",
-    "anomalies_needed",
+    "min_anomalies",
     "calibrate_routing",
-    "keeps_rate",
-    "losses_allowed",
-    "lowest_probability",
+    "leaves_false_alarms",
+    "max_losses",
+    "choose_t_low",
 ]
 
 ROUTES = ("gate_normal", "gate_anomalous", "detector")
@@ -97,7 +97,7 @@ class Routing:
         return np.asarray(np.where(scores > 0.5, np.maximum(rounded, _ABOVE_HALF), rounded))
 
 
-def anomalies_needed(max_missed: float) -> int:
+def min_anomalies(max_missed: float) -> int:
     r"""Smallest number of held-out anomalies that can show that at most this share is lost.
 
     Parameters
@@ -113,13 +113,13 @@ def anomalies_needed(max_missed: float) -> int:
 
     Examples
     --------
-    >>> anomalies_needed(0.01), anomalies_needed(0.1)
+    >>> min_anomalies(0.01), min_anomalies(0.1)
     (299, 29)
     """
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-max_missed) - 1e-9)
 
 
-def losses_allowed(n: int, max_missed: float) -> int:
+def max_losses(n: int, max_missed: float) -> int:
     r"""How many of n held-out anomalies may be lost, to show that at most this share of all is.
 
     Returns
@@ -130,7 +130,7 @@ def losses_allowed(n: int, max_missed: float) -> int:
 
     Examples
     --------
-    >>> losses_allowed(298, 0.01), losses_allowed(299, 0.01), losses_allowed(1196, 0.01)
+    >>> max_losses(298, 0.01), max_losses(299, 0.01), max_losses(1196, 0.01)
     (-1, 0, 6)
     """
     as_few = binom.cdf(np.arange(n), n, max_missed) <= 1 - CONFIDENCE + 1e-12
@@ -208,7 +208,7 @@ def calibrate_routing(
     return Routing(float(t_low), float(t_high), threshold, scale)
 
 
-def keeps_rate(probabilities: np.ndarray, false_alarm_rate: float, t_high: float) -> bool:
+def leaves_false_alarms(probabilities: np.ndarray, false_alarm_rate: float, t_high: float) -> bool:
     """Whether a ``t_high`` leaves some of the false alarms allowed to the heatmap model.
 
     ``probabilities`` (n,) are those of held-out normal images; where they are too few to allow one
@@ -217,14 +217,14 @@ def keeps_rate(probabilities: np.ndarray, false_alarm_rate: float, t_high: float
     Examples
     --------
     >>> p = np.arange(99) / 100
-    >>> keeps_rate(p, 0.1, 0.9), keeps_rate(p, 0.1, 0.5)
+    >>> leaves_false_alarms(p, 0.1, 0.9), leaves_false_alarms(p, 0.1, 0.5)
     (True, False)
     """
     by_gate = int(np.count_nonzero(np.asarray(probabilities) > t_high))
     return by_gate < max(1, math.floor((len(probabilities) + 1) * false_alarm_rate + 1e-9))
 
 
-def lowest_probability(
+def choose_t_low(
     probabilities: np.ndarray,
     detector_scores: np.ndarray,
     routing: Routing,
@@ -271,13 +271,13 @@ def lowest_probability(
     >>> import numpy as np
     >>> routing = Routing(t_low=0.0, t_high=1.0, threshold=3.0, scale=1.0)
     >>> p = 0.1 + 0.01 * np.arange(46)
-    >>> lowest_probability(p, np.full(46, 5.0), routing, 0.1)  # of 46, one may be lost
+    >>> choose_t_low(p, np.full(46, 5.0), routing, 0.1)  # of 46, one may be lost
     0.11
-    >>> lowest_probability(p, np.repeat([1.0, 5.0], [16, 30]), routing, 0.1)  # 16 nobody finds
+    >>> choose_t_low(p, np.repeat([1.0, 5.0], [16, 30]), routing, 0.1)  # 16 nobody finds
     0.27
     """
     p, s = np.asarray(probabilities, np.float64), np.asarray(detector_scores, np.float64)
-    n, needed = len(p), anomalies_needed(max_missed)
+    n, needed = len(p), min_anomalies(max_missed)
     if n < needed:
         warnings.warn(
             f"max_missed={max_missed:g} needs {needed} held-out anomalies to be shown, got {n}; "
@@ -286,7 +286,7 @@ def lowest_probability(
             stacklevel=4,
         )
         return 0.0
-    allowed = losses_allowed(n, max_missed)
+    allowed = max_losses(n, max_missed)
     found = np.sort(p[~(s <= routing.threshold)])
     t_low = found[allowed] if len(found) > allowed else p.max()
     return float(min(t_low, routing.t_high))

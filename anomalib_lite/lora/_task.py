@@ -62,7 +62,7 @@ class _Whitening(nn.Module):
         return (f.float() - self.mean) @ self.factor
 
 
-class _Judge(nn.Module):
+class AnomalyHead(nn.Module):
     """Two confidences in each of a set of features being anomalous, as logits."""
 
     def __init__(self, gaussian: Gaussian) -> None:
@@ -99,7 +99,7 @@ class Task(nn.Module):
         self._adapted: list[Any] = [backbone.network.get_submodule(name) for name in adapted]
         self._dtype = resolve_dtype(dtype, backbone.device, backbone.where)
         patches, images = self._gaussians(to_fit)
-        self.patches, self.images = _Judge(patches), _Judge(images)
+        self.patches, self.images = AnomalyHead(patches), AnomalyHead(images)
         self.to(backbone.device)
 
     def loss(self, batch: Sequence[Example]) -> Tensor:
