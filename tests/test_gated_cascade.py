@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, load
 from anomalib_lite.cascade import _fitting
-from anomalib_lite.cascade._fitting import _split
+from anomalib_lite.cascade._holding_out import Split, Subset, draw_split
 from anomalib_lite.cascade.gate import LinearHead, ProbabilityCalibrator, Whitening
 from anomalib_lite.cascade.routing import (
     Routing,
+    anomaly_shortfall,
     calibrate_routing,
     choose_t_low,
     min_anomalies,
+    rate_shortfall,
 )
 from anomalib_lite.cascade.sweep import sweep_routings
 from anomalib_lite.datasets import Folder, MVTecAD, Sample
@@ -365,30 +367,35 @@ def test_lost_is_what_the_heatmap_model_would_have_found() -> None:
 
 def test_too_few_anomalies_close_the_gate() -> None:
     routing = Routing(t_low=0.0, t_high=1.0, threshold=0.5, scale=1.0)
-    with pytest.warns(CalibrationWarning, match=r"0\.01 needs 299 held-out anomalies.*got 298"):
-        assert choose_t_low(np.full(298, 0.9), np.ones(298), routing, 0.01) == 0
+    assert choose_t_low(np.full(298, 0.9), np.ones(298), routing, 0.01) == 0
+    assert choose_t_low(np.full(299, 0.9), np.ones(299), routing, 0.01) == 0.9
+    assert str(anomaly_shortfall(298, 0.01)).startswith(
+        "max_missed=0.01 needs 299 held-out anomalies to be shown, got 298; t_low is 0"
+    )
+    assert anomaly_shortfall(299, 0.01) is None
 
 
 def test_the_heatmap_model_is_asked_no_more_than_matters(
     fitted: GatedCascade, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = good(60, 3)
-    shares = _split(np.arange(60), np.arange(0), np.arange(60), fitted, np.random.RandomState(0))
-    routing, judged = fitted.routing_, []
+    source = ImageSource(good(12, 3))
+    normal = Subset(source, fitted.gate_.features(source)[0])
+    none = Subset(source.take([]), normal.features[:0])
+    routing, scored = fitted.routing_, []
     for allowed in (_fitting.max_losses, lambda *_: -1):  # the other way: asked of all
         monkeypatch.setattr(_fitting, "max_losses", allowed)
-        judged.append(
-            _fitting._judge_anomalies(
-                fitted,
+        scored.append(
+            _fitting.score_held_out_anomalies(
                 fitted.gate_,
                 fitted.detector_,
-                ImageSource(images),
-                shares,
-                routing.threshold,
-                0,
+                normal,
+                none,
+                threshold=routing.threshold,
+                max_missed=0.2,
+                seed=0,
             )
         )
-    (p, some), (again, all_) = judged
+    (p, some), (again, all_) = scored
     np.testing.assert_array_equal(p, again)
     assert np.isnan(some).any()
     assert not np.isnan(all_).any()
@@ -419,8 +426,25 @@ def test_too_few_normal_images_are_told() -> None:
     assert cascade.routing_.t_high == 1
     s = cascade.calibration_detector_scores_
     assert cascade.routing_.threshold == s.max()
-    with pytest.warns(CalibrationWarning, match="is spent by t_high alone, above which 9 of 10"):
-        calibrate_routing(np.arange(10) / 10, np.arange(10), 0.2, t_low=0, t_high=0.05)
+    assert rate_shortfall(cascade.calibration_probabilities_, 0.05, 1.0) is None
+    p = np.arange(10) / 10
+    spent = calibrate_routing(p, np.arange(10), 0.2, t_low=0, t_high=0.05)
+    assert "is spent by t_high alone, above which 9 of 10" in str(rate_shortfall(p, 0.2, 0.05))
+    assert spent.threshold == np.median(np.arange(10))
+
+
+def test_warnings_point_at_the_line_that_asked() -> None:
+    with pytest.warns(CalibrationWarning) as shown:
+        cascade = make(false_alarm_rate=0.01, t_low=0.0).fit(good(20))
+    with pytest.warns(CalibrationWarning) as later:
+        cascade.set_thresholds(0.1, 0.9)
+    few = make(max_missed=0.2)
+    few.fit(good(60))
+    few.max_missed = 0.01  # for which too few are held out
+    with pytest.warns(CalibrationWarning, match=r"max_missed=0\.01 needs 299") as lost:
+        few.set_thresholds()
+    for warned in (shown, later, lost):
+        assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_thresholds_do_not_cross() -> None:
@@ -429,8 +453,7 @@ def test_thresholds_do_not_cross() -> None:
     assert (given.t_low, given.t_high) == (0.99, 0.99)
     assert calibrate_routing(p, s, 0.2, t_low=0.8).t_high == 0.9
     # A gate that lets hardly anything through: the few say nothing, so the median counts.
-    with pytest.warns(CalibrationWarning, match="spent by t_high"):
-        assert calibrate_routing(p, s, 0.02, t_high=0.01).threshold == np.median(s)
+    assert calibrate_routing(p, s, 0.02, t_high=0.01).threshold == np.median(s)
 
 
 def test_all_equal_scores_make_no_alarm() -> None:
@@ -800,16 +823,26 @@ def photographs(n_parts: int, n_each: int, seed: int) -> tuple[np.ndarray, np.nd
     return np.clip(images, 0, 255).astype(np.uint8), np.repeat(np.arange(n_parts), n_each)
 
 
+def split(
+    normal: np.ndarray, anomalous: np.ndarray, groups: np.ndarray, *, halve: bool = False
+) -> Split:
+    random = np.random.RandomState(0)
+    rates = {"false_alarm_rate": 0.1, "max_missed": 0.2}
+    return draw_split(normal, anomalous, groups, **rates, halve=halve, random=random)
+
+
 def test_images_of_one_part_stay_together() -> None:
     """Images of 40 parts, of some many, of others few; and anomalies of 31 others."""
     rng = np.random.default_rng(0)
     parts = rng.permutation(np.r_[np.arange(40), rng.integers(0, 40, 80)])
     normal = np.arange(120)
-    for n_bad, cascade in ((0, make()), (61, make(max_missed=0.2))):
+    for n_bad in (0, 61):
         shows = np.concatenate([parts, 100 + np.repeat(np.arange(31), 2)[:n_bad]])
-        drawn = _split(normal, 120 + np.arange(n_bad), shows, cascade, np.random.RandomState(0))
-        whole = [drawn.learn, drawn.check, drawn.learn_bad]
-        one_each = [drawn.hold, drawn.check_bad]
+        drawn = split(normal, 120 + np.arange(n_bad), shows)
+        whole = [drawn.encoder_normal, drawn.calibration_normal, drawn.head_anomalous]
+        one_each = [drawn.held_out_normal, drawn.held_out_anomalous]
+        assert drawn.head_normal.tolist() == sorted(drawn.encoder_normal)
+        assert drawn.detector_normal.tolist() == [*whole[0], *whole[1]]
         of = [set(shows[share].tolist()) for share in (*whole, *one_each)]
         assert [len(parts) for parts in of] == [24, 7, 16 * (n_bad > 0), 9, 15 * (n_bad > 0)]
         assert sum(map(len, of)) == len(set().union(*of))
@@ -818,8 +851,19 @@ def test_images_of_one_part_stay_together() -> None:
         # Parts, not images, come as if drawn at random: one image stands for each.
         for share in one_each:
             assert len(share) == len(set(shows[share]))
-        first = [np.flatnonzero(shows == part)[0] for part in shows[drawn.hold]]
-        assert drawn.hold.tolist() != first  # drawn, since the first may all have the same light
+        first = [np.flatnonzero(shows == part)[0] for part in shows[drawn.held_out_normal]]
+        # Drawn, since the first may all have the same light.
+        assert drawn.held_out_normal.tolist() != first
+
+
+def test_a_detector_as_gate_is_not_asked_about_images_that_it_knows() -> None:
+    shows = np.repeat(np.arange(30), 2)
+    whole, halves = (split(np.arange(60), np.arange(0), shows, halve=h) for h in (False, True))
+    n = len(whole.encoder_normal) // 2
+    np.testing.assert_array_equal(halves.encoder_normal, whole.encoder_normal[:n])
+    np.testing.assert_array_equal(halves.head_normal, np.sort(whole.encoder_normal[n:]))
+    for name in ("calibration_normal", "detector_normal", "held_out_normal"):
+        np.testing.assert_array_equal(getattr(halves, name), getattr(whole, name))
 
 
 def test_the_rate_is_kept_for_parts_to_come_exactly() -> None:

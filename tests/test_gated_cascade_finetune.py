@@ -21,10 +21,11 @@ from anomalib_lite import GatedCascade, MahalanobisVFM, PatchCore, load
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.cascade import _finetuning
 from anomalib_lite.cascade._finetuning import FinetuningResult, finetune_gate
-from anomalib_lite.cascade.gate import Gate, LinearHead
+from anomalib_lite.cascade.gate import Extractor, LinearHead, NetworkEncoder, SavedGate
 from anomalib_lite.errors import InvalidValueError, ModelFileError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.metrics import auroc
+from anomalib_lite.synthetic import SyntheticAnomalies
 
 HEIGHT, WIDTH = 64, 96
 NETWORK = "test_efficientnet"
@@ -89,6 +90,12 @@ def tune(
     options = {"image_size": 64, "epochs": 2, "random": np.random.RandomState(0)} | options
     anomalous = None if bad is None else ImageSource(bad)
     return finetune_gate(network, ImageSource(good), anomalous, **options)
+
+
+def features(network: Backbone, images: Any) -> np.ndarray:
+    """What the gate sees of images by a network that was finetuned."""
+    extractor = Extractor(network, image_size=64, batch_size=32, on_error="raise", verbose=0)
+    return NetworkEncoder(extractor, None)(ImageSource(images))[0]
 
 
 def stripes(n: int, seed: int, *, defect: bool) -> np.ndarray:
@@ -172,18 +179,17 @@ def test_weights_learn_and_statistics_stay(weights: Path, last_is_best: None) ->
 
 
 def test_the_first_line_is_that_of_the_frozen_features(weights: Path) -> None:
-    """Standardized and back again, the head is that of ``LinearHead.fit``, on the gate's features."""
+    """Standardized and back again, it is the head of ``LinearHead.fit`` on the gate's features."""
     network = backbone(weights=weights)
     [examples, _] = _finetuning._examples(
         ImageSource(good(20)),
         ImageSource(bad(20)),
         0,
-        {"image_size": 64, "stride": network.stride},
+        (64, network.stride),
         np.random.RandomState(0),
     )
     judge = _finetuning.GateNetwork(network, examples, "balanced")
-    gate = Gate(backbone=backbone(weights=weights, trainable=False))
-    X, _ = gate.features(ImageSource(examples.images), make())
+    X = features(backbone(weights=weights, trainable=False), examples.images)
     n = examples.n_normal
     expected = LinearHead.fit(X[:n], [X[n:]], "balanced", "")
     np.testing.assert_allclose(judge.logits(examples), expected.logits(X), atol=1e-3)
@@ -254,13 +260,13 @@ def test_the_step_gets_smaller_along_half_a_cosine(monkeypatch: pytest.MonkeyPat
 
 
 def test_classes_weigh_in_the_loss(weights: Path, last_is_best: None) -> None:
-    new = ImageSource(np.concatenate([good(10, 7), bad(10, 8)]))
+    new = np.concatenate([good(10, 7), bad(10, 8)])
     means = []
     for class_weight in ({0: 1, 1: 50}, {0: 50, 1: 1}):
         tuned = tune(backbone(weights=weights), good(40), bad(40), class_weight=class_weight)
         assert tuned.history[0]["validation_loss"] != tuned.history[1]["validation_loss"]
-        gate = Gate(backbone=backbone(weights=weights, state=tuned.state, trainable=False))
-        means.append(tuned.head.logits(gate.features(new, make())[0]).mean())
+        network = backbone(weights=weights, state=tuned.state, trainable=False)
+        means.append(tuned.head.logits(features(network, new)).mean())
     assert means[0] > means[1] + 0.5
     # A step by itself: with the line and the network as they were, the weights alone differ.
     losses = []
@@ -361,8 +367,14 @@ def test_labelled_images_are_learned_from_once_each(learned_from: list[Any]) -> 
 def test_synthetic_anomalies_are_made_once(
     learned_from: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seeds, made = [], _finetuning._made
-    monkeypatch.setattr(_finetuning, "_made", lambda *a: (seeds.append(a[2]), made(*a))[1])
+    seeds = []
+
+    class Spy(SyntheticAnomalies):
+        def sources(self, images: Any, n: int, at_once: int) -> Iterator[ImageSource]:
+            seeds.append(self.random_state)
+            return super().sources(images, n, at_once)
+
+    monkeypatch.setattr(_finetuning, "SyntheticAnomalies", Spy)
     images = good(60)
     cascade = make(epochs=3).fit(images)
     [(train, validation)] = learned_from
@@ -503,7 +515,7 @@ def test_a_broken_weight_is_noticed(fitted: GatedCascade, tmp_path: Path) -> Non
 def test_files_from_before_have_no_history() -> None:
     arrays = {"gate_weights": np.ones(2)}
     state = {"bias": 0.5, "kind": "temperature", "temperature": 2.0}
-    assert Gate.from_arrays(arrays, state).history == []
+    assert SavedGate.from_arrays(arrays, state).history == []
 
 
 def test_copies_and_estimators(fitted: GatedCascade) -> None:

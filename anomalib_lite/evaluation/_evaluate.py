@@ -19,7 +19,7 @@ from anomalib_lite.errors import (
     NotFittedError,
 )
 from anomalib_lite.evaluation._report import Report
-from anomalib_lite.metrics import _image
+from anomalib_lite.metrics import _image, rate
 
 __all__ = ["Detector", "Report", "evaluate"]
 
@@ -127,7 +127,7 @@ def evaluate(
     figures = _image_metrics(test, tested)
     if tested.routes:
         routes = np.concatenate(tested.routes)
-        figures["heatmap_call_rate"] = _share((routes == "detector")[routes != "skipped"])
+        figures["heatmap_call_rate"] = rate((routes == "detector")[routes != "skipped"])
     if with_masks:
         figures |= _image.pixel_metrics(tested.masks, tested.maps, fpr_limit=fpr_limit)
     timings = {"test_s": tested.seconds, "ms_per_image": 1000 * tested.seconds / len(test)}
@@ -257,8 +257,8 @@ def _image_metrics(test: tuple[Sample, ...], tested: _Tested) -> dict[str, float
         "image_auroc": _image.auroc(truth, tested.scores),
         "image_ap": _image.average_precision(truth, tested.scores),
         "image_f1_max": _image.f1_max(truth, tested.scores),
-        "false_alarm_rate": _share(tested.decisions[truth == 0]),
-        "detection_rate": _share(tested.decisions[truth == 1]),
+        "false_alarm_rate": rate(tested.decisions[truth == 0]),
+        "detection_rate": rate(tested.decisions[truth == 1]),
     }
 
 
@@ -273,7 +273,7 @@ def _kinds(test: tuple[Sample, ...], tested: _Tested) -> dict[str, dict[str, flo
         rows[kind] = {
             "images": float(chosen.sum()),
             "image_auroc": _image.auroc(chosen[against], tested.scores[against]),
-            "detection_rate": _share(tested.decisions[chosen]),
+            "detection_rate": rate(tested.decisions[chosen]),
         }
     return rows
 
@@ -290,7 +290,3 @@ def _counts(train: tuple[Sample, ...], test: tuple[Sample, ...], tested: _Tested
         truths = zip(test, tested.masks, strict=True)
         counts["empty_masks"] = sum(s.label and m is not None and not m.any() for s, m in truths)
     return counts
-
-
-def _share(decisions: npt.NDArray[np.bool_]) -> float:
-    return float(decisions.mean()) if decisions.size else float("nan")

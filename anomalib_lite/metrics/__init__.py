@@ -9,6 +9,7 @@ from anomalib_lite.metrics._image import (
     pixel_auroc,
     pixel_average_precision,
     pixel_metrics,
+    rate,
     seg_f1,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "pixel_auroc",
     "pixel_average_precision",
     "pixel_metrics",
+    "rate",
     "seg_f1",
 ]

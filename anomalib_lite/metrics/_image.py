@@ -35,6 +35,7 @@ __all__ = [
     "pixel_auroc",
     "pixel_average_precision",
     "pixel_metrics",
+    "rate",
     "seg_f1",
 ]
 
@@ -202,6 +203,17 @@ def fpr_at_tpr(y_true: npt.ArrayLike, y_score: npt.ArrayLike, tpr: float = 0.95)
     k = int(np.searchsorted(reached, tpr, side="left")) + 1
     threshold = positives[positives.size - k]
     return float(n_at_least(negatives, threshold) / negatives.size)
+
+
+def rate(decisions: npt.NDArray[np.bool_]) -> float:
+    """Share of decisions (N,) that are True; ``nan`` if there are none.
+
+    Examples
+    --------
+    >>> rate(np.array([True, False, False, True])), rate(np.array([], bool))
+    (0.5, nan)
+    """
+    return float(decisions.mean()) if decisions.size else float("nan")
 
 
 def pixel_auroc(masks: Masks, maps: Maps) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from sklearn.utils import check_random_state
 
 from anomalib_lite._validation import check_choice, check_int, check_number, check_seed
 from anomalib_lite.errors import InvalidValueError
-from anomalib_lite.images import ImageSource
+from anomalib_lite.images import ImageSource, to_uint8
 from anomalib_lite.synthetic._defects import MAKERS, Place
 
 __all__ = ["KINDS", "SyntheticAnomalies", "SyntheticAnomaly", "SyntheticSet"]
@@ -204,6 +205,33 @@ class SyntheticAnomalies(BaseEstimator):
         seed = random.randint(2**32, size=4, dtype=np.uint64).tolist()
         return (_make(source, kinds, severity, seed, i) for i in range(n))
 
+    def sources(self, images: Any, n: int, at_once: int) -> Iterator[ImageSource]:
+        """Make the images of the same ``n`` anomalies, ``at_once`` in memory at a time.
+
+        Parameters and errors are those of :meth:`generate`; arguments are checked at once.
+
+        Yields
+        ------
+        ImageSource
+            Up to ``at_once`` images.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> made = SyntheticAnomalies(random_state=0)
+        >>> [len(source) for source in made.sources(np.full((40, 60), 128, np.uint8), 5, 2)]
+        [2, 2, 1]
+        """
+        check_int("at_once", at_once, type(self).__name__, low=1)
+        where = images.where if isinstance(images, ImageSource) else type(self).__name__
+        made = self.iterate(images, n)
+
+        def batches() -> Iterator[ImageSource]:
+            while some := [anomaly.image for anomaly in islice(made, at_once)]:
+                yield ImageSource(some, where=where)
+
+        return batches()
+
 
 def _check_severity(severity: Any, where: str) -> tuple[float, float]:
     ends = severity if isinstance(severity, tuple | list) else (severity, severity)
@@ -238,22 +266,18 @@ def _make(
     bits = np.random.MT19937(np.random.SeedSequence(seed, spawn_key=(i,)))
     random = np.random.RandomState(bits)
     index = int(random.randint(len(source)))
-    image = _to_uint8(source[index])
+    image = to_uint8(source[index])
 
     def donor() -> np.ndarray:
         """Another normal image, or the only one."""
         if len(source) == 1:
             return image
-        return _to_uint8(source[(index + random.randint(1, len(source))) % len(source)])
+        return to_uint8(source[(index + random.randint(1, len(source))) % len(source)])
 
     kind = kinds[i % len(kinds)]
     place = Place(random, image, kind, random.uniform(*severity), donor)
     changed, mask = _apply(image, place, MAKERS[kind](place))
     return SyntheticAnomaly(changed, mask, kind, index)
-
-
-def _to_uint8(image: np.ndarray) -> np.ndarray:
-    return image if image.dtype == np.uint8 else np.rint(255 * image).astype(np.uint8)
 
 
 def _apply(image: np.ndarray, place: Place, change: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
