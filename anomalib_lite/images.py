@@ -365,7 +365,7 @@ def load_all(
     list of ndarrays of shape (H, W, 3), uint8
         In the order of ``source``.
 
-    >>> [image.shape for image in load_all(ImageSource(np.zeros((2, 60, 100), np.uint8)), 32, 16)]
+    >>> [image.shape for image in load_all(ImageSource(np.zeros((2, 60, 99, 3), np.uint8)), 32, 16)]
     [(32, 48, 3), (32, 48, 3)]
     """
     images: dict[int, np.ndarray] = {}

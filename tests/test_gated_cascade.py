@@ -40,6 +40,7 @@ from anomalib_lite.errors import (
     ImageError,
     InvalidTypeError,
     InvalidValueError,
+    MissingPathError,
     ModelFileError,
     NotFittedError,
 )
@@ -611,6 +612,20 @@ def test_thresholds_can_be_chosen_again_after_load(fitted: GatedCascade, tmp_pat
     assert again.set_thresholds().routing_ == fitted.routing_
     with pytest.raises(InvalidValueError, match=r"'gate' and 'detector'.*\['gatee'\]"):
         load(tmp_path / "cascade", backbone={"gatee": Small()})
+
+
+def test_options_count_as_they_are_now(fitted: GatedCascade, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "cascade")
+    again = load(tmp_path / "cascade", backbone={"gate": Small(), "detector": Small()})
+    images = [*good(3, 4), tmp_path / "gone.png"]
+    for cascade in (copy.deepcopy(fitted), again):
+        with pytest.raises(MissingPathError, match=r"gone\.png"):
+            cascade.detect(images)
+        cascade.on_error = "skip"
+        assert cascade.detect(images).routes[3] == "skipped"
+        cascade.set_params(batch_size=0)
+        with pytest.raises(InvalidValueError, match="batch_size must be"):
+            cascade.detect(images)
 
 
 def test_a_file_with_everything_in_it(tmp_path: Path) -> None:

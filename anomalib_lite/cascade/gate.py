@@ -136,8 +136,8 @@ class Whitening:
     def fit(cls, normal: Moments) -> Whitening:
         """Fit a Gaussian to the sums over normal patches (n, D)."""
         gaussian = Gaussian().fit_moments(normal)
-        factor = np.linalg.cholesky(gaussian.precision_)
-        return cls(gaussian.location_.astype(np.float32), factor.astype(np.float32))
+        center, factor = gaussian.location_, gaussian.whitening_
+        return cls(center.astype(np.float32), factor.astype(np.float32))
 
     def summaries(self, E: np.ndarray) -> np.ndarray:
         """Summarize each image by the numbers in Notes: (B, h, w, D) -> (B, 2 D + 4) float32."""

@@ -54,8 +54,7 @@ class _Whitening(nn.Module):
 
     def __init__(self, gaussian: Gaussian) -> None:
         super().__init__()
-        factor = np.linalg.cholesky(gaussian.precision_)
-        for name, array in (("factor", factor), ("mean", gaussian.location_)):
+        for name, array in (("factor", gaussian.whitening_), ("mean", gaussian.location_)):
             self.register_buffer(name, torch.from_numpy(array).float())
 
     def forward(self, f: Tensor) -> Tensor:
