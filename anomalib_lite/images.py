@@ -7,13 +7,13 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -28,7 +28,7 @@ from anomalib_lite.errors import (
     MissingPathError,
 )
 
-__all__ = ["Batch", "ImageSource", "iter_batches"]
+__all__ = ["Batch", "ImageSource", "by_size", "iter_batches", "load_all", "to_uint8"]
 
 # Below this many pixels on a side there is no texture to describe.
 MIN_SIDE = 8
@@ -38,6 +38,7 @@ _DECODERS = min(8, n_cores())
 _OPEN_LOCK = threading.Lock()
 _BILINEAR = Image.Resampling.BILINEAR
 _CHANNELS = (1, 3, 4)
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -341,6 +342,60 @@ def iter_batches(
                 yield Batch(list(indices), np.stack(batch), list(sizes))
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def load_all(
+    source: ImageSource,
+    image_size: int | tuple[int, int],
+    stride: int,
+    *,
+    on_error: str = "raise",
+) -> list[np.ndarray]:
+    """Load all images into memory at the size at which the backbone will see them.
+
+    Parameters
+    ----------
+    source, image_size, stride
+        See :meth:`ImageSource.load`.
+    on_error : {"raise", "skip"}, default="raise"
+        Whether an image that cannot be used raises its error, or is left out.
+
+    Returns
+    -------
+    list of ndarrays of shape (H, W, 3), uint8
+        In the order of ``source``.
+
+    >>> [image.shape for image in load_all(ImageSource(np.zeros((2, 60, 99, 3), np.uint8)), 32, 16)]
+    [(32, 48, 3), (32, 48, 3)]
+    """
+    images: dict[int, np.ndarray] = {}
+    for batch in iter_batches(
+        source, image_size=image_size, stride=stride, batch_size=16, on_error=on_error
+    ):
+        images.update(zip(batch.indices, to_uint8(batch.pixels), strict=True))
+    return [images[i] for i in sorted(images)]
+
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels as uint8 in [0, 255], from uint8 or from floats in [0, 1]."""
+    return pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8)
+
+
+def by_size(
+    items: Iterable[_Item], size: Callable[[_Item], tuple[int, ...]], most: int
+) -> Iterator[list[_Item]]:
+    """Yield groups of one size, of at most ``most`` items: full ones as soon as they are full.
+
+    >>> list(by_size(["a", "bb", "c", "d", "ee"], lambda word: (len(word),), 2))
+    [['a', 'c'], ['bb', 'ee'], ['d']]
+    """
+    waiting: dict[tuple[int, ...], list[_Item]] = {}
+    for item in items:
+        group = waiting.setdefault(size(item), [])
+        group.append(item)
+        if len(group) == most:
+            yield waiting.pop(size(item))
+    yield from waiting.values()
 
 
 def _list_items(images: Any, where: str) -> list[Any]:

@@ -285,7 +285,7 @@ class TestFit:
         refused: Refused,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        learned = "anomalib_lite.cascade._fitting.Head.fit"
+        learned = "anomalib_lite.cascade.gate.LinearHead.fit"
         monkeypatch.setattr(learned, lambda *_: pytest.fail("the fit has begun"))
         save(np.zeros((64, 64), np.uint8), wall / "models/one/0.png")
         command = ["fit", wall / "train/good", "-o", tmp_path / "m", *CASCADE]

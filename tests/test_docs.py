@@ -28,7 +28,7 @@ from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, errors
 from anomalib_lite.backbones import EMBEDDED
 from anomalib_lite.backbones._timm import default_layers
 from anomalib_lite.calibration import calibration_size
-from anomalib_lite.cascade.routing import anomalies_needed
+from anomalib_lite.cascade.routing import min_anomalies
 from anomalib_lite.cli import main
 from anomalib_lite.cli._main import make_parser
 
@@ -257,7 +257,7 @@ def test_numbers_of_images() -> None:
 
 def test_numbers_of_anomalies() -> None:
     for max_missed, labelled in table("gated_cascade.md", "`max_missed`"):
-        assert int(labelled) == 2 * anomalies_needed(float(max_missed))
+        assert int(labelled) == 2 * min_anomalies(float(max_missed))
 
 
 @pytest.mark.parametrize("detector", [PatchCore, PaDiM, MahalanobisVFM, GatedCascade])

@@ -22,13 +22,15 @@ from torch import nn
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, load
 from anomalib_lite.cascade import _fitting
-from anomalib_lite.cascade._fitting import _split
-from anomalib_lite.cascade.gate import Head, Probability, Whitening
+from anomalib_lite.cascade._holding_out import Split, Subset, draw_split
+from anomalib_lite.cascade.gate import LinearHead, ProbabilityCalibrator, Whitening
 from anomalib_lite.cascade.routing import (
     Routing,
-    anomalies_needed,
+    anomaly_shortfall,
     calibrate_routing,
-    lowest_probability,
+    choose_t_low,
+    min_anomalies,
+    rate_shortfall,
 )
 from anomalib_lite.cascade.sweep import sweep_routings
 from anomalib_lite.datasets import Folder, MVTecAD, Sample
@@ -37,6 +39,7 @@ from anomalib_lite.errors import (
     CalibrationWarning,
     InvalidTypeError,
     InvalidValueError,
+    MissingPathError,
     ModelFileError,
     NotFittedError,
 )
@@ -103,7 +106,7 @@ def test_a_gate_is_not_trained_on_one_class() -> None:
     some, none = np.ones((9, 2)), np.ones((0, 2))
     for normal, anomalous in ((some, []), (some, [none]), (none, [some])):
         with pytest.raises(InvalidValueError, match=r"^gate: .* needs both, got (9|0) normal"):
-            Head.fit(normal, anomalous, "balanced", "gate")
+            LinearHead.fit(normal, anomalous, "balanced", "gate")
     cascade = make(gate="efficientnet_lite0", image_size=64).fit(good(50))  # without labels
     normal = cascade.calibration_probabilities_
     anomalous = cascade.anomaly_probabilities_
@@ -165,15 +168,15 @@ def test_classes_weigh_the_same_by_default() -> None:
     rng = np.random.default_rng(0)
     X = np.concatenate([rng.normal(0, 1, (400, 2)), rng.normal(1, 1, (20, 2))])
     few = [X[400:]]
-    balanced, plain = (Head.fit(X[:400], few, weight, "") for weight in ("balanced", None))
+    balanced, plain = (LinearHead.fit(X[:400], few, weight, "") for weight in ("balanced", None))
     assert (balanced.logits(X[400:]) > 0).mean() > 0.7
     assert (plain.logits(X[400:]) > 0).mean() < 0.3
-    by_hand = Head.fit(X[:400], few, {0: 420 / 800, 1: 420 / 40}, "")
+    by_hand = LinearHead.fit(X[:400], few, {0: 420 / 800, 1: 420 / 40}, "")
     np.testing.assert_allclose(balanced.weights, by_hand.weights, rtol=1e-6)
     # Kinds of anomalies weigh the same too.
     rare, often = rng.normal((3, 0), 1, (10, 2)), rng.normal((0, 3), 1, (300, 2))
     apart, mingled = (
-        Head.fit(X[:400], kinds, "balanced", "")
+        LinearHead.fit(X[:400], kinds, "balanced", "")
         for kinds in ([rare, often], [np.concatenate([rare, often])])
     )
     assert (apart.logits(rare) > 0).mean() > (mingled.logits(rare) > 0).mean() + 0.3
@@ -308,12 +311,12 @@ def test_the_rate_is_kept_with_a_given_t_high(t_high: float) -> None:
 
 @pytest.mark.parametrize("max_missed", [0.01, 0.05, 0.2])
 def test_few_anomalies_are_lost_with_the_confidence_promised(max_missed: float) -> None:
-    needed = anomalies_needed(max_missed)
+    needed = min_anomalies(max_missed)
     assert (1 - max_missed) ** needed <= 0.05 < (1 - max_missed) ** (needed - 1)
     routing = Routing(t_low=0.0, t_high=1.0, threshold=0.5, scale=1.0)
     for n in (needed, needed + 1, 2 * needed, 5 * needed):
         p, s = np.sort(np.random.default_rng(n).random(n)), np.ones(n)  # all found by the other
-        k = int(np.flatnonzero(p == lowest_probability(p, s, routing, max_missed))[0]) + 1
+        k = int(np.flatnonzero(p == choose_t_low(p, s, routing, max_missed))[0]) + 1
         # Of uniform probabilities t_low is Beta(k, n + 1 - k), and the share lost is t_low.
         assert beta.sf(max_missed, k, n + 1 - k) <= 0.05 + 1e-9
         assert beta.sf(max_missed, k + 1, n - k) > 0.05
@@ -321,9 +324,9 @@ def test_few_anomalies_are_lost_with_the_confidence_promised(max_missed: float) 
         assert beta.ppf(0.95, k, n - k + 1) <= max_missed + 1e-9
         assert binom.cdf(k - 1, n, max_missed) <= 0.05 + 1e-9
     shuffled = np.random.default_rng(0).permutation(p)
-    assert lowest_probability(shuffled, s, routing, max_missed) == p[k - 1]
+    assert choose_t_low(shuffled, s, routing, max_missed) == p[k - 1]
     capped = replace(routing, t_high=p[0] / 2)
-    assert lowest_probability(p, s, capped, max_missed) == capped.t_high
+    assert choose_t_low(p, s, capped, max_missed) == capped.t_high
 
 
 def test_lost_is_what_the_heatmap_model_would_have_found() -> None:
@@ -338,47 +341,52 @@ def test_lost_is_what_the_heatmap_model_would_have_found() -> None:
         return float(np.mean((many[0] < t_low) & (many[1] > routing.threshold)))
 
     many = draw(200_000)
-    chosen = [lowest_probability(*draw(300), routing, 0.05) for _ in range(400)]
+    chosen = [choose_t_low(*draw(300), routing, 0.05) for _ in range(400)]
     too_many = np.mean([lost(t_low) > 0.05 for t_low in chosen])
     assert 0.01 < too_many <= 0.075  # 5 % are promised, and hardly fewer is what is done
     # Were those counted that neither finds, hardly an image could be spared.
     assert np.median(chosen) > 0.3
     nobody = np.zeros(300)  # found by the heatmap model: then the gate cannot lose any
-    assert lowest_probability(np.linspace(0, 0.6, 300), nobody, routing, 0.05) == 0.6
+    assert choose_t_low(np.linspace(0, 0.6, 300), nobody, routing, 0.05) == 0.6
 
 
 def test_too_few_anomalies_close_the_gate() -> None:
     routing = Routing(t_low=0.0, t_high=1.0, threshold=0.5, scale=1.0)
-    with pytest.warns(CalibrationWarning, match=r"0\.01 needs 299 held-out anomalies.*got 298"):
-        assert lowest_probability(np.full(298, 0.9), np.ones(298), routing, 0.01) == 0
+    assert choose_t_low(np.full(298, 0.9), np.ones(298), routing, 0.01) == 0
+    assert choose_t_low(np.full(299, 0.9), np.ones(299), routing, 0.01) == 0.9
+    assert str(anomaly_shortfall(298, 0.01)).startswith(
+        "max_missed=0.01 needs 299 held-out anomalies to be shown, got 298; t_low is 0"
+    )
+    assert anomaly_shortfall(299, 0.01) is None
 
 
 def test_the_heatmap_model_is_asked_no_more_than_matters(
     fitted: GatedCascade, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = good(60, 3)
-    shares = _split(np.arange(60), np.arange(0), np.arange(60), fitted, np.random.RandomState(0))
-    routing, judged = fitted.routing_, []
-    for allowed in (_fitting.losses_allowed, lambda *_: -1):  # the other way: asked of all
-        monkeypatch.setattr(_fitting, "losses_allowed", allowed)
-        judged.append(
-            _fitting._judge_anomalies(
-                fitted,
+    source = ImageSource(good(12, 3))
+    normal = Subset(source, fitted.gate_.features(source)[0])
+    none = Subset(source.take([]), normal.features[:0])
+    routing, scored = fitted.routing_, []
+    for allowed in (_fitting.max_losses, lambda *_: -1):  # the other way: asked of all
+        monkeypatch.setattr(_fitting, "max_losses", allowed)
+        scored.append(
+            _fitting.score_held_out_anomalies(
                 fitted.gate_,
                 fitted.detector_,
-                ImageSource(images),
-                shares,
-                routing.threshold,
-                0,
+                normal,
+                none,
+                threshold=routing.threshold,
+                max_missed=0.2,
+                seed=0,
             )
         )
-    (p, some), (again, all_) = judged
+    (p, some), (again, all_) = scored
     np.testing.assert_array_equal(p, again)
     assert np.isnan(some).any()
     assert not np.isnan(all_).any()
     known = ~np.isnan(some)
     np.testing.assert_array_equal(some[known], all_[known])
-    low, naive = (lowest_probability(p, s, routing, 0.2) for s in (some, all_))
+    low, naive = (choose_t_low(p, s, routing, 0.2) for s in (some, all_))
     assert low == naive > 0
 
 
@@ -403,8 +411,25 @@ def test_too_few_normal_images_are_told() -> None:
     assert cascade.routing_.t_high == 1
     s = cascade.calibration_detector_scores_
     assert cascade.routing_.threshold == s.max()
-    with pytest.warns(CalibrationWarning, match="is spent by t_high alone, above which 9 of 10"):
-        calibrate_routing(np.arange(10) / 10, np.arange(10), 0.2, t_low=0, t_high=0.05)
+    assert rate_shortfall(cascade.calibration_probabilities_, 0.05, 1.0) is None
+    p = np.arange(10) / 10
+    spent = calibrate_routing(p, np.arange(10), 0.2, t_low=0, t_high=0.05)
+    assert "is spent by t_high alone, above which 9 of 10" in str(rate_shortfall(p, 0.2, 0.05))
+    assert spent.threshold == np.median(np.arange(10))
+
+
+def test_warnings_point_at_the_line_that_asked() -> None:
+    with pytest.warns(CalibrationWarning) as shown:
+        cascade = make(false_alarm_rate=0.01, t_low=0.0).fit(good(20))
+    with pytest.warns(CalibrationWarning) as later:
+        cascade.set_thresholds(0.1, 0.9)
+    few = make(max_missed=0.2)
+    few.fit(good(60))
+    few.max_missed = 0.01  # for which too few are held out
+    with pytest.warns(CalibrationWarning, match=r"max_missed=0\.01 needs 299") as lost:
+        few.set_thresholds()
+    for warned in (shown, later, lost):
+        assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_thresholds_do_not_cross() -> None:
@@ -413,8 +438,7 @@ def test_thresholds_do_not_cross() -> None:
     assert (given.t_low, given.t_high) == (0.99, 0.99)
     assert calibrate_routing(p, s, 0.2, t_low=0.8).t_high == 0.9
     # A gate that lets hardly anything through: the few say nothing, so the median counts.
-    with pytest.warns(CalibrationWarning, match="spent by t_high"):
-        assert calibrate_routing(p, s, 0.02, t_high=0.01).threshold == np.median(s)
+    assert calibrate_routing(p, s, 0.02, t_high=0.01).threshold == np.median(s)
 
 
 def test_all_equal_scores_make_no_alarm() -> None:
@@ -458,7 +482,7 @@ def test_temperature_minimizes_the_entropy_of_smoothed_labels() -> None:
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 400)
     z = 8 * (rng.normal(size=400) + y - 0.5)  # far too sure of itself
-    fitted = Probability.fit("temperature", z, y, None)
+    fitted = ProbabilityCalibrator.fit("temperature", z, y, None)
     n = y.sum()
     smoothed = np.where(y == 1, (n + 1) / (n + 2), 1 / (402 - n))
 
@@ -470,14 +494,14 @@ def test_temperature_minimizes_the_entropy_of_smoothed_labels() -> None:
     best = grid[np.argmin([loss(t) for t in grid])]
     assert fitted.temperature == pytest.approx(best, rel=0.01)
     assert fitted.temperature > 5
-    separated = Probability.fit("temperature", np.where(y == 1, 50.0, -50.0), y, None)
+    separated = ProbabilityCalibrator.fit("temperature", np.where(y == 1, 50.0, -50.0), y, None)
     assert 0.5 < separated(np.array([50.0]))[0] < 1
 
 
 def test_isotonic_probabilities_do_not_tie() -> None:
     """Else a gate that separates the classes could call nothing normal: t_high would be 0."""
     z = np.linspace(-9, 9, 50)
-    p = Probability.fit("isotonic", z, z > 0, None)(z)
+    p = ProbabilityCalibrator.fit("isotonic", z, z > 0, None)(z)
     assert (np.diff(p) > 0).all()
     normal = np.sort(p[:25])  # the lowest t_high that two false alarms allowed may give
     assert calibrate_routing(p[:25], z[:25], 0.1).t_high == normal[-1] > normal[0]
@@ -487,7 +511,7 @@ def test_isotonic_probabilities_do_not_tie() -> None:
 def test_probabilities_never_change_the_order(kind: str) -> None:
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 300)
-    fitted = Probability.fit(kind, rng.normal(size=300) + y, y, "balanced")
+    fitted = ProbabilityCalibrator.fit(kind, rng.normal(size=300) + y, y, "balanced")
     p = fitted(np.linspace(-9, 9, 500))
     assert (np.diff(p) >= 0).all()
     assert p.min() >= 0
@@ -564,6 +588,20 @@ def test_thresholds_can_be_chosen_again_after_load(fitted: GatedCascade, tmp_pat
     assert again.set_thresholds().routing_ == fitted.routing_
     with pytest.raises(InvalidValueError, match=r"'gate' and 'detector'.*\['gatee'\]"):
         load(tmp_path / "cascade", backbone={"gatee": Small()})
+
+
+def test_options_count_as_they_are_now(fitted: GatedCascade, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "cascade")
+    again = load(tmp_path / "cascade", backbone={"gate": Small(), "detector": Small()})
+    images = [*good(3, 4), tmp_path / "gone.png"]
+    for cascade in (copy.deepcopy(fitted), again):
+        with pytest.raises(MissingPathError, match=r"gone\.png"):
+            cascade.detect(images)
+        cascade.on_error = "skip"
+        assert cascade.detect(images).routes[3] == "skipped"
+        cascade.set_params(batch_size=0)
+        with pytest.raises(InvalidValueError, match="batch_size must be"):
+            cascade.detect(images)
 
 
 def test_a_file_with_everything_in_it(tmp_path: Path) -> None:
@@ -721,16 +759,26 @@ def photographs(n_parts: int, n_each: int, seed: int) -> tuple[np.ndarray, np.nd
     return np.clip(images, 0, 255).astype(np.uint8), np.repeat(np.arange(n_parts), n_each)
 
 
+def split(
+    normal: np.ndarray, anomalous: np.ndarray, groups: np.ndarray, *, halve: bool = False
+) -> Split:
+    random = np.random.RandomState(0)
+    rates = {"false_alarm_rate": 0.1, "max_missed": 0.2}
+    return draw_split(normal, anomalous, groups, **rates, halve=halve, random=random)
+
+
 def test_images_of_one_part_stay_together() -> None:
     """Images of 40 parts, of some many, of others few; and anomalies of 31 others."""
     rng = np.random.default_rng(0)
     parts = rng.permutation(np.r_[np.arange(40), rng.integers(0, 40, 80)])
     normal = np.arange(120)
-    for n_bad, cascade in ((0, make()), (61, make(max_missed=0.2))):
+    for n_bad in (0, 61):
         shows = np.concatenate([parts, 100 + np.repeat(np.arange(31), 2)[:n_bad]])
-        drawn = _split(normal, 120 + np.arange(n_bad), shows, cascade, np.random.RandomState(0))
-        whole = [drawn.learn, drawn.check, drawn.learn_bad]
-        one_each = [drawn.hold, drawn.check_bad]
+        drawn = split(normal, 120 + np.arange(n_bad), shows)
+        whole = [drawn.encoder_normal, drawn.calibration_normal, drawn.head_anomalous]
+        one_each = [drawn.held_out_normal, drawn.held_out_anomalous]
+        assert drawn.head_normal.tolist() == sorted(drawn.encoder_normal)
+        assert drawn.detector_normal.tolist() == [*whole[0], *whole[1]]
         of = [set(shows[share].tolist()) for share in (*whole, *one_each)]
         assert [len(parts) for parts in of] == [24, 7, 16 * (n_bad > 0), 9, 15 * (n_bad > 0)]
         assert sum(map(len, of)) == len(set().union(*of))
@@ -739,8 +787,19 @@ def test_images_of_one_part_stay_together() -> None:
         # Parts, not images, come as if drawn at random: one image stands for each.
         for share in one_each:
             assert len(share) == len(set(shows[share]))
-        first = [np.flatnonzero(shows == part)[0] for part in shows[drawn.hold]]
-        assert drawn.hold.tolist() != first  # drawn, since the first may all have the same light
+        first = [np.flatnonzero(shows == part)[0] for part in shows[drawn.held_out_normal]]
+        # Drawn, since the first may all have the same light.
+        assert drawn.held_out_normal.tolist() != first
+
+
+def test_a_detector_as_gate_is_not_asked_about_images_that_it_knows() -> None:
+    shows = np.repeat(np.arange(30), 2)
+    whole, halves = (split(np.arange(60), np.arange(0), shows, halve=h) for h in (False, True))
+    n = len(whole.encoder_normal) // 2
+    np.testing.assert_array_equal(halves.encoder_normal, whole.encoder_normal[:n])
+    np.testing.assert_array_equal(halves.head_normal, np.sort(whole.encoder_normal[n:]))
+    for name in ("calibration_normal", "detector_normal", "held_out_normal"):
+        np.testing.assert_array_equal(getattr(halves, name), getattr(whole, name))
 
 
 def test_the_rate_is_kept_for_parts_to_come_exactly() -> None:

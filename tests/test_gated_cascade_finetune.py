@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from anomalib_lite import GatedCascade, MahalanobisVFM, PatchCore, load
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.cascade import _finetuning
-from anomalib_lite.cascade._finetuning import Tuned, tune_gate
-from anomalib_lite.cascade.gate import Gate, Head
+from anomalib_lite.cascade._finetuning import FinetuningResult, finetune_gate
+from anomalib_lite.cascade.gate import Extractor, LinearHead, NetworkEncoder, SavedGate
 from anomalib_lite.errors import InvalidValueError, ModelFileError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.metrics import auroc
+from anomalib_lite.synthetic import SyntheticAnomalies
 
 HEIGHT, WIDTH = 64, 96
 NETWORK = "test_efficientnet"
@@ -76,10 +77,18 @@ def backbone(network: Any = NETWORK, **options: Any) -> Backbone:
     return Backbone(network, **(defaults | {"trainable": True, "where": "gate"} | options))
 
 
-def tune(network: Backbone, good: np.ndarray, bad: np.ndarray | None, **options: Any) -> Tuned:
+def tune(
+    network: Backbone, good: np.ndarray, bad: np.ndarray | None, **options: Any
+) -> FinetuningResult:
     options = {"image_size": 64, "epochs": 2, "random": np.random.RandomState(0)} | options
     anomalous = None if bad is None else ImageSource(bad)
-    return tune_gate(network, ImageSource(good), anomalous, **options)
+    return finetune_gate(network, ImageSource(good), anomalous, **options)
+
+
+def features(network: Backbone, images: Any) -> np.ndarray:
+    """What the gate sees of images by a network that was finetuned."""
+    extractor = Extractor(network, image_size=64, batch_size=32, on_error="raise", verbose=0)
+    return NetworkEncoder(extractor, None)(ImageSource(images))[0]
 
 
 def stripes(n: int, seed: int, *, defect: bool) -> np.ndarray:
@@ -163,20 +172,19 @@ def test_weights_learn_and_statistics_stay(weights: Path, last_is_best: None) ->
 
 
 def test_the_first_line_is_that_of_the_frozen_features(weights: Path) -> None:
-    """Standardized and back again, it is the line of ``Head.fit``; and features are the gate's."""
+    """Standardized and back again, it is the head of ``LinearHead.fit`` on the gate's features."""
     network = backbone(weights=weights)
     [examples, _] = _finetuning._examples(
         ImageSource(good(20)),
         ImageSource(bad(20)),
         0,
-        {"image_size": 64, "stride": network.stride},
+        (64, network.stride),
         np.random.RandomState(0),
     )
-    judge = _finetuning._Judge(network, examples, "balanced")
-    gate = Gate(backbone=backbone(weights=weights, trainable=False))
-    X, _ = gate.features(ImageSource(examples.images), make())
+    judge = _finetuning.GateNetwork(network, examples, "balanced")
+    X = features(backbone(weights=weights, trainable=False), examples.images)
     n = examples.n_normal
-    expected = Head.fit(X[:n], [X[n:]], "balanced", "")
+    expected = LinearHead.fit(X[:n], [X[n:]], "balanced", "")
     np.testing.assert_allclose(judge.logits(examples), expected.logits(X), atol=1e-3)
     np.testing.assert_allclose(judge.head().logits(X), expected.logits(X), atol=1e-3)
 
@@ -193,7 +201,7 @@ def test_the_first_line_is_that_of_the_frozen_features(weights: Path) -> None:
 def test_the_best_epoch_is_kept(
     areas: list[float], losses: list[float], best: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[dict[str, Tensor], Head]] = []
+    seen: list[tuple[dict[str, Tensor], LinearHead]] = []
 
     def validate(judge: Any, *args: Any) -> dict[str, float]:
         seen.append((copy.deepcopy(judge.network.state_dict()), judge.head()))
@@ -245,20 +253,20 @@ def test_the_step_gets_smaller_along_half_a_cosine(monkeypatch: pytest.MonkeyPat
 
 
 def test_classes_weigh_in_the_loss(weights: Path, last_is_best: None) -> None:
-    new = ImageSource(np.concatenate([good(10, 7), bad(10, 8)]))
+    new = np.concatenate([good(10, 7), bad(10, 8)])
     means = []
     for class_weight in ({0: 1, 1: 50}, {0: 50, 1: 1}):
         tuned = tune(backbone(weights=weights), good(40), bad(40), class_weight=class_weight)
         assert tuned.history[0]["validation_loss"] != tuned.history[1]["validation_loss"]
-        gate = Gate(backbone=backbone(weights=weights, state=tuned.state, trainable=False))
-        means.append(tuned.head.logits(gate.features(new, make())[0]).mean())
+        network = backbone(weights=weights, state=tuned.state, trainable=False)
+        means.append(tuned.head.logits(features(network, new)).mean())
     assert means[0] > means[1] + 0.5
     # A step by itself: with the line and the network as they were, the weights alone differ.
     losses = []
     for class_weight in (None, "balanced", {0: 2, 1: 2}):
         y = np.repeat([0, 1], [30, 10])
         examples = _finetuning._Examples(list(np.concatenate([good(30), bad(10)])), [10])
-        judge = _finetuning._Judge(backbone(weights=weights), examples, None)
+        judge = _finetuning.GateNetwork(backbone(weights=weights), examples, None)
         stay = torch.optim.SGD(judge.parameters(), lr=0.0)
         random = np.random.RandomState(0)
         losses.append(_finetuning._learn(judge, stay, examples, class_weight, random))
@@ -291,7 +299,7 @@ def test_one_step_for_all_sizes_of_a_batch() -> None:
     """The step for the mean over the whole batch, worked out one image at a time."""
     images = [image[: 96 - 32 * (i % 2)] for i, image in enumerate(np.tile(good(12), (2, 1, 1)))]
     examples = _finetuning._Examples(images, [4])
-    expected, judge = (_finetuning._Judge(backbone(Learner), examples, None) for _ in range(2))
+    expected, judge = (_finetuning.GateNetwork(backbone(Learner), examples, None) for _ in range(2))
     by_step = torch.optim.SGD(judge.parameters(), lr=0.1)
     _finetuning._learn(judge, by_step, examples, "balanced", np.random.RandomState(0))
     w = np.where(examples.y == 1, 12 / 8, 12 / 16)
@@ -352,8 +360,14 @@ def test_labelled_images_are_learned_from_once_each(learned_from: list[Any]) -> 
 def test_synthetic_anomalies_are_made_once(
     learned_from: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seeds, made = [], _finetuning._made
-    monkeypatch.setattr(_finetuning, "_made", lambda *a: (seeds.append(a[2]), made(*a))[1])
+    seeds = []
+
+    class Spy(SyntheticAnomalies):
+        def sources(self, images: Any, n: int, at_once: int) -> Iterator[ImageSource]:
+            seeds.append(self.random_state)
+            return super().sources(images, n, at_once)
+
+    monkeypatch.setattr(_finetuning, "SyntheticAnomalies", Spy)
     images = good(60)
     cascade = make(epochs=3).fit(images)
     [(train, validation)] = learned_from
@@ -497,7 +511,7 @@ def test_a_broken_weight_is_noticed(fitted: GatedCascade, tmp_path: Path) -> Non
 def test_files_from_before_have_no_history() -> None:
     arrays = {"gate_weights": np.ones(2)}
     state = {"bias": 0.5, "kind": "temperature", "temperature": 2.0}
-    assert Gate.from_arrays(arrays, state).history == []
+    assert SavedGate.from_arrays(arrays, state).history == []
 
 
 def test_copies_and_estimators(fitted: GatedCascade) -> None:

@@ -66,6 +66,16 @@ def test_blocks_of_rows_do_not_change_the_fit(shrinkage: object, cuts: list[int]
     np.testing.assert_allclose(bit.mahalanobis(Q), whole.mahalanobis(Q), rtol=1e-9)
 
 
+def test_whitening_is_a_root_of_the_precision() -> None:
+    rng = np.random.default_rng(3)
+    X = rng.normal(size=(80, 6)) @ rng.normal(size=(6, 6)) + 5
+    gaussian = Gaussian().fit(X)
+    lengths = np.linalg.norm((X - gaussian.location_) @ gaussian.whitening_, axis=1)
+    np.testing.assert_allclose(lengths, gaussian.mahalanobis(X), rtol=1e-9)
+    identity = gaussian.whitening_.T @ gaussian.covariance_ @ gaussian.whitening_
+    np.testing.assert_allclose(identity, np.eye(6), atol=1e-9)
+
+
 def test_too_few_rows_raise_when_distances_are_needed() -> None:
     gaussian = Gaussian().partial_fit(rows(2, 12))
     with pytest.raises(InvalidValueError, match=r"2 rows in 12 dimensions .* has no inverse"):

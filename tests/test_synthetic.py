@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,18 @@ def test_iterating_gives_what_generating_gives_and_decodes_no_more_than_it_needs
     assert decoded == []
     next(lazily)
     assert 1 <= len(decoded) <= 2
+
+
+def test_sources_hold_the_same_anomalies_a_few_at_a_time() -> None:
+    normal = ImageSource(noise(3, 40, 60, 3), where="somebody")
+    made = SyntheticAnomalies(random_state=0)
+    sources = list(made.sources(normal, 7, 3))
+    assert [len(source) for source in sources] == [3, 3, 1]
+    assert {source.where for source in sources} == {"somebody"}
+    for image, expected in zip(chain(*sources), made.generate(normal, 7).images, strict=True):
+        np.testing.assert_array_equal(image, expected)
+    with pytest.raises(InvalidValueError, match="at_once must be a whole number of at least 1"):
+        made.sources(normal, 7, 0)  # at once, not when it is iterated
 
 
 # --- stages -----------------------------------------------------------------------------------

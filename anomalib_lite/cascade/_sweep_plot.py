@@ -1,17 +1,14 @@
-"""A sweep of thresholds as a picture: what is found against what it costs."""
+"""A sweep of thresholds as a picture: recall against heatmap calls."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingDependencyError
-
-if TYPE_CHECKING:
-    from anomalib_lite.cascade.sweep import Sweep
 
 __all__ = ["plot_sweep"]
 
@@ -19,7 +16,8 @@ _WHERE = "Sweep.plot"
 _FAINT, _FRONT, _ALONE = "#8a94a0", "#1f5fa8", "#c62828"
 _CORNERS = ("lower right", "upper left", "lower left", "upper right")
 _MOST_LABELS = 6
-# Of a label, in points from its point. Above and left of a front there are no other points.
+# Where a label may stand: offset from its point in typographic points, and alignment. Above and
+# left of a front there are no other points.
 _OFFSETS = (
     ((-6, 6), "right", "bottom"),
     ((6, -6), "left", "top"),
@@ -31,43 +29,45 @@ _OFFSETS = (
 )
 
 
-def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
-    """Draw what :meth:`Sweep.plot` promises."""
+def plot_sweep(
+    rows: Sequence[dict[str, Any]],
+    front: Sequence[dict[str, Any]],
+    alone: dict[str, Any] | None,
+    gate_ms: float,
+    detector_ms: float,
+    ax: Any = None,
+) -> Any:
+    """Draw what :meth:`Sweep.plot` documents, from the attributes of a sweep."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingDependencyError(
             f"{_WHERE}: needs matplotlib, which is not installed. Install it with: "
             "pip install 'anomalib-lite[plot]', or write the rows with to_csv."
         )
-    points = _points(sweep.rows)
-    ax = _new_axes() if ax is None else _checked(ax)
-    _draw(ax, sweep, points)
-    # What stands where is known only then. Axes may lie in a part of a figure, a canvas does not.
-    ax.figure.canvas.figure.draw_without_rendering()
-    legend = _add_legend(ax, points, sweep.pareto)
-    if sweep.alone is not None:
+    points = _points(rows)
+    axes = _new_axes() if ax is None else _checked(ax)
+    _draw(axes, points, _points(front), alone)
+    _add_milliseconds(axes, gate_ms, detector_ms)
+    # Positions are final only after a layout. Axes may lie in a subfigure, which has no canvas.
+    axes.figure.canvas.figure.draw_without_rendering()
+    legend = _add_legend(axes, points, front)
+    if alone is not None:
         across = np.linspace(0, 1, 100)
-        points = np.concatenate([points, [(x, sweep.alone["recall"]) for x in across]])
-    _add_labels(ax, sweep.pareto, points, legend)
-    return ax
+        points = np.concatenate([points, [(x, alone["recall"]) for x in across]])
+    _add_labels(axes, front, points, legend)
+    return axes
 
 
-def _draw(ax: Any, sweep: Sweep, points: np.ndarray) -> None:
-    """All but the words inside of the axes."""
+def _draw(ax: Any, points: np.ndarray, front: np.ndarray, alone: dict[str, Any] | None) -> None:
+    """Draw everything but the legend and the labels."""
     ax.scatter(*points.T, s=14, color=_FAINT, alpha=0.4, linewidths=0, label="pair of thresholds")
-    ax.plot(
-        *_points(sweep.pareto).T,
-        "o-",
-        color=_FRONT,
-        markersize=5,
-        label="Pareto front, t_low / t_high",
-    )
-    if sweep.alone is not None:
+    ax.plot(*front.T, "o-", color=_FRONT, markersize=5, label="Pareto front, t_low / t_high")
+    if alone is not None:
         ax.axhline(
-            sweep.alone["recall"],
+            alone["recall"],
             color=_ALONE,
             linestyle="--",
             linewidth=1,
-            label=f"heatmap model alone, {sweep.alone['ms_per_image']:.3g} ms per image",
+            label=f"heatmap model alone, {alone['ms_per_image']:.3g} ms per image",
         )
     ax.set(xlabel="heatmap calls, share of images", ylabel="recall")
     bottom = ax.dataLim.y0
@@ -75,11 +75,10 @@ def _draw(ax: Any, sweep: Sweep, points: np.ndarray) -> None:
     ax.set(xlim=(-0.05, 1.05), ylim=(bottom - 0.12 * room, 1 + 0.12 * room))
     ax.set_yticks([tick for tick in ax.get_yticks() if bottom - 0.12 * room <= tick <= 1])
     ax.grid(True, alpha=0.25)
-    _add_milliseconds(ax, sweep)
 
 
 def _points(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(n, 2): share of heatmap calls, and recall."""
+    """Return the share of heatmap calls and the recall of each row: (n, 2)."""
     points = np.array([[row["heatmap_call_rate"], row["recall"]] for row in rows]).reshape(-1, 2)
     if not len(points) or np.isnan(points).any():
         raise InvalidValueError(
@@ -107,33 +106,36 @@ def _checked(ax: Any) -> Any:
     return ax
 
 
-def _add_milliseconds(ax: Any, sweep: Sweep) -> None:
-    """A second scale above: the time depends on the calls alone."""
-    gate, more = sweep.gate_ms, sweep.detector_ms
-    if more > 0:  # or it would have one number only
+def _add_milliseconds(ax: Any, gate_ms: float, detector_ms: float) -> None:
+    """Add an upper scale with the time, which depends on the calls alone."""
+    if detector_ms > 0:  # else all times are equal
         scale = ax.secondary_xaxis(
-            "top", functions=(lambda calls: gate + calls * more, lambda ms: (ms - gate) / more)
+            "top",
+            functions=(
+                lambda calls: gate_ms + calls * detector_ms,
+                lambda ms: (ms - gate_ms) / detector_ms,
+            ),
         )
         scale.set_xlabel("ms per image")
 
 
 def _add_legend(ax: Any, points: np.ndarray, front: Sequence[dict[str, Any]]) -> Any:
-    """In the corner where it hides fewest points; returns its box, in pixels."""
+    """Add the legend in the corner where it hides fewest points; return its box, in pixels."""
     pixels = ax.transData.transform(np.concatenate([points, _along(_points(front))]))
     boxes = {}
     for corner in _CORNERS:
         legend = ax.legend(loc=corner, fontsize="small", framealpha=1)
         boxes[corner] = legend.get_window_extent()
-    # The labels need room around the points, too.
+    # Labels need room around the points, too.
     best = min(boxes, key=lambda corner: boxes[corner].padded(30).count_contains(pixels))
     ax.legend(loc=best, fontsize="small", framealpha=1)
     return boxes[best]
 
 
 def _add_labels(ax: Any, front: Sequence[dict[str, Any]], points: np.ndarray, legend: Any) -> None:
-    """The thresholds of a few points of the front: the ends first, and where there is room."""
+    """Label some points of the front with their thresholds, the ends first, if there is room."""
     rows = {(row["heatmap_call_rate"], row["recall"]): row for row in reversed(front)}
-    unique = [rows[point] for point in sorted(rows)]  # of equal points the first alone
+    unique = [rows[point] for point in sorted(rows)]  # only the first of equal points
     pixels = ax.transData.transform(points)
     line = ax.transData.transform(_along(_points(unique)))
     free, taken = ax.get_window_extent(), [legend]
@@ -163,14 +165,14 @@ def _add_labels(ax: Any, front: Sequence[dict[str, Any]], points: np.ndarray, le
 
 
 def _along(points: np.ndarray) -> np.ndarray:
-    """Many points on the line through these."""
+    """Return many points on the line through these points."""
     steps = np.linspace(0, len(points) - 1, 50 * len(points))
     at = np.arange(len(points))
     return np.stack([np.interp(steps, at, column) for column in points.T], axis=1)
 
 
 def _ends_first(n: int) -> list[int]:
-    """The positions 0 to n - 1: each next one far from those before it.
+    """Order the positions 0 to n - 1 so that each is far from those before it.
 
     Examples
     --------

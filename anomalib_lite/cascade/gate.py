@@ -1,4 +1,4 @@
-"""What stands in front of a heatmap model: features of an image -> the probability of a defect."""
+"""The gate: images -> features -> the probability of a defect."""
 
 from __future__ import annotations
 
@@ -16,89 +16,107 @@ from sklearn.utils.class_weight import compute_sample_weight
 from tqdm import tqdm
 
 from anomalib_lite._validation import check_choice
+from anomalib_lite.detectors import BaseDetector
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.gaussian import Gaussian, Moments
 from anomalib_lite.images import ImageSource, iter_batches
 
 __all__ = [
-    "CALIBRATIONS",
+    "PROBABILITY_CALIBRATIONS",
+    "DetectorEncoder",
+    "Extractor",
     "Gate",
-    "Head",
-    "Probability",
+    "LinearHead",
+    "NetworkEncoder",
+    "ProbabilityCalibrator",
+    "SavedGate",
     "Whitening",
     "check_class_weight",
-    "embed_images",
-    "example_weights",
-    "pooled",
+    "mean_max_pool",
+    "sample_weights",
 ]
 
-CALIBRATIONS = ("temperature", "isotonic")
-# Of the logistic regression: features are many and images few.
+PROBABILITY_CALIBRATIONS = ("temperature", "isotonic")
+# Inverse strength of the logistic regression's penalty: features are many and images few.
 _C = 0.01
-# Of isotonic probabilities, the share that is logistic.
-_LEAN = 1e-3
-# Share of an image's patches that its farthest are.
+# Share of the logistic function in isotonic probabilities.
+_LOGISTIC_SHARE = 1e-3
+# Share of an image's patches that count as its farthest.
 _FARTHEST = 0.05
 
 
-def embed_images(
-    backbone: AnyBackbone, source: ImageSource, options: Any, skipped: list[tuple[int, str]]
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Positions of B images and patch embeddings (B, h, w, D), batch by batch.
+@dataclass(frozen=True)
+class Extractor:
+    """A backbone, and how images reach it.
 
-    Parameters
+    Attributes
     ----------
     backbone : Backbone or CompiledBackbone
-    source : ImageSource
-    options
-        Has ``image_size``, ``batch_size``, ``on_error`` and ``verbose``, as a cascade has.
-    skipped : list of (int, str)
-        Position and reason of what cannot be used are added to it.
-
-    Raises
-    ------
-    AnomalibLiteError
-        For an image that cannot be used, unless it is skipped; for embeddings that are not finite.
+    image_size : int or (int, int)
+    batch_size : int
+    on_error : {"raise", "skip"}
+    verbose : int
+        Above 0, a progress bar in a terminal.
     """
-    quiet = None if options.verbose else True  # None: in a terminal only
-    with tqdm(total=len(source), desc="gate", unit="image", leave=False, disable=quiet) as bar:
-        for batch in iter_batches(
-            source,
-            image_size=options.image_size,
-            stride=backbone.stride,
-            batch_size=options.batch_size,
-            on_error=options.on_error,
-            skipped=skipped,
-        ):
-            E = backbone.embed(batch.pixels)
-            if not np.isfinite(E).all():
-                raise InvalidValueError(
-                    f"{source.where}: the gate's backbone gives NaN or infinity in "
-                    f"{backbone.dtype}. Use dtype='float32'."
-                )
-            yield batch.indices, E
-            bar.update(len(E))
+
+    backbone: AnyBackbone
+    image_size: int | tuple[int, int]
+    batch_size: int
+    on_error: str
+    verbose: int
+
+    def batches(
+        self, source: ImageSource, skipped: list[tuple[int, str]]
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yield positions of B images and their patch embeddings (B, h, w, D), batch by batch.
+
+        Position and reason of each image that cannot be used are added to ``skipped``.
+
+        Raises
+        ------
+        AnomalibLiteError
+            For an image that cannot be used, unless it is skipped; for embeddings that are not
+            finite.
+        """
+        quiet = None if self.verbose else True  # None: in a terminal only
+        with tqdm(total=len(source), desc="gate", unit="image", leave=False, disable=quiet) as bar:
+            for batch in iter_batches(
+                source,
+                image_size=self.image_size,
+                stride=self.backbone.stride,
+                batch_size=self.batch_size,
+                on_error=self.on_error,
+                skipped=skipped,
+            ):
+                E = self.backbone.embed(batch.pixels)
+                if not np.isfinite(E).all():
+                    raise InvalidValueError(
+                        f"{source.where}: the gate's backbone gives NaN or infinity in "
+                        f"{self.backbone.dtype}. Use dtype='float32'."
+                    )
+                yield batch.indices, E
+                bar.update(len(E))
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """How far patches are from those of normal images, and in which directions.
+    """Measures how far patches are from those of normal images, and in which directions.
 
     Attributes
     ----------
     center : ndarray of shape (D,), float32
     factor : ndarray of shape (D, D), float32
-        Of normal patches x, ``(x - center) @ factor`` has mean 0 and nearly no correlation.
+        For normal patches x, ``(x - center) @ factor`` has mean 0 and nearly no correlation.
 
     Notes
     -----
-    Of an image with whitened patches :math:`w_i` and distances :math:`d_i = |w_i|`, these numbers
+    For an image with whitened patches :math:`w_i` and distances :math:`d_i = |w_i|`, these numbers
     are kept: the largest distance, the mean of the largest 5 %, the mean and the standard
     deviation of all; the root mean square of each direction of w; the mean w of the 5 % that are
-    farthest. The d are Mahalanobis distances, of a Gaussian fitted as in Rippel, Mertens and
+    farthest. The d are Mahalanobis distances from a Gaussian fitted as in Rippel, Mertens and
     Merhof, "Modeling the distribution of normal data in pre-trained deep features for anomaly
-    detection", ICPR 2021. They say that something is unusual, whatever it is, the w say what.
+    detection", ICPR 2021. The d say that something is unusual, the w say what.
 
     Examples
     --------
@@ -116,13 +134,13 @@ class Whitening:
 
     @classmethod
     def fit(cls, normal: Moments) -> Whitening:
-        """From what normal patches (n, D) add up to."""
+        """Fit a Gaussian to the sums over normal patches (n, D)."""
         gaussian = Gaussian().fit_moments(normal)
-        factor = np.linalg.cholesky(gaussian.precision_)
-        return cls(gaussian.location_.astype(np.float32), factor.astype(np.float32))
+        center, factor = gaussian.location_, gaussian.whitening_
+        return cls(center.astype(np.float32), factor.astype(np.float32))
 
     def summaries(self, E: np.ndarray) -> np.ndarray:
-        """(B, h, w, D) -> (B, 2 D + 4) float32, of each image what Notes says, in that order."""
+        """Summarize each image by the numbers in Notes: (B, h, w, D) -> (B, 2 D + 4) float32."""
         # One by one: the bits of a matrix product depend on how many rows there are.
         return np.stack([self._summary(e.reshape(-1, len(self.center))) for e in E])
 
@@ -134,19 +152,30 @@ class Whitening:
         return np.concatenate([numbers, np.sqrt((w**2).mean(axis=0)), w[far].mean(axis=0)])
 
 
-def pooled(E: np.ndarray) -> np.ndarray:
-    """Mean and maximum over all positions: (B, h, w, D) -> (B, 2 D)."""
+def mean_max_pool(E: np.ndarray) -> np.ndarray:
+    """Take mean and maximum over all positions: (B, h, w, D) -> (B, 2 D)."""
     return np.concatenate([E.mean(axis=(1, 2)), E.max(axis=(1, 2))], axis=1)
 
 
-def example_weights(n_normal: int, kinds: Sequence[int], class_weight: Any) -> np.ndarray:
-    """(N,) weights of normal images, then of anomalies, of which there are so many of each kind.
+def sample_weights(n_normal: int, kinds: Sequence[int], class_weight: Any) -> np.ndarray:
+    """Weigh the classes as scikit-learn does, and all kinds of anomalies alike.
 
-    Classes as in scikit-learn; of the anomalies, all kinds together weigh the same.
+    Parameters
+    ----------
+    n_normal : int
+        Number of normal images.
+    kinds : sequence of int
+        Number of anomalies of each kind, such as labelled and synthetic ones.
+    class_weight : "balanced", dict or None
+
+    Returns
+    -------
+    ndarray of shape (N,), float64
+        Weights of the normal images first, then of each kind of anomalies.
 
     Examples
     --------
-    >>> example_weights(4, [1, 3], "balanced").round(2).tolist()
+    >>> sample_weights(4, [1, 3], "balanced").round(2).tolist()
     [1.0, 1.0, 1.0, 1.0, 2.0, 0.67, 0.67, 0.67]
     """
     n = sum(kinds)
@@ -156,8 +185,8 @@ def example_weights(n_normal: int, kinds: Sequence[int], class_weight: Any) -> n
 
 
 @dataclass(frozen=True)
-class Head:
-    """A line through features: positive on the side of the anomalies.
+class LinearHead:
+    """Linear classifier of features: a positive logit means anomalous.
 
     Attributes
     ----------
@@ -171,30 +200,31 @@ class Head:
     @classmethod
     def fit(
         cls, normal: np.ndarray, anomalous: Sequence[np.ndarray], class_weight: Any, where: str
-    ) -> Head:
-        """Logistic regression on standardized features.
+    ) -> LinearHead:
+        """Fit a logistic regression on standardized features.
 
         Parameters
         ----------
         normal : ndarray of shape (n, d)
+            Features of normal images.
         anomalous : sequence of ndarrays of shape (m, d)
-            Kinds of anomalies, such as labelled and synthetic ones. However many there are of
-            each, all kinds count the same.
+            Features of each kind of anomalies, such as labelled and synthetic ones. All kinds
+            count the same, however many images they have.
         class_weight : "balanced", dict or None
-            As in scikit-learn, of the classes 0 and 1.
+            Weights of the classes 0 and 1, as in scikit-learn.
         where : str
-            Who asks; the first word of error messages.
+            The caller's name: the first word of error messages.
 
         Raises
         ------
         InvalidValueError
-            If one class is missing: there is nothing to tell apart then.
+            If one class is missing.
 
         Examples
         --------
         >>> import numpy as np
         >>> normal, anomalous = np.array([[0.0], [1.0]]), np.array([[4.0], [5.0]])
-        >>> head = Head.fit(normal, [anomalous], "balanced", "example")
+        >>> head = LinearHead.fit(normal, [anomalous], "balanced", "example")
         >>> (head.logits(np.array([[1.0], [4.0]])) > 0).tolist()
         [False, True]
         """
@@ -207,30 +237,30 @@ class Head:
             )
         X = np.concatenate([normal, *anomalous]).astype(np.float64)
         y = np.repeat([0, 1], [len(normal), sum(sizes)])
-        weights = example_weights(len(normal), sizes, class_weight)
+        weights = sample_weights(len(normal), sizes, class_weight)
         scaler = StandardScaler().fit(X)
         line = LogisticRegression(C=_C, max_iter=5000).fit(scaler.transform(X), y, weights)
         slopes = line.coef_[0] / scaler.scale_
         return cls(slopes, float(line.intercept_[0] - scaler.mean_ @ slopes))
 
     def logits(self, X: np.ndarray) -> np.ndarray:
-        """(N, d) -> (N,) float64, above 0 where an anomaly is likelier; NaN for rows of NaN."""
+        """Return (N,) float64 for features (N, d); NaN for rows of NaN."""
         # Not by a matrix product, whose bits depend on how many rows there are.
         products = np.asarray(X, np.float64) * self.weights
         return np.asarray(products.sum(axis=1) + self.bias)
 
 
 @dataclass(frozen=True)
-class Probability:
-    """Logits -> probabilities, fitted on images that the line was not fitted on.
+class ProbabilityCalibrator:
+    """Turns logits into probabilities; fitted on images that the head was not fitted on.
 
     Attributes
     ----------
     kind : {"temperature", "isotonic"}
     temperature : float
-        Logits are divided by it.
+        Divisor of the logits.
     x, y : ndarray of shape (k,), float64
-        Corners of the isotonic function of the logit.
+        Corners of the isotonic function: logits and probabilities.
 
     Notes
     -----
@@ -244,7 +274,7 @@ class Probability:
     --------
     >>> import numpy as np
     >>> z = np.array([-9.0, -6.0, 3.0, -3.0, 6.0, 9.0])
-    >>> fitted = Probability.fit("temperature", z, np.array([0, 0, 0, 1, 1, 1]), None)
+    >>> fitted = ProbabilityCalibrator.fit("temperature", z, np.array([0, 0, 0, 1, 1, 1]), None)
     >>> bool(fitted.temperature > 1), fitted(np.array([0.0]))
     (True, array([0.5]))
     """
@@ -255,8 +285,10 @@ class Probability:
     y: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     @classmethod
-    def fit(cls, kind: str, logits: np.ndarray, y: np.ndarray, class_weight: Any) -> Probability:
-        """From held-out logits (n,) and labels (n,), weighted as the line was."""
+    def fit(
+        cls, kind: str, logits: np.ndarray, y: np.ndarray, class_weight: Any
+    ) -> ProbabilityCalibrator:
+        """Fit on held-out logits (n,) and labels (n,), with the class weights of the head."""
         weights = compute_sample_weight(class_weight, y)
         if kind == "isotonic":
             line = IsotonicRegression(y_min=0, y_max=1).fit(logits, y, weights)
@@ -274,42 +306,116 @@ class Probability:
         return cls(kind, temperature=float(np.exp(found.x)))
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
-        """(N,) -> (N,) float64 in [0, 1]; NaN stays NaN."""
+        """Return probabilities (N,), float64, for logits (N,); NaN stays NaN."""
         if self.kind == "isotonic":
-            # Its steps lean a little: images that tie could not be told apart by a threshold.
+            # Steps would give many images one probability, and no threshold could part them.
             steps = np.interp(logits, self.x, self.y)
-            return np.asarray((1 - _LEAN) * steps + _LEAN * expit(logits))
+            return np.asarray((1 - _LOGISTIC_SHARE) * steps + _LOGISTIC_SHARE * expit(logits))
         return np.asarray(expit(logits / self.temperature))
 
 
-@dataclass
-class Gate:
-    """Images -> features -> the probability of a defect.
+# Features (N, d) float32 of N images, with rows of NaN for those that were skipped; and position
+# and reason of each of these.
+Encoded = tuple[np.ndarray, list[tuple[int, str]]]
+
+
+@dataclass(frozen=True)
+class NetworkEncoder:
+    """Turns images into features by a network.
 
     Attributes
     ----------
-    backbone : Backbone or CompiledBackbone, optional
+    extractor : Extractor
         Gives the patches of an image.
-    whitening : Whitening, optional
-        Says what is kept of them; without one, as for a tuned backbone, their :func:`pooled`.
-    detector : BaseDetector, optional
-        In place of both: its score is the only feature then.
-    head : Head
-    probability : Probability
-    history : list of dict
-        Of a backbone that was tuned: see :class:`~anomalib_lite.cascade._finetuning.Tuned`.
-        Empty, if it was not.
+    whitening : Whitening or None
+        Summarizes them; None for a network that was finetuned: :func:`mean_max_pool` does it then.
     """
 
-    backbone: Any = None
-    whitening: Any = None
-    detector: Any = None
-    head: Any = None
-    probability: Any = None
+    extractor: Extractor
+    whitening: Whitening | None
+
+    def __call__(self, source: ImageSource) -> Encoded:
+        """Return features (N, d), float32, and which images were skipped."""
+        found: np.ndarray | None = None
+        skipped: list[tuple[int, str]] = []
+        for indices, E in self.extractor.batches(source, skipped):
+            rows = mean_max_pool(E) if self.whitening is None else self.whitening.summaries(E)
+            if found is None:
+                found = np.full((len(source), rows.shape[1]), np.nan, np.float32)
+            found[indices] = rows
+        if found is None:  # no image could be used, so d is not known
+            found = np.full((len(source), 1), np.nan, np.float32)
+        return found, skipped
+
+
+@dataclass(frozen=True)
+class DetectorEncoder:
+    """Turns images into one feature: a detector's score."""
+
+    detector: BaseDetector
+
+    def __call__(self, source: ImageSource) -> Encoded:
+        """Return scores (N, 1), float32, and which images were skipped."""
+        found = self.detector.detect(source, maps=False)
+        return found.scores[:, None], list(found.skipped)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Turns images into features, and features into the probability of a defect.
+
+    Attributes
+    ----------
+    encoder : NetworkEncoder or DetectorEncoder
+    head : LinearHead
+    probability : ProbabilityCalibrator
+    history : list of dict
+        What finetuning measured, as in
+        :class:`~anomalib_lite.cascade._finetuning.FinetuningResult`; empty for a frozen network.
+    """
+
+    encoder: NetworkEncoder | DetectorEncoder
+    head: LinearHead
+    probability: ProbabilityCalibrator
     history: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def backbone(self) -> AnyBackbone | None:
+        """The network that looks at images; None if a detector does."""
+        return self.encoder.extractor.backbone if isinstance(self.encoder, NetworkEncoder) else None
+
+    @property
+    def detector(self) -> BaseDetector | None:
+        """The detector that looks at images; None if a network does."""
+        return self.encoder.detector if isinstance(self.encoder, DetectorEncoder) else None
+
+    def features(self, source: ImageSource) -> Encoded:
+        """Return features (N, d), float32, and which images were skipped."""
+        return self.encoder(source)
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """Return (N,) float64 in [0, 1] for features (N, d); NaN for rows of NaN."""
+        if np.isnan(features).all():  # no image could be used, so d is not known
+            return np.full(len(features), np.nan)
+        return np.asarray(self.probability(self.head.logits(features)))
+
+    def to_save(self) -> SavedGate:
+        """Return what a file holds of this gate."""
+        whitening = self.encoder.whitening if isinstance(self.encoder, NetworkEncoder) else None
+        return SavedGate(whitening, self.head, self.probability, self.history)
+
+
+@dataclass(frozen=True)
+class SavedGate:
+    """What a file holds of a :class:`Gate`: all but its network or detector."""
+
+    whitening: Whitening | None
+    head: LinearHead
+    probability: ProbabilityCalibrator
+    history: list[dict[str, float]]
+
     def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """What a file must hold of it beside its backbone or detector: arrays, and JSON."""
+        """Return arrays by name, and the rest as JSON."""
         arrays = {"gate_weights": self.head.weights}
         if self.whitening is not None:
             arrays |= {"gate_center": self.whitening.center, "gate_factor": self.whitening.factor}
@@ -324,15 +430,15 @@ class Gate:
         return arrays, state
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> Gate:
-        """What :meth:`to_arrays` took apart; KeyError or ValueError where a part is missing."""
-        head = Head(np.asarray(arrays["gate_weights"], np.float64), float(state["bias"]))
-        probability = Probability(str(state["kind"]), float(state["temperature"]))
+    def from_arrays(cls, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> SavedGate:
+        """Read what :meth:`to_arrays` gave; KeyError or ValueError if something is missing."""
+        head = LinearHead(np.asarray(arrays["gate_weights"], np.float64), float(state["bias"]))
+        probability = ProbabilityCalibrator(str(state["kind"]), float(state["temperature"]))
         if probability.kind == "isotonic":
             x, y = (np.asarray(arrays[name], np.float64) for name in ("gate_x", "gate_y"))
             if x.ndim != 1 or x.shape != y.shape or not len(x):
                 raise ValueError(f"isotonic corners have shapes {x.shape} and {y.shape}")
-            probability = Probability("isotonic", x=x, y=y)
+            probability = ProbabilityCalibrator("isotonic", x=x, y=y)
         whitening = None
         if "gate_center" in arrays:
             center, factor = (
@@ -347,35 +453,11 @@ class Gate:
                 )
             whitening = Whitening(center, factor)
         history = [dict(epoch) for epoch in state.get("history", [])]
-        return cls(whitening=whitening, head=head, probability=probability, history=history)
-
-    def features(
-        self, source: ImageSource, options: Any
-    ) -> tuple[np.ndarray, list[tuple[int, str]]]:
-        """(N, d) float32, rows of NaN for skipped images, and these; ``options`` is a cascade."""
-        if self.detector is not None:
-            judged = self.detector.detect(source, maps=False)
-            return judged.scores[:, None], list(judged.skipped)
-        found: np.ndarray | None = None
-        skipped: list[tuple[int, str]] = []
-        for indices, E in embed_images(self.backbone, source, options, skipped):
-            rows = pooled(E) if self.whitening is None else self.whitening.summaries(E)
-            if found is None:
-                found = np.full((len(source), rows.shape[1]), np.nan, np.float32)
-            found[indices] = rows
-        if found is None:  # not one could be used
-            found = np.full((len(source), 1), np.nan, np.float32)
-        return found, skipped
-
-    def probabilities(self, features: np.ndarray) -> np.ndarray:
-        """(N, d) -> (N,) float64 in [0, 1]; NaN for rows of NaN."""
-        if np.isnan(features).all():  # not one image could be used, so d is not known
-            return np.full(len(features), np.nan)
-        return np.asarray(self.probability(self.head.logits(features)))
+        return cls(whitening, head, probability, history)
 
 
 def check_class_weight(class_weight: Any, where: str) -> None:
-    """Raise unless it is "balanced", None, or weights of the classes 0 and 1."""
+    """Raise unless ``class_weight`` is "balanced", None, or weights of the classes 0 and 1."""
     if class_weight is None:
         return
     if isinstance(class_weight, str):

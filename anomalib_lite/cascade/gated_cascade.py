@@ -5,31 +5,55 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, clone
+from sklearn.utils import check_random_state
 
-from anomalib_lite._validation import check_choice, check_labels
-from anomalib_lite.cascade._checks import (
-    MAPS,
-    check_parameters,
-    check_thresholds,
-    classes,
-    parts_of,
-    thresholds_of,
+from anomalib_lite._validation import (
+    check_choice,
+    check_image_size,
+    check_int,
+    check_labels,
+    check_number,
+    check_seed,
 )
-from anomalib_lite.cascade._fitting import learn_cascade, open_gate
-from anomalib_lite.cascade.gate import Gate
-from anomalib_lite.cascade.routing import Routing, calibrate_routing, keeps_rate, lowest_probability
-from anomalib_lite.cascade.sweep import Sweep, sweep_routings
-from anomalib_lite.detectors import BaseDetector, Detections, DetectorMixin
+from anomalib_lite.cascade._fitting import (
+    GateTraining,
+    fit_detector,
+    score_held_out_anomalies,
+    score_held_out_normal,
+)
+from anomalib_lite.cascade._holding_out import draw_split, group_ids, positions_by_class
+from anomalib_lite.cascade.gate import (
+    PROBABILITY_CALIBRATIONS,
+    DetectorEncoder,
+    Encoded,
+    Gate,
+    NetworkEncoder,
+    SavedGate,
+    check_class_weight,
+)
+from anomalib_lite.cascade.routing import (
+    Routing,
+    anomaly_shortfall,
+    calibrate_routing,
+    check_threshold_lists,
+    check_thresholds,
+    choose_t_low,
+    leaves_false_alarms,
+    rate_shortfall,
+)
+from anomalib_lite.cascade.sweep import Sweep, sweep_routings, threshold_pairs
+from anomalib_lite.detectors import BaseDetector, Detections, DetectorMixin, PatchCore
 from anomalib_lite.embeddings import stack
-from anomalib_lite.engines import AnyBackbone
+from anomalib_lite.engines import ENGINES, AnyBackbone
 from anomalib_lite.errors import (
     CalibrationWarning,
+    InvalidTypeError,
     InvalidValueError,
     NotFittedError,
 )
@@ -37,9 +61,11 @@ from anomalib_lite.images import ImageSource
 
 __all__ = ["CascadeDetections", "GatedCascade"]
 
+MAPS = ("escalated", "always")
 _WHERE = "GatedCascade"
-_REMEDY = "Raise max_missed, or set t_low."
-# Fitted attributes of held-out images, which a file holds under these names without the "_".
+# Parameters of the cascade that the default heatmap model gets too.
+_SHARED = ("device", "dtype", "engine", "batch_size", "on_error", "max_pixels", "random_state")
+# Fitted attributes about held-out images: a file has them under these names without the "_".
 _HELD_OUT = (
     "calibration_probabilities_",
     "calibration_detector_scores_",
@@ -50,7 +76,7 @@ _HELD_OUT = (
 
 @dataclass(frozen=True)
 class CascadeDetections(Detections):
-    """What a :class:`~anomalib_lite.GatedCascade` says of each image.
+    """Results of a :class:`~anomalib_lite.GatedCascade` for each image.
 
     ``scores`` lie in [0, 1]. ``maps`` has the heatmap model's heatmaps, in its own units, and None
     for each image that it did not see.
@@ -60,7 +86,7 @@ class CascadeDetections(Detections):
     routes : ndarray of shape (N,), str
         Who decided: ``"gate_normal"``, ``"gate_anomalous"``, ``"detector"``; or ``"skipped"``.
     probabilities : ndarray of shape (N,), float64
-        The gate's, of an anomaly; NaN for an image that was skipped.
+        Probability of an anomaly by the gate; NaN for an image that was skipped.
     """
 
     routes: np.ndarray = field(default_factory=lambda: np.empty(0, "<U14"))
@@ -68,31 +94,31 @@ class CascadeDetections(Detections):
 
     @property
     def heatmap_call_rate(self) -> float:
-        """Share of the images, without those skipped, that the heatmap model had to decide."""
+        """Share of the images that the heatmap model had to decide; skipped ones do not count."""
         seen = self.routes[self.routes != "skipped"]
         return float(np.mean(seen == "detector")) if seen.size else float("nan")
 
 
 class GatedCascade(DetectorMixin, BaseEstimator):
-    """A cheap gate decides about clear images, a heatmap model about the rest.
+    """Detector in which a cheap gate decides clear images, and a heatmap model the rest.
 
     Parameters
     ----------
     gate : str, torch.nn.Module or BaseDetector, default="efficientnet_lite0"
         A backbone, as in :class:`~anomalib_lite.PatchCore`, or an unfitted detector, whose score
-        a logistic regression judges.
+        is the only feature then.
     detector : BaseDetector, optional
         The heatmap model, unfitted; by default ``PatchCore()`` with the device, engine, batch size
         and the like of the cascade.
     training : {"head", "finetune"}, default="head"
-        How a gate that is a network learns: whitened patches of the frozen network are judged by
-        a logistic regression, or the network's own weights learn too, by
-        :func:`~anomalib_lite.cascade._finetuning.tune_gate`.
+        How a gate that is a network learns: a logistic regression learns from whitened patches of
+        the frozen network, or the network's own weights learn too, by
+        :func:`~anomalib_lite.cascade._finetuning.finetune_gate`.
     epochs : int, default=20
-        Of ``training="finetune"``.
+        Number of epochs of ``training="finetune"``.
     t_low, t_high : float, optional
-        In [0, 1]. The gate calls an image normal below ``t_low``, anomalous above ``t_high``, and
-        leaves it to the heatmap model between. By default both are chosen by ``fit``.
+        Thresholds in [0, 1]. The gate calls an image normal below ``t_low``, anomalous above
+        ``t_high``, and leaves it to the heatmap model between. By default ``fit`` chooses both.
     max_missed : float, default=0.01
         Share of anomalous images that the gate may lose, in (0, 1): call normal, where the heatmap
         model would have found them. ``t_low`` keeps it with 95 % confidence, for anomalies such
@@ -103,19 +129,19 @@ class GatedCascade(DetectorMixin, BaseEstimator):
     calibration : {"temperature", "isotonic"}, default="temperature"
         How the gate's output becomes a probability, on held-out images.
     class_weight : {"balanced"}, dict or None, default="balanced"
-        Of the classes 0 (normal) and 1 in the gate, as in scikit-learn.
+        Weights of the classes 0 (normal) and 1 in the gate, as in scikit-learn.
     maps : {"escalated", "always"}, default="escalated"
         For which images :meth:`detect` makes heatmaps: those that the heatmap model decides, or
         all, which costs what the heatmap model alone would.
     weights : str or Path, optional
         Weights file of the gate's backbone, if ``gate`` is a timm name.
     image_size : int or (int, int), default=160
-        Of the gate; the heatmap model has its own.
+        Size of images for the gate; the heatmap model has its own.
     device, dtype, engine, batch_size, on_error, max_pixels, verbose
-        Of the gate, as in :class:`~anomalib_lite.PatchCore`; detectors that are given have their
-        own.
+        Options of the gate, as in :class:`~anomalib_lite.PatchCore`; a ``detector`` has its own.
     random_state : int, RandomState or None, default=0
-        Seed of what is held out, of synthetic anomalies, and of ``training="finetune"``.
+        Seed of the split into images to train on and to hold out, of synthetic anomalies, and of
+        ``training="finetune"``.
 
     Attributes
     ----------
@@ -123,29 +149,29 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         The fitted heatmap model.
     gate_ : Gate
         The fitted gate: its ``backbone`` or ``detector``, its ``head``, its ``probability``, and
-        the ``history`` of its tuning.
+        the ``history`` of its finetuning.
     routing_ : Routing
         ``t_low``, ``t_high`` and the ``threshold`` of the heatmap model.
     threshold_ : float
         0.5. An image with a larger score is called anomalous.
     calibration_probabilities_, calibration_detector_scores_ : ndarray of shape (n,), float64
-        Of the normal images held out for the thresholds.
+        What gate and heatmap model say of the normal images held out for the thresholds.
     anomaly_probabilities_, anomaly_detector_scores_ : ndarray of shape (m,), float64
-        Of the anomalies held out for ``t_low``. A score is NaN where the gate was too sure for it
-        to matter.
+        What they say of the anomalies held out for ``t_low``. A score is NaN where the probability
+        is so large that the score does not matter.
     synthetic_ : bool
-        Whether these anomalies were made, as labelled ones were none or too few.
+        Whether these anomalies are synthetic, since labelled ones were none or too few.
     skipped_ : list of (str, str)
         Name and reason of each training image that the gate left out.
 
     Notes
     -----
     A fifth to half of the normal images, as many as ``false_alarm_rate`` needs, are held out for
-    the thresholds. The heatmap model is fitted on the others; so is the gate, but for a quarter of
-    them that calibrate its probability. What the gate sees of an image is told at ``Whitening`` in
-    :mod:`anomalib_lite.cascade.gate`, why the rates hold and what the score means at
-    ``calibrate_routing``, ``lowest_probability`` and ``Routing`` in
-    :mod:`anomalib_lite.cascade.routing`.
+    the thresholds. The heatmap model is fitted on the others. The gate is fitted on three quarters
+    of these, and its probability is calibrated on the last quarter. ``Whitening`` in
+    :mod:`anomalib_lite.cascade.gate` says what the gate sees of an image; ``calibrate_routing``,
+    ``choose_t_low`` and ``Routing`` in :mod:`anomalib_lite.cascade.routing` say why the rates hold
+    and what the score means.
 
     Cascades of classifiers of growing cost: Viola and Jones, "Rapid object detection using a
     boosted cascade of simple features", CVPR 2001.
@@ -231,14 +257,15 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             what ``max_missed`` needs, more are made from the normal images by
             :class:`~anomalib_lite.synthetic.SyntheticAnomalies`.
         groups : sequence of N int or str, optional
-            Which part each image shows, as in scikit-learn's splitters; normal ones of at least 8
-            parts. Where a part is photographed several times, images held out would else be near
-            copies of those learned from, and the thresholds too low for parts to come.
+            The part that each image shows, as in scikit-learn's splitters; at least 8 parts must
+            have normal images. Without groups, if a part is photographed several times, images
+            held out are near copies of those in training, and the thresholds are too low for
+            parts to come.
 
         Returns
         -------
         GatedCascade
-            Itself; in case of an error as it was.
+            Itself; unchanged in case of an error.
 
         Raises
         ------
@@ -251,22 +278,57 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             If there are too few normal images for ``false_alarm_rate``, or too few anomalies for
             ``max_missed``.
         """
-        check_parameters(self)
+        self._check_parameters()
         source = ImageSource(images, max_pixels=self.max_pixels, where=_WHERE)
-        parts = parts_of(groups, len(source))
-        fitted = learn_cascade(self, source, *classes(images, y, len(source)), parts)
-        routing = self._route(fitted, self.t_low, self.t_high)
+        normal, anomalous = positions_by_class(images, y, len(source))
+        random = check_random_state(self.random_state)
+        split = draw_split(
+            normal,
+            anomalous,
+            group_ids(groups, len(source)),
+            false_alarm_rate=self.false_alarm_rate,
+            max_missed=self.max_missed,
+            halve=isinstance(self.gate, BaseDetector),
+            random=random,
+        )
+        gate, subsets, skipped = self._gate_training().fit(source, split, random)
+        seed = random.randint(2**31)
+        detector = fit_detector(self._heatmap_model(), subsets.detector_normal.images)
+        normal_p, normal_s = score_held_out_normal(gate, detector, subsets.held_out_normal)
+        routing = calibrate_routing(normal_p, normal_s, self.false_alarm_rate, t_high=self.t_high)
+        anomaly_p, anomaly_s = score_held_out_anomalies(
+            gate,
+            detector,
+            subsets.held_out_normal,
+            subsets.held_out_anomalous,
+            threshold=routing.threshold,
+            max_missed=self.max_missed,
+            seed=seed,
+        )
+        fitted = {
+            "gate_": gate,
+            "detector_": detector,
+            "calibration_probabilities_": normal_p,
+            "calibration_detector_scores_": normal_s,
+            "anomaly_probabilities_": anomaly_p,
+            "anomaly_detector_scores_": anomaly_s,
+            "synthetic_": not len(subsets.held_out_anomalous),
+            "skipped_": [(source.names[i], reason) for i, reason in sorted(skipped)],
+        }
+        routing, shortfalls = self._route(fitted, self.t_low, self.t_high)
+        for shortfall in shortfalls:
+            warnings.warn(shortfall, CalibrationWarning, stacklevel=2)
         self.__dict__.update(fitted, routing_=routing, threshold_=0.5)
         return self
 
     def set_thresholds(self, t_low: float | None = None, t_high: float | None = None) -> Self:
-        """Take other thresholds of the gate, without fitting again.
+        """Set other thresholds of the gate, without fitting again.
 
         Parameters
         ----------
         t_low, t_high : float, optional
-            As the parameters of the class, which they become; None is automatic. The threshold of
-            the heatmap model follows, so that ``false_alarm_rate`` holds.
+            New values of the parameters of the class; None means: choose it. The threshold of the
+            heatmap model is adapted, so that ``false_alarm_rate`` holds.
 
         Returns
         -------
@@ -279,23 +341,30 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             Before :meth:`fit`.
         InvalidValueError
             Unless 0 <= t_low <= t_high <= 1.
+
+        Warns
+        -----
+        CalibrationWarning
+            As :meth:`fit`, or if ``t_high`` alone spends all of ``false_alarm_rate``.
         """
         self._check_fitted()
         check_thresholds(t_low, t_high)
-        self.routing_ = self._route(vars(self), t_low, t_high)
-        self.t_low, self.t_high = t_low, t_high
+        routing, shortfalls = self._route(vars(self), t_low, t_high)
+        for shortfall in shortfalls:
+            warnings.warn(shortfall, CalibrationWarning, stacklevel=2)
+        self.routing_, self.t_low, self.t_high = routing, t_low, t_high
         return self
 
     def detect(self, images: Any, *, maps: str | bool | None = None) -> CascadeDetections:
-        """Scores, labels, routes and heatmaps.
+        """Return scores, labels, routes and heatmaps.
 
         Parameters
         ----------
         images
             As in :meth:`fit`.
         maps : {"escalated", "always"} or bool, optional
-            For which images heatmaps are wanted: False is none, True is ``"always"``. By default
-            what the parameter ``maps`` of the class says.
+            Images that get a heatmap: False means none, True means ``"always"``. By default the
+            parameter ``maps`` of the class.
 
         Returns
         -------
@@ -315,7 +384,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             wanted = "always" if wanted else "none"
         check_choice("maps", wanted, (*MAPS, "none"), _WHERE)
         source = ImageSource(images, max_pixels=self.max_pixels, where=_WHERE)
-        features, skipped = self.gate_.features(source, self)
+        features, skipped = self._gate_features(source)
         probabilities = self.gate_.probabilities(features)
         routes = self.routing_.routes(probabilities)
         to_see = np.flatnonzero(routes != "skipped" if wanted == "always" else routes == "detector")
@@ -346,18 +415,18 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         t_low: Sequence[float] | None = None,
         t_high: Sequence[float] | None = None,
     ) -> Sweep:
-        """What this cascade would do at other thresholds of its gate.
+        """Evaluate this cascade at other thresholds of its gate.
 
         Parameters
         ----------
         images
-            As in :meth:`fit`; not those that it was fitted on.
+            As in :meth:`fit`, but others than it was fitted on.
         y : array of shape (N,)
             0 for normal, 1 for anomalous.
         t_low, t_high : sequences of float in [0, 1], optional
-            By default what it has now, 0 and 1, and what parts the images' probabilities by
-            tenths. All pairs with ``t_low <= t_high`` are judged. Each has the threshold of the
-            heatmap model that :meth:`set_thresholds` would give it.
+            By default the current threshold, 0 for ``t_low`` and 1 for ``t_high``, and the deciles
+            of the images' probabilities. All pairs with ``t_low <= t_high`` are evaluated, each
+            with the threshold of the heatmap model that :meth:`set_thresholds` would choose.
 
         Returns
         -------
@@ -371,41 +440,30 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         self._check_fitted()
         source = ImageSource(images, max_pixels=self.max_pixels, where=_WHERE)
         truth = check_labels(y, len(source), _WHERE)
-        lows, highs = (thresholds_of(values) for values in (t_low, t_high))
+        lows, highs = check_threshold_lists(t_low, t_high)
         started = time.perf_counter()
-        p = self.gate_.probabilities(self.gate_.features(source, self)[0])
+        p = self.gate_.probabilities(self._gate_features(source)[0])
         gate_ms = 1000 * (time.perf_counter() - started) / len(p)
         usable = np.flatnonzero(~np.isnan(p))
         if not len(usable):
             raise InvalidValueError(f"{_WHERE}: sweep could use none of {len(p)} images.")
-        tenths = np.quantile(p[usable], np.linspace(0.1, 0.9, 9)).tolist()
-        lows = sorted({0.0, self.routing_.t_low, *tenths}) if lows is None else lows
-        highs = sorted({1.0, self.routing_.t_high, *tenths}) if highs is None else highs
-        pairs = [(low, high) for low in lows for high in highs if low <= high]
-        if not pairs:
-            raise InvalidValueError(
-                f"{_WHERE}: t_low and t_high must have a pair with t_low <= t_high, got {t_low!r} "
-                f"and {t_high!r}."
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CalibrationWarning)  # one a pair would say nothing
-            routings = [self._route(vars(self), low, high) for low, high in [*pairs, (0.0, 1.0)]]
-        s, detector_started = np.full(len(p), np.nan), time.perf_counter()
+        pairs = threshold_pairs(lows, highs, p[usable], self.routing_)
+        s, started = np.full(len(p), np.nan), time.perf_counter()
         s[usable] = self.detector_.detect(source.take(usable), maps=False).scores
-        detector_ms = 1000 * (time.perf_counter() - detector_started) / len(usable)
+        detector_ms = 1000 * (time.perf_counter() - started) / len(usable)
         kept = ~np.isnan(s)
         if not kept.any():
             raise InvalidValueError(f"{_WHERE}: sweep could use none of {len(p)} images.")
+        held_out, rate = self.calibration_probabilities_, self.false_alarm_rate
         return sweep_routings(
-            routings[:-1],
-            *(p[kept], s[kept], truth[kept]),
+            [self._route(vars(self), low, high)[0] for low, high in pairs],
+            p[kept],
+            s[kept],
+            truth[kept],
             gate_ms=gate_ms,
             detector_ms=detector_ms,
-            keeps_rate=[
-                keeps_rate(self.calibration_probabilities_, self.false_alarm_rate, high)
-                for _, high in pairs
-            ],
-            alone=routings[-1],
+            keeps_rate=[leaves_false_alarms(held_out, rate, high) for _, high in pairs],
+            alone=self._route(vars(self), 0.0, 1.0)[0],
         )
 
     @property
@@ -416,18 +474,81 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         members = {"detector": self.detector_, "gate": self.gate_.detector}
         return {name: fitted for name, fitted in members.items() if fitted is not None}
 
+    def _check_parameters(self) -> None:
+        """Raise for the first constructor argument that cannot be used."""
+        self._check_models()
+        check_thresholds(self.t_low, self.t_high)
+        check_number("max_missed", self.max_missed, _WHERE, "(0, 1)")
+        check_number("false_alarm_rate", self.false_alarm_rate, _WHERE, "(0, 1)")
+        check_choice("training", self.training, ("head", "finetune"), _WHERE)
+        if self.training == "finetune" and isinstance(self.gate, BaseDetector):
+            raise InvalidValueError(
+                f"{_WHERE}: training='finetune' tunes the weights of a network, got the detector "
+                f"gate={self.gate!r}. Give the name of a backbone or a module, or training='head'."
+            )
+        check_int("epochs", self.epochs, _WHERE, low=1)
+        check_choice("calibration", self.calibration, PROBABILITY_CALIBRATIONS, _WHERE)
+        check_class_weight(self.class_weight, _WHERE)
+        check_choice("maps", self.maps, MAPS, _WHERE)
+        check_choice("engine", self.engine, ENGINES, _WHERE)
+        check_choice("on_error", self.on_error, ("raise", "skip"), _WHERE)
+        check_int("batch_size", self.batch_size, _WHERE, low=1)
+        check_int("max_pixels", self.max_pixels, _WHERE, low=1)
+        check_image_size(self.image_size, _WHERE)
+        check_seed(self.random_state, _WHERE)
+        for model in (self.gate, self.detector):
+            if isinstance(model, BaseDetector):
+                model._check_parameters()  # before the gate is fitted, which takes time
+
+    def _check_models(self) -> None:
+        gate, detector = self.gate, self.detector
+        if isinstance(gate, type) or not (
+            isinstance(gate, str | BaseDetector) or hasattr(gate, "state_dict")
+        ):
+            raise InvalidTypeError(
+                f"{_WHERE}: gate must be the name of a backbone, a torch.nn.Module or a detector "
+                f"such as PatchCore(image_size=64), got {gate!r}."
+            )
+        if detector is not None and not isinstance(detector, BaseDetector):
+            raise InvalidTypeError(
+                f"{_WHERE}: detector must be a detector such as PaDiM(image_size=(256, 256)), or "
+                f"None for PatchCore, got {detector!r}."
+            )
+        if self.weights is not None and not isinstance(gate, str):
+            raise InvalidValueError(
+                f"{_WHERE}: weights go with the name of a backbone, got gate={gate!r}."
+            )
+
+    def _heatmap_model(self) -> BaseDetector:
+        """Return the unfitted heatmap model."""
+        if self.detector is not None:
+            given: BaseDetector = self.detector
+            return given
+        return PatchCore(**{name: getattr(self, name) for name in _SHARED})
+
+    def _gate_training(self) -> GateTraining:
+        """Return how a gate is made, by the parameters as they are now."""
+        return GateTraining(**{f.name: getattr(self, f.name) for f in fields(GateTraining)})
+
+    def _gate_features(self, source: ImageSource) -> Encoded:
+        """Ask the gate for features, by the parameters as they are now."""
+        gate = self.gate_
+        if isinstance(gate.encoder, NetworkEncoder):
+            extractor = self._gate_training().extractor(gate.encoder.extractor.backbone)
+            gate = replace(gate, encoder=replace(gate.encoder, extractor=extractor))
+        return gate.features(source)
+
     def _with_options(self, **options: Any) -> Self:
         other = super()._with_options(**options)
         other.detector_ = self.detector_._with_options(**options)
         if self.gate_.detector is not None:
-            detector = self.gate_.detector._with_options(**options)
-            other.gate_ = replace(self.gate_, detector=detector)
+            encoder = DetectorEncoder(self.gate_.detector._with_options(**options))
+            other.gate_ = replace(self.gate_, encoder=encoder)
         return other
 
     def _summary_lines(self) -> list[tuple[str, str]]:
-        routing, backbone = self.routing_, self.gate_.backbone
-        if backbone is None:
-            backbone = self.gate_.detector.backbone_
+        routing, inside = self.routing_, self.gate_.detector
+        backbone: Any = self.gate_.backbone if inside is None else inside.backbone_
         dtype = str(backbone.dtype).removeprefix("torch.")
         normal = f"below {routing.t_low:.3g}" if routing.t_low > 0 else "never"
         anomalous = f"above {routing.t_high:.3g}" if routing.t_high < 1 else "never"
@@ -449,14 +570,19 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         ]
 
     def _fitted_backbone(self) -> AnyBackbone | None:
-        backbone: AnyBackbone | None = self.gate_.backbone
-        return backbone
+        return self.gate_.backbone
 
     def _open_backbone(self, **instead: Any) -> AnyBackbone:
-        return open_gate(self, **instead)
+        return self._gate_training().open_backbone(**instead)
 
     def _take_backbone(self, backbone: AnyBackbone) -> None:
-        self.gate_.backbone = backbone
+        extractor = self._gate_training().extractor(backbone)
+        self._take_encoder(NetworkEncoder(extractor, self._saved_gate.whitening))
+
+    def _take_encoder(self, encoder: NetworkEncoder | DetectorEncoder) -> None:
+        """Make the gate whole that was read from a file."""
+        saved: SavedGate = self.__dict__.pop("_saved_gate")
+        self.gate_ = Gate(encoder, saved.head, saved.probability, saved.history)
 
     def _weights_exist_here_alone(self) -> bool:
         return bool(self.gate_.history)  # the gate's network was fine-tuned
@@ -470,7 +596,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         return parameters
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        arrays, gate = self.gate_.to_arrays()
+        arrays, gate = self.gate_.to_save().to_arrays()
         arrays |= {name.rstrip("_"): getattr(self, name) for name in _HELD_OUT}
         return arrays, {
             "gate": gate,
@@ -480,7 +606,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         }
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
-        self.gate_ = Gate.from_arrays(arrays, state["gate"])
+        self._saved_gate = SavedGate.from_arrays(arrays, state["gate"])  # until its network is open
         self.routing_ = Routing(**{name: float(v) for name, v in state["routing"].items()})
         self.synthetic_ = bool(state["synthetic"])
         for name in _HELD_OUT:
@@ -502,7 +628,9 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         if "gate" in members:
             parameters["gate"] = clone(members["gate"])
         cascade = super()._restore(parameters, arrays, state, members)
-        cascade.detector_, cascade.gate_.detector = members["detector"], members.get("gate")
+        cascade.detector_ = members["detector"]
+        if "gate" in members:
+            cascade._take_encoder(DetectorEncoder(members["gate"]))
         return cascade
 
     def _check_fitted(self) -> None:
@@ -511,14 +639,16 @@ class GatedCascade(DetectorMixin, BaseEstimator):
 
     def _route(
         self, fitted: Mapping[str, Any], t_low: float | None, t_high: float | None
-    ) -> Routing:
-        """The routing for thresholds that are given or, where they are None, found."""
-        normal = fitted["calibration_probabilities_"], fitted["calibration_detector_scores_"]
-        low = t_low
+    ) -> tuple[Routing, list[str]]:
+        """Return the routing, with thresholds chosen where they are None; and shortfalls."""
+        p, s = fitted["calibration_probabilities_"], fitted["calibration_detector_scores_"]
+        low, shortfalls = t_low, []
         if low is None:
-            anomalous = fitted["anomaly_probabilities_"], fitted["anomaly_detector_scores_"]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", CalibrationWarning)  # once is enough: below
-                routing = calibrate_routing(*normal, self.false_alarm_rate, t_high=t_high)
-            low = lowest_probability(*anomalous, routing, self.max_missed, _REMEDY)
-        return calibrate_routing(*normal, self.false_alarm_rate, t_low=low, t_high=t_high)
+            anomaly_p = fitted["anomaly_probabilities_"]
+            anomaly_s = fitted["anomaly_detector_scores_"]
+            routing = calibrate_routing(p, s, self.false_alarm_rate, t_high=t_high)
+            low = choose_t_low(anomaly_p, anomaly_s, routing, self.max_missed)
+            shortfalls.append(anomaly_shortfall(len(anomaly_p), self.max_missed))
+        routing = calibrate_routing(p, s, self.false_alarm_rate, t_low=low, t_high=t_high)
+        shortfalls.append(rate_shortfall(p, self.false_alarm_rate, routing.t_high))
+        return routing, [shortfall for shortfall in shortfalls if shortfall is not None]

@@ -1,50 +1,89 @@
 """Gate probabilities and heatmap scores -> routes, and one score in [0, 1].
 
-What a cascade decides by, as arithmetic on arrays: no images, no networks.
+The decisions of a cascade as arithmetic on arrays: no images, no networks.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import binom
 
-from anomalib_lite.errors import CalibrationWarning
+from anomalib_lite._validation import check_number
+from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 
 __all__ = [
     "ROUTES",
     "Routing",
-    "anomalies_needed",
+    "anomaly_shortfall",
     "calibrate_routing",
-    "keeps_rate",
-    "losses_allowed",
-    "lowest_probability",
+    "check_threshold_lists",
+    "check_thresholds",
+    "choose_t_low",
+    "leaves_false_alarms",
+    "max_losses",
+    "min_anomalies",
+    "rate_shortfall",
 ]
 
+_WHERE = "GatedCascade"
 ROUTES = ("gate_normal", "gate_anomalous", "detector")
 _ABOVE_HALF = np.nextafter(np.float32(0.5), np.float32(1))
-# Of the share of anomalies that is lost.
+# Confidence of the bound on lost anomalies.
 CONFIDENCE = 0.95
-# Of the false alarms allowed, what the gate may make by itself: it sees what is unlike anything
-# before, the heatmap model what is small.
+# Share of the allowed false alarms that the gate may make by itself: it sees what is unlike
+# anything before, the heatmap model what is small.
 _GATE_SHARE = 0.5
+
+
+def check_thresholds(t_low: Any, t_high: Any) -> None:
+    """Raise unless 0 <= t_low <= t_high <= 1, where None is not checked."""
+    for name, value in (("t_low", t_low), ("t_high", t_high)):
+        if value is not None:
+            check_number(name, value, _WHERE, "[0, 1]")
+    if t_low is not None and t_high is not None and t_low > t_high:
+        raise InvalidValueError(
+            f"{_WHERE}: t_low must not exceed t_high, got {t_low!r} and {t_high!r}: below t_low "
+            "the gate says normal, above t_high anomalous."
+        )
+
+
+def check_threshold_lists(t_low: Any, t_high: Any) -> tuple[list[float] | None, list[float] | None]:
+    """Validate the thresholds of a sweep and return them as lists; None means: choose them."""
+    return _threshold_list(t_low), _threshold_list(t_high)
+
+
+def _threshold_list(values: Any) -> list[float] | None:
+    if values is None:
+        return None
+    if not np.iterable(values) or isinstance(values, str):
+        raise InvalidTypeError(
+            f"{_WHERE}: t_low and t_high of a sweep must be lists of numbers or None, got "
+            f"{values!r}."
+        )
+    found = list(values)
+    for value in found:
+        if value is None:
+            raise InvalidTypeError(f"{_WHERE}: t_low and t_high of a sweep must not hold None.")
+        check_thresholds(value, value)
+    return found
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Who decides about an image, and how the decision becomes a score.
+    """Says who decides about an image, and turns the decision into a score.
 
     Attributes
     ----------
     t_low, t_high : float
-        In [0, 1]: of the gate's probability.
+        Thresholds of the gate's probability, in [0, 1].
     threshold : float
-        Of the heatmap model's score, in its own units.
+        Threshold of the heatmap model's score, in its units.
     scale : float
-        In the same units, above 0: how far above the threshold is far.
+        Typical distance of an anomaly's score from the threshold, in the same units, above 0.
 
     Notes
     -----
@@ -76,7 +115,7 @@ class Routing:
     scale: float
 
     def routes(self, probabilities: np.ndarray) -> np.ndarray:
-        """(N,) -> (N,) of :data:`ROUTES`; ``"skipped"`` where the probability is NaN."""
+        """Return routes (N,) out of :data:`ROUTES`; ``"skipped"`` where the probability is NaN."""
         routes = np.full(len(probabilities), "detector", dtype="<U14")
         routes[probabilities < self.t_low] = "gate_normal"
         routes[probabilities > self.t_high] = "gate_anomalous"
@@ -84,7 +123,7 @@ class Routing:
         return routes
 
     def scores(self, probabilities: np.ndarray, detector_scores: np.ndarray) -> np.ndarray:
-        """(N,) and (N,) -> (N,) float32; the second counts where the route is the detector's."""
+        """Return scores (N,), float32; ``detector_scores`` count only where the route says so."""
         p = np.asarray(probabilities, np.float64)
         z = (np.asarray(detector_scores, np.float64) - self.threshold) / self.scale
         scores = 0.5 + z / (4 + 4 * np.abs(z))
@@ -93,17 +132,17 @@ class Routing:
         scores[high] = 1 - (1 - p[high]) / (4 - 4 * self.t_high)
         scores[np.isnan(p)] = np.nan
         rounded = scores.astype(np.float32)
-        # What is above by less than float32 can tell is above all the same.
+        # A score that exceeds 1/2 must do so in float32 too.
         return np.asarray(np.where(scores > 0.5, np.maximum(rounded, _ABOVE_HALF), rounded))
 
 
-def anomalies_needed(max_missed: float) -> int:
-    r"""Smallest number of held-out anomalies that can show that at most this share is lost.
+def min_anomalies(max_missed: float) -> int:
+    r"""Return the smallest number of held-out anomalies that can show a share of ``max_missed``.
 
     Parameters
     ----------
     max_missed : float
-        In (0, 1).
+        Share of anomalies that may be lost, in (0, 1).
 
     Returns
     -------
@@ -113,24 +152,24 @@ def anomalies_needed(max_missed: float) -> int:
 
     Examples
     --------
-    >>> anomalies_needed(0.01), anomalies_needed(0.1)
+    >>> min_anomalies(0.01), min_anomalies(0.1)
     (299, 29)
     """
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-max_missed) - 1e-9)
 
 
-def losses_allowed(n: int, max_missed: float) -> int:
-    r"""How many of n held-out anomalies may be lost, to show that at most this share of all is.
+def max_losses(n: int, max_missed: float) -> int:
+    r"""Return how many of n held-out anomalies may be lost, if ``max_missed`` is to be shown.
 
     Returns
     -------
     int
         The largest k for which :math:`P(B(n, q) \le k) \le 0.05` (Clopper and Pearson); -1 if n
-        is too small even for none.
+        is too small even for k = 0.
 
     Examples
     --------
-    >>> losses_allowed(298, 0.01), losses_allowed(299, 0.01), losses_allowed(1196, 0.01)
+    >>> max_losses(298, 0.01), max_losses(299, 0.01), max_losses(1196, 0.01)
     (-1, 0, 6)
     """
     as_few = binom.cdf(np.arange(n), n, max_missed) <= 1 - CONFIDENCE + 1e-12
@@ -145,27 +184,24 @@ def calibrate_routing(
     t_low: float = 0.0,
     t_high: float | None = None,
 ) -> Routing:
-    r"""Thresholds with which the cascade as a whole keeps ``false_alarm_rate``.
+    r"""Choose thresholds with which the cascade as a whole keeps ``false_alarm_rate``.
 
     Parameters
     ----------
     probabilities, detector_scores : arrays of shape (n,)
-        Of normal images that neither model learned from, by the gate and by the heatmap model.
+        What the gate and the heatmap model say of normal images that neither learned from.
     false_alarm_rate : float
-        In (0, 1).
+        Share of future normal images that may be called anomalous, in (0, 1).
     t_low : float, default=0
-        Chosen in whatever way.
+        The gate's lower threshold; it may depend on the same images.
     t_high : float, optional
-        Used as it is. By default chosen here, and at least ``t_low``.
+        The gate's upper threshold. By default chosen here, and at least ``t_low``.
 
     Returns
     -------
     Routing
-
-    Warns
-    -----
-    CalibrationWarning
-        If there are too few images for the rate, or a ``t_high`` that was given spends all of it.
+        If there are too few images for the rate, or if the given ``t_high`` spends all of it, the
+        rate is not kept: :func:`rate_shortfall` says so.
 
     Notes
     -----
@@ -191,78 +227,105 @@ def calibrate_routing(
     Routing(t_low=0.3, t_high=0.94, threshold=94.0, scale=45.0)
     """
     p, s = np.asarray(probabilities, np.float64), np.asarray(detector_scores, np.float64)
-    allowed = math.floor((len(p) + 1) * false_alarm_rate + 1e-9)
+    allowed = _allowed(len(p), false_alarm_rate)
     if t_high is None:
         by_gate = int(_GATE_SHARE * allowed)
         t_high = max(t_low, float(np.sort(p)[-by_gate])) if by_gate else 1.0
     else:
         by_gate = int(np.count_nonzero(p > t_high))
-    by_detector = allowed - by_gate
-    if by_detector < 1:
-        _warn(len(p), by_gate, false_alarm_rate)
     median = float(np.median(s))
     seen = np.sort(np.where(p <= t_high, s, -np.inf))
-    threshold = max(float(seen[-max(1, by_detector)]), median)
-    # The distance from what is usual to what is not; where there is none, anything will do.
+    threshold = max(float(seen[-max(1, allowed - by_gate)]), median)
+    # From the usual score to the unusual one; any scale will do where they are equal.
     scale = (threshold - median) or abs(threshold) or 1.0
     return Routing(float(t_low), float(t_high), threshold, scale)
 
 
-def keeps_rate(probabilities: np.ndarray, false_alarm_rate: float, t_high: float) -> bool:
-    """Whether a ``t_high`` leaves some of the false alarms allowed to the heatmap model.
+def rate_shortfall(probabilities: np.ndarray, false_alarm_rate: float, t_high: float) -> str | None:
+    """Say why a routing cannot keep ``false_alarm_rate``; None if it can.
 
-    ``probabilities`` (n,) are those of held-out normal images; where they are too few to allow one
-    false alarm, whether the gate makes none.
+    Parameters
+    ----------
+    probabilities : array of shape (n,)
+        The gate's, of the images that :func:`calibrate_routing` was given.
+    false_alarm_rate : float
+        The rate that it was given.
+    t_high : float
+        The threshold that it chose, or was given.
 
     Examples
     --------
     >>> p = np.arange(99) / 100
-    >>> keeps_rate(p, 0.1, 0.9), keeps_rate(p, 0.1, 0.5)
+    >>> rate_shortfall(p, 0.1, 0.9) is None
+    True
+    >>> rate_shortfall(p, 0.001, 1.0)[:59]
+    'false_alarm_rate=0.001 needs 999 normal images, got 99; the'
+    """
+    n, by_gate = len(probabilities), int(np.count_nonzero(np.asarray(probabilities) > t_high))
+    if by_gate < _allowed(n, false_alarm_rate):
+        return None
+    reason = f"needs {math.ceil(1 / false_alarm_rate - 1 - 1e-9)} normal images, got {n}"
+    if by_gate:
+        reason = (
+            f"is spent by t_high alone, above which {by_gate} of {n} held-out normal images lie"
+        )
+    return (
+        f"false_alarm_rate={false_alarm_rate:g} {reason}; the heatmap model's threshold is the "
+        f"largest of their scores, and the rate {(by_gate + 1) / (n + 1):.3g} at best. Fit on "
+        "more images, ask for a higher rate, or set a higher t_high."
+    )
+
+
+def leaves_false_alarms(probabilities: np.ndarray, false_alarm_rate: float, t_high: float) -> bool:
+    """Tell whether ``t_high`` leaves the heatmap model some of the allowed false alarms.
+
+    ``probabilities`` (n,) are the gate's, of held-out normal images. If they are too few to allow
+    one false alarm, tell whether the gate makes none.
+
+    Examples
+    --------
+    >>> p = np.arange(99) / 100
+    >>> leaves_false_alarms(p, 0.1, 0.9), leaves_false_alarms(p, 0.1, 0.5)
     (True, False)
     """
     by_gate = int(np.count_nonzero(np.asarray(probabilities) > t_high))
-    return by_gate < max(1, math.floor((len(probabilities) + 1) * false_alarm_rate + 1e-9))
+    return by_gate < max(1, _allowed(len(probabilities), false_alarm_rate))
 
 
-def lowest_probability(
-    probabilities: np.ndarray,
-    detector_scores: np.ndarray,
-    routing: Routing,
-    max_missed: float,
-    remedy: str = "",
+def _allowed(n: int, false_alarm_rate: float) -> int:
+    """Return how many of n + 1 normal images may be called anomalous."""
+    return math.floor((n + 1) * false_alarm_rate + 1e-9)
+
+
+def choose_t_low(
+    probabilities: np.ndarray, detector_scores: np.ndarray, routing: Routing, max_missed: float
 ) -> float:
-    """The largest ``t_low`` by which at most ``max_missed`` of all anomalies are lost.
+    """Choose the largest ``t_low`` by which at most ``max_missed`` of all anomalies are lost.
 
-    Lost is an anomaly that the gate calls normal and the heatmap model would have called
-    anomalous. One that neither of them sees is not lost by the gate.
+    An anomaly is lost if the gate calls it normal and the heatmap model would have called it
+    anomalous. One that neither of them finds is not lost by the gate.
 
     Parameters
     ----------
     probabilities, detector_scores : arrays of shape (n,)
-        Of anomalies that neither model learned from, by the gate and by the heatmap model. NaN in
-        the second, for one that it was not asked about, counts as found.
+        What the gate and the heatmap model say of anomalies that neither learned from. A score of
+        NaN, where the heatmap model was not asked, counts as found.
     routing : Routing
-        Has the heatmap model's threshold, and ``t_high``, which is not exceeded.
+        Holds the heatmap model's threshold, and ``t_high``, which is not exceeded.
     max_missed : float
-        In (0, 1).
-    remedy : str
-        What to do about too few, for the warning.
+        Share of anomalies that may be lost, in (0, 1).
 
     Returns
     -------
     float
-        0 if there are too few to show anything: then no image is called normal by the gate.
-
-    Warns
-    -----
-    CalibrationWarning
-        If there are too few, with how many are needed.
+        0 if there are too few anomalies to show anything: then the gate calls no image normal, and
+        :func:`anomaly_shortfall` says so.
 
     Notes
     -----
     Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of the
     binomial", Biometrika 1934: of n anomalies, k may be lost, the largest k that still bounds the
-    share below ``max_missed``; the (k + 1)-th smallest probability of those that the heatmap model
+    share below ``max_missed``. The (k + 1)-th smallest probability of those that the heatmap model
     finds is returned, or the largest of all if it finds no more than k. Over the draw of the n,
     more than that share is lost in at most 5 % of all cases, whatever the distribution.
 
@@ -271,37 +334,34 @@ def lowest_probability(
     >>> import numpy as np
     >>> routing = Routing(t_low=0.0, t_high=1.0, threshold=3.0, scale=1.0)
     >>> p = 0.1 + 0.01 * np.arange(46)
-    >>> lowest_probability(p, np.full(46, 5.0), routing, 0.1)  # of 46, one may be lost
+    >>> choose_t_low(p, np.full(46, 5.0), routing, 0.1)  # of 46, one may be lost
     0.11
-    >>> lowest_probability(p, np.repeat([1.0, 5.0], [16, 30]), routing, 0.1)  # 16 nobody finds
+    >>> choose_t_low(p, np.repeat([1.0, 5.0], [16, 30]), routing, 0.1)  # 16 nobody finds
     0.27
     """
     p, s = np.asarray(probabilities, np.float64), np.asarray(detector_scores, np.float64)
-    n, needed = len(p), anomalies_needed(max_missed)
-    if n < needed:
-        warnings.warn(
-            f"max_missed={max_missed:g} needs {needed} held-out anomalies to be shown, got {n}; "
-            f"t_low is 0, so the gate calls no image normal. {remedy}",
-            CalibrationWarning,
-            stacklevel=4,
-        )
+    if len(p) < min_anomalies(max_missed):
         return 0.0
-    allowed = losses_allowed(n, max_missed)
+    allowed = max_losses(len(p), max_missed)
     found = np.sort(p[~(s <= routing.threshold)])
     t_low = found[allowed] if len(found) > allowed else p.max()
     return float(min(t_low, routing.t_high))
 
 
-def _warn(n: int, by_gate: int, false_alarm_rate: float) -> None:
-    reason = f"needs {math.ceil(1 / false_alarm_rate - 1 - 1e-9)} normal images, got {n}"
-    if by_gate:
-        reason = (
-            f"is spent by t_high alone, above which {by_gate} of {n} held-out normal images lie"
-        )
-    warnings.warn(
-        f"false_alarm_rate={false_alarm_rate:g} {reason}; the heatmap model's threshold is the "
-        f"largest of their scores, and the rate {(by_gate + 1) / (n + 1):.3g} at best. Fit on "
-        "more images, ask for a higher rate, or set a higher t_high.",
-        CalibrationWarning,
-        stacklevel=5,
+def anomaly_shortfall(n: int, max_missed: float) -> str | None:
+    """Say that n held-out anomalies are too few for ``max_missed``; None if they are enough.
+
+    Examples
+    --------
+    >>> anomaly_shortfall(299, 0.01) is None
+    True
+    >>> anomaly_shortfall(9, 0.01)[:56]
+    'max_missed=0.01 needs 299 held-out anomalies to be shown'
+    """
+    needed = min_anomalies(max_missed)
+    if n >= needed:
+        return None
+    return (
+        f"max_missed={max_missed:g} needs {needed} held-out anomalies to be shown, got {n}; t_low "
+        "is 0, so the gate calls no image normal. Raise max_missed, or set t_low."
     )

@@ -60,6 +60,9 @@ class Gaussian(BaseEstimator):
         ``(1 - s) S / n + s tr(S / n) / D I`` with the scatter S and the shrinkage s.
     precision_ : ndarray of shape (D, D), float64
         Inverse of ``covariance_``.
+    whitening_ : ndarray of shape (D, D), float64
+        Lower Cholesky factor of the precision: ``(X - location_) @ whitening_`` has the identity
+        as covariance, and :meth:`mahalanobis` gives the lengths of its rows.
     shrinkage_ : float
         Shrinkage s that was used.
     n_features_in_ : int
@@ -163,8 +166,16 @@ class Gaussian(BaseEstimator):
     @property
     def precision_(self) -> np.ndarray:
         """Inverse of ``covariance_``."""
-        whitening = self._factors()
-        return np.asarray(whitening.T @ whitening)
+        factor = self._factors()
+        return np.asarray(factor.T @ factor)
+
+    @property
+    def whitening_(self) -> np.ndarray:
+        """Lower Cholesky factor of ``precision_``: it turns the covariance into the identity.
+
+        The norms of ``(X - location_) @ whitening_`` are the distances of :meth:`mahalanobis`.
+        """
+        return np.linalg.cholesky(self.precision_)
 
     def fit_moments(self, moments: Moments) -> Self:
         """Do what :meth:`fit` does, from the moments of rows that are no longer at hand."""
@@ -181,7 +192,7 @@ class Gaussian(BaseEstimator):
         self.n_features_in_ = len(covariance)
         self.moments_, self.location_ = moments, moments.mean
         self.shrinkage_, self.covariance_ = shrinkage, covariance
-        self._whitening: np.ndarray | None = None
+        self._factor: np.ndarray | None = None
         return self
 
     def _factors(self) -> np.ndarray:
@@ -190,16 +201,16 @@ class Gaussian(BaseEstimator):
         It is computed when it is first needed, because after a first small block the covariance
         may have no inverse yet.
         """
-        if self._whitening is None:
+        if self._factor is None:
             try:
-                self._whitening = inverse_factors(self.covariance_)
+                self._factor = inverse_factors(self.covariance_)
             except np.linalg.LinAlgError as error:
                 raise InvalidValueError(
                     f"Gaussian: the covariance of {self.moments_.n} rows in "
                     f"{len(self.covariance_)} dimensions with shrinkage {self.shrinkage_:.3g} has "
                     "no inverse. Give more rows that differ, or a larger shrinkage."
                 ) from error
-        return self._whitening
+        return self._factor
 
     def _validated(self, X: Any, *, reset: bool, at_least: int = 1) -> np.ndarray:
         try:

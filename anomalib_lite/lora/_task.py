@@ -1,8 +1,8 @@
-"""What LoRA learns by: features judged against Gaussians, and the loss of that."""
+"""The task that LoRA learns: tell anomalous features from normal ones, by Gaussians and heads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +19,16 @@ from anomalib_lite.backbones import Backbone
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.fusion import patch_embeddings
 from anomalib_lite.gaussian import Gaussian, Moments
+from anomalib_lite.images import by_size
 
 __all__ = ["Example", "Task", "batches_of", "features_of"]
 
-# Logits are divided by it before they become a confidence, so that the loss goes on asking for a
-# margin where the head is sure already.
+# Divisor of the logits, so that the loss asks for a larger margin.
 TEMPERATURE = 2.0
-# Weight of the term that keeps features of normal images where they are: without it, the network
-# forgets what it would have seen of defects unlike the synthetic ones.
+# Weight of the loss that keeps features of normal images where they are: without it, the network
+# forgets how to see defects unlike the synthetic ones.
 KEEP = 0.1
-# A patch is anomalous from this share of its pixels on; with less, but some, it does not count.
+# Share of anomalous pixels from which on a patch is anomalous; with a smaller one it is ignored.
 ANOMALOUS_SHARE = 0.1
 _BATCH = 16
 
@@ -42,28 +42,27 @@ class Example:
 
     @classmethod
     def normal(cls, pixels: np.ndarray) -> Example:
-        """A mask of nothing."""
+        """Give a normal image an empty mask."""
         return cls(pixels, np.zeros(pixels.shape[:2], bool))
 
 
 class _Whitening(nn.Module):
-    """Features -> features of which a Gaussian's squared distance is the sum of squares."""
+    """Whitens features, so that a Gaussian's squared distance is their sum of squares."""
 
     factor: Tensor
     mean: Tensor
 
     def __init__(self, gaussian: Gaussian) -> None:
         super().__init__()
-        factor = np.linalg.cholesky(gaussian.precision_)
-        for name, array in (("factor", factor), ("mean", gaussian.location_)):
+        for name, array in (("factor", gaussian.whitening_), ("mean", gaussian.location_)):
             self.register_buffer(name, torch.from_numpy(array).float())
 
     def forward(self, f: Tensor) -> Tensor:
         return (f.float() - self.mean) @ self.factor
 
 
-class _Judge(nn.Module):
-    """Two confidences in each of a set of features being anomalous, as logits."""
+class AnomalyHead(nn.Module):
+    """Gives each feature vector two anomaly logits: of a network, and of its distance."""
 
     def __init__(self, gaussian: Gaussian) -> None:
         super().__init__()
@@ -79,9 +78,18 @@ class _Judge(nn.Module):
 
 
 class Task(nn.Module):
-    """What is to be learned: to judge features of a backbone, and the loss.
+    """Losses and validation of an adapter.
 
-    ``shrinkage``, ``normalize`` and ``dtype`` are the detector's.
+    Parameters
+    ----------
+    backbone : Backbone
+        The network that is adapted.
+    adapted : list of str
+        Names of its layers that have an update.
+    to_fit : sequence of Example
+        Normal images for the Gaussians that whiten.
+    shrinkage, normalize, dtype
+        As in the detector.
     """
 
     def __init__(
@@ -99,11 +107,11 @@ class Task(nn.Module):
         self._adapted: list[Any] = [backbone.network.get_submodule(name) for name in adapted]
         self._dtype = resolve_dtype(dtype, backbone.device, backbone.where)
         patches, images = self._gaussians(to_fit)
-        self.patches, self.images = _Judge(patches), _Judge(images)
+        self.patches, self.images = AnomalyHead(patches), AnomalyHead(images)
         self.to(backbone.device)
 
     def loss(self, batch: Sequence[Example]) -> Tensor:
-        """The loss of a batch, of one size."""
+        """Return the loss of a batch of images of one size."""
         pixels = np.stack([e.pixels for e in batch])
         masks = torch.from_numpy(np.stack([e.mask for e in batch])).to(self._backbone.device)
         is_normal = ~masks.flatten(1).any(dim=1)
@@ -122,7 +130,7 @@ class Task(nn.Module):
 
     @torch.no_grad()
     def validate(self, to_fit: Sequence[Example], examples: Sequence[Example]) -> float:
-        """Mean AUROC of patches and images by Gaussians fitted on the features as they are."""
+        """Return the mean AUROC of patches and of images, by Gaussians fitted to ``to_fit``."""
         patches, images = self._gaussians(to_fit)
         found: tuple[list[np.ndarray], ...] = ([], [], [], [])
         for batch in batches_of(examples, None):
@@ -133,12 +141,12 @@ class Task(nn.Module):
             for known, more in zip(found, (*new, masks.flatten(1).any(1).numpy()), strict=True):
                 known.append(more)
         p, y, g, of_anomaly = map(np.concatenate, found)
-        # Where defects are small beside a patch, there may be none that counts.
+        # If defects are small beside a patch, no patch may be anomalous.
         areas = [roc_auc_score(of_anomaly, g)] + ([roc_auc_score(y, p)] if 0 < y.mean() < 1 else [])
         return float(np.mean(areas))
 
     def _gaussians(self, examples: Sequence[Example]) -> tuple[Gaussian, Gaussian]:
-        """Of patches and of images, as the network is."""
+        """Fit the Gaussians of patches and of images to the features of the network as it is."""
         moments: list[Moments] = []
         for batch in batches_of(examples, None):
             X, G = self._features(batch)
@@ -164,7 +172,7 @@ class Task(nn.Module):
 
     @torch.no_grad()
     def _frozen(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Whitened features by the network as it was."""
+        """Return whitened features of the network without its updates."""
         for layer in self._adapted:
             layer.enable_adapters(False)
         try:
@@ -182,14 +190,14 @@ class Task(nn.Module):
 
 
 def _balanced(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy, both classes weighing the same."""
+    """Return the cross-entropy in which both classes weigh the same."""
     losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")
     kinds = [losses[targets == y] for y in (0, 1)]
     return torch.stack([kind.mean() / 2 for kind in kinds if len(kind)]).sum()
 
 
 def targets_of(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Masks (B, H, W) -> targets 0.0 or 1.0 of patches (B, h, w), and which of them count."""
+    """Turn masks (B, H, W) into patch targets (B, h, w), 0.0 or 1.0, and which of them count."""
     share = adaptive_avg_pool2d(masks[:, None].float(), size)[:, 0]
     targets = (share >= ANOMALOUS_SHARE).float()
     return targets, (share == 0) | (targets > 0)
@@ -198,7 +206,10 @@ def targets_of(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def features_of(
     backbone: Backbone, pixels: np.ndarray, normalize: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Patches (B, h, w, d) and images (B, d), of length 1 if asked, with gradients."""
+    """Return features of patches (B, h, w, d) and of images (B, d), with gradients.
+
+    ``normalize`` divides each by its length.
+    """
     E = patch_embeddings(backbone(pixels), backbone.fusion)
     n_features = E.shape[-1] // 2
     X, G = E[..., :n_features], E[:, 0, 0, n_features:]
@@ -208,12 +219,8 @@ def features_of(
 def batches_of(
     examples: Sequence[Example], random: np.random.RandomState | None
 ) -> Iterator[list[Example]]:
-    """Batches of one size each, shuffled if told to."""
-    order = range(len(examples)) if random is None else random.permutation(len(examples))
-    waiting: dict[tuple[int, ...], list[Example]] = {}
-    for i in order:
-        group = waiting.setdefault(examples[i].pixels.shape, [])
-        group.append(examples[i])
-        if len(group) == _BATCH:
-            yield waiting.pop(examples[i].pixels.shape)
-    yield from waiting.values()
+    """Yield batches of one size each, shuffled if ``random`` is given."""
+    order: Iterable[int] = range(len(examples))
+    if random is not None:
+        order = random.permutation(len(examples))
+    return by_size((examples[i] for i in order), lambda example: example.pixels.shape, _BATCH)

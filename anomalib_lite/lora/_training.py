@@ -1,7 +1,7 @@
-"""Normal images -> small changes of a vision transformer that make defects stand out.
+"""Normal images -> low-rank updates of a vision transformer that make defects stand out.
 
 Low-rank adaptation [1]_ of the attention: the network learns to tell patches of normal images
-from those of synthetic anomalies, while its own weights stay as they are.
+from those of synthetic anomalies, while its own weights stay frozen.
 
 References
 ----------
@@ -20,29 +20,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from anomalib_lite._validation import check_int, check_number
 from anomalib_lite.adapter import Adapter
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.errors import InvalidValueError, MissingDependencyError
 from anomalib_lite.gaussian import Moments
-from anomalib_lite.images import ImageSource, iter_batches
+from anomalib_lite.images import ImageSource, load_all
+from anomalib_lite.lora._epochs import early_best
 from anomalib_lite.lora._task import Example, Task, batches_of, features_of
 from anomalib_lite.synthetic import SyntheticAnomalies
 
 __all__ = ["Adapter", "adaptive_rank", "train_adapter"]
 
-# Images to learn from, drawn at random where there are more: they are held in memory.
+# Largest number of images, drawn at random from more: they are held in memory.
 MOST_IMAGES = 512
-# How far to go from the network as it was to what has been learned: real defects are not quite the
-# synthetic ones, and the way between the two serves both.
+# Share of the learned update that is kept: real defects are not quite the synthetic ones, and
+# weights between those of both networks are good at both.
 SHARE = 0.3
-# Synthetic anomalies made of each validation image.
+# Number of synthetic anomalies for validation, for each validation image.
 _ANOMALIES_TO_VALIDATE = 3
-_BATCH = 16
+# Epochs without a better one after which training ends.
 _PATIENCE = 3
 _WEIGHT_DECAY = 0.01
+# Images that an adapter needs.
 _FEWEST = 4
 
 
@@ -62,32 +63,32 @@ def train_adapter(
     random: np.random.RandomState | None = None,
     verbose: int = 0,
 ) -> Adapter:
-    """Adapt the attention of a vision transformer to normal images, against synthetic anomalies.
+    """Train low-rank updates of a vision transformer's attention, against synthetic anomalies.
 
     Parameters
     ----------
     backbone : Backbone
-        In float32, with ``fusion="summary"``. Its network takes on what is learned: give one that
-        nobody else uses.
+        Made in float32, with ``fusion="summary"``. Its network is changed: give one that nobody
+        else uses.
     source : ImageSource
         Normal images, at least 4. A fifth is kept for validation.
     image_size : int or (height, width)
-        As the detector has it.
+        Image size of the detector.
     rank : int or "adaptive", default=16
-        Of the changes; ``"adaptive"`` asks :func:`adaptive_rank`.
+        Rank of the update; ``"adaptive"`` asks :func:`adaptive_rank`.
     alpha : float, optional
-        The changes are multiplied by ``alpha / rank``; 2 ``rank`` by default.
+        The update is multiplied by ``alpha / rank``; 2 ``rank`` by default.
     epochs : int, default=10
-        At most; ended after 3 without a better result on the validation images.
+        Maximum number of epochs; training ends after 3 without a better validation.
     learning_rate : float, default=1e-3
-        Of AdamW.
+        Learning rate of AdamW.
     shrinkage, normalize
-        Of the Gaussians, and whether features are divided by their length: as the detector has
-        them.
+        Shrinkage of the Gaussians, and whether features are divided by their length, as in the
+        detector.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
-        What the network computes in; anything but float32 means mixed precision in bfloat16.
+        Number type of the network; anything but float32 means mixed precision in bfloat16.
     on_error : {"raise", "skip"}, default="raise"
-        Whether an image that cannot be read ends everything or is left out.
+        Whether an image that cannot be read raises its error or is left out.
     random : RandomState, optional
         Draws images, anomalies and first weights.
     verbose : int, default=0
@@ -96,8 +97,8 @@ def train_adapter(
     Returns
     -------
     Adapter
-        Of the epoch with the best validation; of none, without any change, if all were worse than
-        the network as it was.
+        Update of the epoch with the best validation; empty, if no epoch was better than the
+        network without an update.
 
     Raises
     ------
@@ -110,30 +111,69 @@ def train_adapter(
     Notes
     -----
     Features f are those that the Gaussians will see (at full size, where a detector is to see
-    several scales). They are whitened by the Gaussian
-    of normal ones before anything was learned, :math:`w = L^T (f - \\mu)` with
-    :math:`L L^T = \\Sigma^{-1}`, so that :math:`m = |w|^2 / d` is the squared Mahalanobis
-    distance by dimension. A head, D -> 512 -> 256 -> 1, gives each patch a logit z from w,
-    another of its shape each image. Of both z and m, a confidence is learned,
+    several scales). They are whitened by the Gaussian of normal features of the network without
+    an update, :math:`w = L^T (f - \\mu)` with :math:`L L^T = \\Sigma^{-1}`, so that
+    :math:`m = |w|^2 / d` is the squared Mahalanobis distance divided by the dimension. A head,
+    D -> 512 -> 256 -> 1, gives each patch a logit z from w; another head of this shape does so for
+    each image. Both z and m become a confidence,
 
     .. math:: \\sigma(z / T), \\quad \\sigma(a (m - b)),
 
-    with the temperature T = 2 and learned a and b. The loss of each is its cross-entropy with the
-    labels, those of patches from the anomalies' masks, and classes weighing the same:
+    with the temperature T = 2 and learned a and b. The loss of each confidence is its cross-entropy
+    with the labels, where masks of the anomalies label the patches, and both classes weigh the
+    same:
 
     .. math:: - \\tfrac{1}{2} E_{y = 0} \\log(1 - \\sigma) - \\tfrac{1}{2} E_{y = 1} \\log \\sigma
 
-    The whole is half the sum of these four, and 0.1 times the mean of :math:`|w - w_0|^2 / d` over
-    normal patches and normal images, where w_0 is without the adapter. Each epoch has new
-    anomalies, as many as normal images. The heads are thrown away.
+    The whole loss is half the sum of these four, plus 0.1 times the mean of
+    :math:`|w - w_0|^2 / d` over normal patches and normal images, where w_0 is without the update.
+    Each epoch has new anomalies, as many as normal images. The heads are thrown away.
 
     For validation, the Gaussians are fitted anew on the features of the training images, and
-    distances of synthetic anomalies compared with those of normal images: the mean of the AUROC of
-    patches and that of images counts.
+    distances of synthetic anomalies are compared with those of normal images: by the mean of the
+    AUROC of patches and that of images.
 
-    Of the changes that were learned, a share of 0.3 is kept: weights between those of a network
-    and those that were tuned lose less on what the tuning has not seen [2]_.
+    A share of 0.3 of the learned update is kept: weights between those of a network and those that
+    were finetuned lose less on what the finetuning has not seen [2]_.
     """
+    where = backbone.where
+    _check_training(backbone, epochs, learning_rate)
+    random = np.random.RandomState() if random is None else random
+    names = _attention_layers(backbone)
+    held_back, images = _load(backbone, source, image_size, on_error, random)
+    rank = adaptive_rank(backbone, images) if rank == "adaptive" else rank
+    rank = check_int("rank", rank, where, low=1)
+    alpha = check_number("alpha", 2 * rank if alpha is None else alpha, where, "(0, inf)")
+    normal = [Example.normal(image) for image in images]
+    validation = [Example.normal(image) for image in held_back]
+    validation += _anomalies(held_back, _ANOMALIES_TO_VALIDATE * len(held_back), random)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(random.randint(2**31))
+        _put_lora_into(backbone.network, names, rank, alpha)
+        task = Task(backbone, names, normal, shrinkage=shrinkage, normalize=normalize, dtype=dtype)
+    learned = [p for p in [*backbone.network.parameters(), *task.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=_WEIGHT_DECAY)
+
+    def train(epoch: int) -> float:
+        batches = batches_of([*normal, *_anomalies(images, len(images), random)], random)
+        return float(np.mean([_step(task, optimizer, batch, backbone, names) for batch in batches]))
+
+    factors, history = early_best(
+        epochs,
+        train,
+        lambda: {"validation_auroc": task.validate(normal, validation)},
+        lambda: {n: _factors(backbone.network.get_submodule(n)) for n in names},
+        rank=lambda figures: figures["validation_auroc"],
+        patience=_PATIENCE,
+        description="adapt",
+        verbose=verbose,
+    )
+    # B is 0 if no epoch was better, and in layers behind the last one that is asked for.
+    kept = {name: (A, np.float32(SHARE) * B) for name, (A, B) in factors.items() if B.any()}
+    return Adapter(kept, rank, alpha, history)
+
+
+def _check_training(backbone: Backbone, epochs: int, learning_rate: float) -> None:
     where = backbone.where
     check_peft(where)
     check_int("epochs", epochs, where, low=1)
@@ -143,52 +183,41 @@ def train_adapter(
             f"{where}: an adapter is trained on a Backbone with fusion='summary' and "
             f"dtype='float32', got {backbone.fusion!r} and {backbone.dtype}."
         )
-    random = np.random.RandomState() if random is None else random
-    names = _attention_layers(backbone)
-    images = _load(source, image_size, backbone.stride, on_error, random)
+
+
+def _load(
+    backbone: Backbone,
+    source: ImageSource,
+    image_size: int | tuple[int, int],
+    on_error: str,
+    random: np.random.RandomState,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Load images for validation and for training, at the size for the backbone."""
+    chosen = source.take(random.permutation(len(source))[:MOST_IMAGES])
+    images = load_all(chosen, image_size, backbone.stride, on_error=on_error)
     if len(images) < _FEWEST:
         raise InvalidValueError(
-            f"{where}: {len(images)} images are too few to adapt to; give at least {_FEWEST}, "
-            "beside those held back for calibration, or adapt=None."
+            f"{backbone.where}: {len(images)} images are too few to adapt to; give at least "
+            f"{_FEWEST}, beside those held back for calibration, or adapt=None."
         )
     n_validation = max(1, len(images) // 5)
-    validation, train = images[:n_validation], images[n_validation:]
-    rank = adaptive_rank(backbone, train) if rank == "adaptive" else rank
-    rank = check_int("rank", rank, where, low=1)
-    alpha = check_number("alpha", 2 * rank if alpha is None else alpha, where, "(0, inf)")
-    to_fit = [Example.normal(image) for image in train]
-    to_validate = [Example.normal(image) for image in validation] + list(
-        _anomalies(validation, _ANOMALIES_TO_VALIDATE * n_validation, random)
-    )
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(random.randint(2**31))
-        _put_lora_into(backbone.network, names, rank, alpha)
-        task = Task(backbone, names, to_fit, shrinkage=shrinkage, normalize=normalize, dtype=dtype)
-    learned = [p for p in [*backbone.network.parameters(), *task.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=_WEIGHT_DECAY)
-    history: list[dict[str, float]] = [{"validation_auroc": task.validate(to_fit, to_validate)}]
-    best: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    quiet = None if verbose else True
-    for epoch in tqdm(range(1, epochs + 1), "adapt", unit="epoch", leave=False, disable=quiet):
-        losses: list[float] = []
-        for batch in batches_of([*to_fit, *_anomalies(train, len(train), random)], random):
-            loss = task.loss(batch)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            if epoch == 1 and not losses:
-                _check_gradients(backbone, names)
-            optimizer.step()
-            losses.append(loss.item())
-        area = task.validate(to_fit, to_validate)
-        history.append({"train_loss": float(np.mean(losses)), "validation_auroc": area})
-        best_epoch = int(np.argmax([h["validation_auroc"] for h in history]))
-        if best_epoch == epoch:
-            best = {n: _factors(backbone.network.get_submodule(n)) for n in names}
-        elif epoch - best_epoch >= _PATIENCE:
-            break
-    # Layers behind the last one that is asked for have learned nothing.
-    factors = {name: (A, np.float32(SHARE) * B) for name, (A, B) in best.items() if B.any()}
-    return Adapter(factors, rank, alpha, history)
+    return images[:n_validation], images[n_validation:]
+
+
+def _step(
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Example],
+    backbone: Backbone,
+    adapted: list[str],
+) -> float:
+    """Take one step, and return the loss before it."""
+    loss = task.loss(batch)
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    _check_gradients(backbone, adapted)
+    optimizer.step()
+    return loss.item()
 
 
 def check_peft(where: str) -> None:
@@ -201,21 +230,21 @@ def check_peft(where: str) -> None:
 
 
 def adaptive_rank(backbone: Backbone, images: Sequence[np.ndarray]) -> int:
-    """As many directions as the patches of normal images take up: a power of two, 4 to 64.
+    """Choose a rank, a power of two from 4 to 64, by how many directions normal patches take up.
 
     Parameters
     ----------
     backbone : Backbone
-        With ``fusion="summary"``.
+        Made with ``fusion="summary"``.
     images : sequence of arrays (H, W, 3), uint8
-        In the size of the backbone.
+        Normal images at the size for the backbone.
 
     Returns
     -------
     int
         The power of two nearest to the participation ratio
-        :math:`(\\sum_i \\lambda_i)^2 / \\sum_i \\lambda_i^2` of the eigenvalues of their
-        covariance.
+        :math:`(\\sum_i \\lambda_i)^2 / \\sum_i \\lambda_i^2` of the eigenvalues of the
+        covariance of all patches.
     """
     moments: Moments | None = None
     with torch.no_grad():
@@ -235,32 +264,8 @@ def _anomalies(
         yield Example(made.image, made.mask)
 
 
-def _load(
-    source: ImageSource,
-    image_size: int | tuple[int, int],
-    stride: int,
-    on_error: str,
-    random: np.random.RandomState,
-) -> list[np.ndarray]:
-    """Images as the network takes them, uint8."""
-    chosen = random.permutation(len(source))[:MOST_IMAGES]
-    images: dict[int, np.ndarray] = {}
-    for batch in iter_batches(
-        source.take(chosen),
-        image_size=image_size,
-        stride=stride,
-        batch_size=_BATCH,
-        on_error=on_error,
-    ):
-        pixels = batch.pixels
-        if pixels.dtype != np.uint8:
-            pixels = np.rint(255 * pixels).astype(np.uint8)
-        images.update(zip(batch.indices, pixels, strict=True))
-    return [images[i] for i in sorted(images)]
-
-
 def _attention_layers(backbone: Backbone) -> list[str]:
-    """Names of the linear layers of the attention."""
+    """Return the names of the linear layers of the attention."""
     names = [
         name
         for name, module in backbone.network.named_modules()
@@ -284,7 +289,7 @@ def _put_lora_into(network: nn.Module, names: list[str], rank: int, alpha: float
 
 
 def _check_gradients(backbone: Backbone, names: list[str]) -> None:
-    """Some networks read a layer's weights past the layer: what is put into it has no effect."""
+    """Raise if a layer has no gradient: some networks read a layer's weights without calling it."""
     order = [name for name, _ in backbone.network.named_modules()]
     used = [i for i, name in enumerate(order) if name.startswith(tuple(backbone.layers))]
     end = max(used, default=len(order))

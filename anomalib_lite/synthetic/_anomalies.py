@@ -1,8 +1,8 @@
-"""Normal images -> images with made-up defects, and exact masks of what was changed.
+"""Normal images -> images with synthetic defects, and exact masks of the changed pixels.
 
-Three stages make three kinds of surprise. *Texture*: a region looks like other material, after
-DRAEM [1]_. *Structural*: the surface is damaged, by scratches, cracks, stains, pits and chips.
-*Contextual*: normal material is where it does not belong, after CutPaste [2]_ and NSA [3]_.
+Three stages make three sorts of defects. *Texture*: a region looks like other material, as in
+DRAEM [1]_. *Structural*: the surface is damaged by scratches, cracks, stains, pits and chips.
+*Contextual*: normal material lies in the wrong place, as in CutPaste [2]_ and NSA [3]_.
 
 References
 ----------
@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from sklearn.utils import check_random_state
 
 from anomalib_lite._validation import check_choice, check_int, check_number, check_seed
 from anomalib_lite.errors import InvalidValueError
-from anomalib_lite.images import ImageSource
+from anomalib_lite.images import ImageSource, to_uint8
 from anomalib_lite.synthetic._defects import MAKERS, Place
 
 __all__ = ["KINDS", "SyntheticAnomalies", "SyntheticAnomaly", "SyntheticSet"]
@@ -39,7 +40,7 @@ KINDS = {
     "contextual": ("paste", "transplant"),
 }
 
-# A change counts from so many gray levels on, and from this share of the largest change.
+# Smallest change that counts: in gray levels, and as a share of the largest change.
 _VISIBLE, _VISIBLE_SHARE = 3.0, 0.1
 
 
@@ -67,12 +68,12 @@ class SyntheticAnomaly:
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """Several synthetic anomalies, in four lists of one length.
+    """Several synthetic anomalies, as four lists of the same length.
 
     Attributes
     ----------
     images, masks, kinds, sources : list
-        What :class:`SyntheticAnomaly` has of each.
+        The attributes of each :class:`SyntheticAnomaly`.
     """
 
     images: list[np.ndarray]
@@ -87,30 +88,30 @@ class SyntheticAnomalies(BaseEstimator):
     Parameters
     ----------
     stages : sequence of {"texture", "structural", "contextual"}, or one of them
-        Which sorts of defects to make; they take turns, and so do the kinds of each in
-        :data:`KINDS`. By default all three.
+        Sorts of defects to make; they take turns, and so do the kinds of each in :data:`KINDS`.
+        By default all three.
     severity : float or (low, high), default=(0.3, 1.0)
-        Contrast of the defects, in (0, 1]; of a pair, each anomaly draws its own uniformly.
-        At 1 they differ by 25 gray levels and 1.5 standard deviations of their surroundings
-        (of at most 40 levels), at 0.3 they are faint.
+        Contrast of the defects, in (0, 1]; with a pair, each anomaly draws its own uniformly.
+        At 1 they differ from their surroundings by 25 gray levels plus 1.5 of the standard
+        deviations there (of at most 40 levels); at 0.3 they are faint.
     random_state : int, RandomState or None, default=None
         Seed. An int gives the same bits at each call, a RandomState goes on at each call, None
         takes numpy's global one.
 
     Notes
     -----
-    Areas of spots are log-uniform between 0.02 % and 5 % of the image, but of at least 6 pixels,
-    before noise and borders have their say. Lines are four times as long as such a spot's square
-    root, and about 0.4 % of the image's side wide. Intensities follow the mean and deviation of
-    the surroundings.
+    Areas of spots are log-uniform between 0.02 % and 5 % of the image, and at least 6 pixels;
+    noise and the image's border then change them. Lines are as long as four times the square root
+    of such an area, and as wide as about 0.4 % of the image's side. Intensities follow the mean and
+    deviation of the surroundings.
 
-    Defects are centred on the object: not on what is locally flat (a standard deviation below
-    5 levels in 5 x 5 pixels) and within 12 levels of the border's median colour. Where this leaves
-    less than 2 % of the image, they lie anywhere.
+    Defects are centred on the object, not on the background: pixels that are locally flat (a
+    standard deviation below 5 levels in 5 x 5 pixels) and within 12 levels of the border's median
+    colour. If this leaves less than 2 % of the image, defects lie anywhere.
 
-    Noise has DRAEM's shapes (Perlin-like noise, thresholded), but colours of the image itself
+    Noise has the shapes of DRAEM (Perlin-like noise, thresholded), but colours of the image itself
     or of other normal images: no other data set is needed. Pieces for the contextual stage have
-    such shapes too instead of CutPaste's rectangles; NSA's Poisson blending is approximated by
+    such shapes too, not the rectangles of CutPaste. The Poisson blending of NSA is approximated by
     spreading the difference along the seam inwards.
 
     Examples
@@ -145,7 +146,7 @@ class SyntheticAnomalies(BaseEstimator):
             Normal images, as :class:`~anomalib_lite.images.ImageSource` takes them, of any
             sizes from 8 x 8 on. One is enough.
         n : int
-            How many; at least 1.
+            Number of anomalies, at least 1.
 
         Returns
         -------
@@ -204,6 +205,33 @@ class SyntheticAnomalies(BaseEstimator):
         seed = random.randint(2**32, size=4, dtype=np.uint64).tolist()
         return (_make(source, kinds, severity, seed, i) for i in range(n))
 
+    def sources(self, images: Any, n: int, at_once: int) -> Iterator[ImageSource]:
+        """Make the images of the same ``n`` anomalies, ``at_once`` in memory at a time.
+
+        Parameters and errors are those of :meth:`generate`; arguments are checked at once.
+
+        Yields
+        ------
+        ImageSource
+            Up to ``at_once`` images.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> made = SyntheticAnomalies(random_state=0)
+        >>> [len(source) for source in made.sources(np.full((40, 60), 128, np.uint8), 5, 2)]
+        [2, 2, 1]
+        """
+        check_int("at_once", at_once, type(self).__name__, low=1)
+        where = images.where if isinstance(images, ImageSource) else type(self).__name__
+        made = self.iterate(images, n)
+
+        def batches() -> Iterator[ImageSource]:
+            while some := [anomaly.image for anomaly in islice(made, at_once)]:
+                yield ImageSource(some, where=where)
+
+        return batches()
+
 
 def _check_severity(severity: Any, where: str) -> tuple[float, float]:
     ends = severity if isinstance(severity, tuple | list) else (severity, severity)
@@ -218,7 +246,7 @@ def _check_severity(severity: Any, where: str) -> tuple[float, float]:
 
 
 def _take_turns(stages: Any, where: str) -> list[str]:
-    """Kinds in the order in which they take turns: stage by stage, each with its next kind."""
+    """Return the kinds in order: stage by stage, each with its next kind."""
     names = list(stages) if isinstance(stages, list | tuple) else [stages]
     if not names:
         raise InvalidValueError(f"{where}: stages is empty. Name at least one of {sorted(KINDS)}.")
@@ -234,17 +262,17 @@ def _make(
     seed: list[int],
     i: int,
 ) -> SyntheticAnomaly:
-    # A generator of its own, so that nothing depends on how many others are made.
+    # Each anomaly has a generator of its own, so it does not depend on how many are made.
     bits = np.random.MT19937(np.random.SeedSequence(seed, spawn_key=(i,)))
     random = np.random.RandomState(bits)
     index = int(random.randint(len(source)))
-    image = _to_uint8(source[index])
+    image = to_uint8(source[index])
 
     def donor() -> np.ndarray:
-        """Another normal image, or the only one."""
+        """Return another normal image, or the only one."""
         if len(source) == 1:
             return image
-        return _to_uint8(source[(index + random.randint(1, len(source))) % len(source)])
+        return to_uint8(source[(index + random.randint(1, len(source))) % len(source)])
 
     kind = kinds[i % len(kinds)]
     place = Place(random, image, kind, random.uniform(*severity), donor)
@@ -252,17 +280,13 @@ def _make(
     return SyntheticAnomaly(changed, mask, kind, index)
 
 
-def _to_uint8(image: np.ndarray) -> np.ndarray:
-    return image if image.dtype == np.uint8 else np.rint(255 * image).astype(np.uint8)
-
-
 def _apply(image: np.ndarray, place: Place, change: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Add a change (h, w, 3) or (h, w, 1) in gray levels where it can be seen: that is the mask."""
+    """Add a change (h, w, 3) or (h, w, 1), in gray levels, where it is visible: in the mask."""
     crop = place.crop
     if (crop == crop[..., :1]).all():  # gray stays gray
         change = change.mean(axis=2, keepdims=True)
     change = change * max(1.0, 1.5 * _VISIBLE / max(float(np.abs(change).max()), 1e-9))
-    # Black cannot be darkened, nor white brightened; towards gray there is always room.
+    # Black cannot be darkened, nor white brightened; a change towards gray is always possible.
     for attempt in (change, -change, np.where(crop < 128, 1, -1) * np.abs(change)):
         changed = np.clip(np.rint(crop + attempt), 0, 255)
         size = np.abs(changed - crop).max(axis=2)
@@ -270,7 +294,7 @@ def _apply(image: np.ndarray, place: Place, change: np.ndarray) -> tuple[np.ndar
         if seen.any():
             break
     seen = _without_specks(seen)
-    # Within the defect a pixel may be as it was by chance: one level makes the mask exact.
+    # A pixel in the defect may be unchanged by chance: a change of one level makes the mask exact.
     same = seen & (changed == crop).all(axis=2)
     changed[same] += np.where(crop[same] < 128, 1, -1)
     result, mask = image.copy(), np.zeros(image.shape[:2], bool)
@@ -280,7 +304,7 @@ def _apply(image: np.ndarray, place: Place, change: np.ndarray) -> tuple[np.ndar
 
 
 def _without_specks(mask: np.ndarray) -> np.ndarray:
-    """Close gaps of up to four pixels, and leave out parts below a fiftieth of the largest."""
+    """Close gaps of up to four pixels, and drop regions below a fiftieth of the largest."""
     margin = 4
     padded = np.pad(mask, margin)
     closed = binary_closing(padded, np.ones((3, 3)), iterations=2)

@@ -1,4 +1,4 @@
-"""A place on an image -> the change, in gray levels, that a defect of each kind makes there."""
+"""A place on an image -> the change of a defect there, in gray levels, for each kind."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from scipy.ndimage import (
 
 __all__ = ["MAKERS", "Place"]
 
-# Areas as shares of the image: from a speck to what nobody overlooks.
+# Smallest and largest area of a defect, as shares of the image.
 _AREAS = (0.0002, 0.05)
-# No smaller than this many pixels, or small images would have nothing to see.
+# Smallest area in pixels: in small images a smaller one could not be seen.
 _LEAST_AREA = 6.0
-# Defects that are drawn as lines.
+# Kinds that are drawn as lines.
 _LINES = ("scratch", "crack")
 
 
 class Place:
-    """Where a defect is put: a window of the image, and what its surroundings are like.
+    """The place of a defect: a window of the image, and what its surroundings are like.
 
     Attributes
     ----------
     crop : ndarray of shape (h, w, 3), float64
-        The pixels of ``window``, of the image as a whole or of a part around the defect.
+        Pixels of the window ``window`` around the defect.
     center : (row, column)
-        Of the defect in the window; ``at`` is the same in the image.
+        Centre of the defect in the window; ``at`` is its centre in the image.
     area, length, unit : float
-        In pixels: the size of a spot, the length of a line, the width of a fine one.
+        Area of a spot, length of a line and width of a fine one, in pixels.
     contrast, sign, light
-        Gray levels; +1 for brighter and -1 for darker; the direction light comes from.
+        Contrast in gray levels; +1 for brighter and -1 for darker; direction of the light.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Place:
         self.shape = self.crop.shape[:2]
         gray = self.crop.mean(axis=2)
         self.level = float(gray.mean())
-        # The material's own roughness, robust against the edges of things.
+        # Roughness of the material, as a median: edges of objects hardly change it.
         self.grain = 1.48 * float(np.median(np.abs(gray - gaussian_filter(gray, 1.5))))
         self.contrast = severity * (25 + 1.5 * min(float(gray.std()), 40.0))
         brighter = np.clip(1.3 - 1.6 * self.level / 255, 0, 1)
@@ -74,10 +74,10 @@ class Place:
 
 
 def _on_object(random: np.random.RandomState, image: np.ndarray) -> tuple[float, float]:
-    """A place (row, column) at random, but not on background.
+    """Draw a place (row, column) that does not lie on background.
 
-    Background has the colour of most of the border (within 12 levels) and is locally flat (a
-    standard deviation below 5). Where that is nothing or nearly all, any place will do.
+    Background has the median colour of the border (within 12 levels) and is locally flat (a
+    standard deviation below 5). If it is nearly the whole image, any place is drawn.
     """
     step = -(-max(image.shape[:2]) // 256)
     small = image[::step, ::step].astype(np.float32)
@@ -97,7 +97,7 @@ def _on_object(random: np.random.RandomState, image: np.ndarray) -> tuple[float,
 
 
 def _fractal(random: np.random.RandomState, shape: tuple[int, int], cell: float) -> np.ndarray:
-    """Perlin-like noise (h, w) of mean 0 and deviation 1, whose largest spots are ``cell`` wide."""
+    """Draw Perlin-like noise (h, w) of mean 0 and deviation 1, with spots up to ``cell`` wide."""
     noise = np.zeros(shape)
     for octave in range(5):
         size = cell / 2**octave
@@ -115,7 +115,7 @@ def _resize(grid: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _blob(place: Place, *, ragged: float, edge: float, share: float = 1.0) -> np.ndarray:
-    """Opacity (h, w) in [0, 1] of a spot: an ellipse made uneven by noise, then thresholded."""
+    """Draw a spot as opacity (h, w) in [0, 1]: an ellipse plus noise, thresholded."""
     random = place.random
     area = max(share * place.area, _LEAST_AREA)
     radius = np.sqrt(area / np.pi)
@@ -132,7 +132,7 @@ def _blob(place: Place, *, ragged: float, edge: float, share: float = 1.0) -> np
 
 
 def _walk(headings: np.ndarray) -> np.ndarray:
-    """Points (n, 2), half a pixel apart."""
+    """Return points (n, 2), half a pixel apart, of a path with these headings."""
     return np.asarray(np.cumsum(0.5 * np.stack([np.sin(headings), np.cos(headings)], 1), axis=0))
 
 
@@ -141,7 +141,7 @@ _Stroke = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _draw(shape: tuple[int, int], strokes: list[_Stroke]) -> np.ndarray:
-    """Opacity (h, w) in [0, 1] of strokes."""
+    """Draw strokes as opacity (h, w) in [0, 1]."""
     scale = int(np.clip(3000 // max(shape), 1, 4))  # drawn larger, for smooth edges
     canvas = Image.new("L", (shape[1] * scale, shape[0] * scale))
     draw = ImageDraw.Draw(canvas)
@@ -157,7 +157,7 @@ def _draw(shape: tuple[int, int], strokes: list[_Stroke]) -> np.ndarray:
 
 
 def _replace(place: Place, opacity: np.ndarray, patch: np.ndarray) -> np.ndarray:
-    """The change from blending a patch (h, w, 3) in, with a shade where it is hardly other."""
+    """Blend a patch (h, w, 3) in, with a shade if it hardly differs; return the change."""
     difference = patch - place.crop
     weights = opacity / opacity.sum()
     rms = np.sqrt((weights[..., None] * difference**2).sum() / 3)
@@ -166,9 +166,9 @@ def _replace(place: Place, opacity: np.ndarray, patch: np.ndarray) -> np.ndarray
 
 
 def _patch(place: Place, turn: float, zoom: float) -> np.ndarray:
-    """A window (h, w, 3) of a donor image: turned up to ``turn`` radians, zoomed, mirrored."""
+    """Cut a window (h, w, 3) out of a donor, turned by up to ``turn`` radians, zoomed, mirrored."""
     random, donor = place.random, place.donor()
-    # The farthest of a few places, so that an only image does not give what is there already.
+    # The farthest of a few places: if the donor is the image itself, near ones look the same.
     places = [_on_object(random, donor) for _ in range(4)]
     at = max(places, key=lambda p: float(np.hypot(*np.subtract(p, place.at))))
     angle = random.uniform(-turn, turn)
@@ -186,7 +186,7 @@ def _patch(place: Place, turn: float, zoom: float) -> np.ndarray:
 
 
 def _noise(place: Place) -> np.ndarray:
-    """Noise with the mean and covariance of the surroundings' colours."""
+    """Make noise with the mean and covariance of the colours around."""
     random = place.random
     opacity = _blob(place, ragged=random.uniform(0.3, 0.7), edge=2.0)
     near = gaussian_filter(opacity, 0.3 * np.sqrt(place.area)).ravel() + 1e-6
@@ -202,7 +202,7 @@ def _noise(place: Place) -> np.ndarray:
 
 
 def _texture(place: Place) -> np.ndarray:
-    """Another piece of material, turned, zoomed, and of another contrast."""
+    """Put another piece of material there, turned, zoomed, and with another contrast."""
     random = place.random
     patch = _patch(place, np.pi, 2.0)
     mean = patch.mean(axis=(0, 1))
@@ -213,7 +213,7 @@ def _texture(place: Place) -> np.ndarray:
 
 
 def _scratch(place: Place) -> np.ndarray:
-    """One to three nearly parallel grooves, tapered, pressed unevenly, lit from one side."""
+    """Draw one to three nearly parallel grooves, tapered, pressed unevenly, lit from one side."""
     random = place.random
     n = max(4, int(2 * place.length))
     heading = random.uniform(0, 2 * np.pi)
@@ -240,7 +240,7 @@ def _scratch(place: Place) -> np.ndarray:
 
 
 def _crack(place: Place) -> np.ndarray:
-    """A jagged dark line with branches that grow thinner, and a faint lip."""
+    """Draw a jagged dark line with branches that grow thinner, and a faint lip."""
     random = place.random
     strokes: list[_Stroke] = []
     twigs = [(place.center, random.uniform(0, 2 * np.pi), max(6, int(2 * place.length)), 1.0)]
@@ -266,7 +266,7 @@ def _crack(place: Place) -> np.ndarray:
 
 
 def _stain(place: Place) -> np.ndarray:
-    """A film that absorbs light of some colours more than of others, or a bright haze."""
+    """Put a film there that absorbs some colours more than others, or a bright haze."""
     random = place.random
     edge = random.uniform(0.15, 0.6) * np.sqrt(place.area) + 1.5
     film = _blob(place, ragged=random.uniform(0.15, 0.4), edge=edge)
@@ -283,7 +283,7 @@ def _stain(place: Place) -> np.ndarray:
 
 
 def _pit(place: Place) -> np.ndarray:
-    """A dark hole with one rim lit and the other in the shadow."""
+    """Make a dark hole with one rim lit and the other in the shadow."""
     random = place.random
     edge = min(0.15 * np.sqrt(place.area), 2 * place.unit) + 1
     depth = _blob(place, ragged=random.uniform(0.1, 0.3), edge=edge, share=0.3)
@@ -294,13 +294,13 @@ def _pit(place: Place) -> np.ndarray:
 
 
 def _relief(place: Place, height: np.ndarray) -> np.ndarray:
-    """Light and shadow (h, w, 1) on slopes, up to the contrast."""
+    """Shade slopes by light and shadow (h, w, 1), up to the contrast."""
     slopes = np.tensordot(place.light, np.stack(np.gradient(height)), 1)
     return np.asarray(place.contrast * slopes / max(np.abs(slopes).max(), 1e-9))[..., None]
 
 
 def _chip(place: Place) -> np.ndarray:
-    """A polygon of missing material: the surroundings' colour, shaded, with a bevelled edge."""
+    """Cut out a polygon: the colour around it, shaded, with a bevelled edge."""
     random = place.random
     n = random.randint(4, 8)
     angles = (np.arange(n) + random.uniform(-0.35, 0.35, n)) * 2 * np.pi / n
@@ -327,7 +327,7 @@ def _chip(place: Place) -> np.ndarray:
 
 
 def _paste(place: Place) -> np.ndarray:
-    """A piece from elsewhere, a little warped, its colour matched in part, as CutPaste does."""
+    """Paste a piece from elsewhere, a little warped, its colour matched in part, as in CutPaste."""
     random = place.random
     patch = _patch(place, 0.4, 1.25)
     opacity = _blob(place, ragged=random.uniform(0.1, 0.4), edge=3.0)
@@ -337,7 +337,7 @@ def _paste(place: Place) -> np.ndarray:
 
 
 def _transplant(place: Place) -> np.ndarray:
-    """A turned piece from elsewhere that joins its surroundings without a step, as NSA does."""
+    """Blend in a turned piece from elsewhere without a step at its edge, as in NSA."""
     random = place.random
     patch = _patch(place, np.pi, 1.5)
     opacity = _blob(place, ragged=random.uniform(0.1, 0.4), edge=3.0)

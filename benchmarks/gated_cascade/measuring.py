@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from anomalib_lite import GatedCascade
-from anomalib_lite.metrics import auroc, average_precision
+from anomalib_lite.cascade.sweep import decision_figures, dominates
+from anomalib_lite.metrics import auroc, average_precision, rate
 
 # The source's grid: 11 x 8 = 88 pairs. Nine of them have t_low > t_high; they are judged with
 # t_high = t_low, as if an image below t_low were called normal before t_high is looked at.
@@ -53,18 +54,14 @@ def ask(model: Any, samples: list[Any]) -> tuple[Answers, float]:
 def judge(answers: Answers) -> dict[str, Any]:
     """Figures of a split; None where a figure has no value."""
     y, alarms = answers.y == 1, answers.alarms
-    hits, false = int(np.sum(alarms & y)), int(np.sum(alarms & ~y))
-    missed = int(np.sum(~alarms & y))
-    return {
-        "accuracy": float(np.mean(alarms == y)),
-        "precision": hits / (hits + false) if hits + false else None,
-        "recall": hits / (hits + missed) if hits + missed else None,
-        "f1": 2 * hits / (2 * hits + false + missed) if hits + false + missed else None,
+    figures = {name: _known(value) for name, value in decision_figures(alarms, y).items()}
+    false_alarm_rate = figures.pop("false_alarm_rate")
+    return figures | {
         "auroc": _known(auroc(answers.y, answers.scores)),
         "pr_auc": _known(average_precision(answers.y, answers.scores)),
         "heatmap_call_rate": float(np.mean(answers.routes == "detector")),
-        "false_alarm_rate": _share(alarms[~y]),
-        "confusion": [[int(np.sum(~y)) - false, false], [missed, hits]],
+        "false_alarm_rate": false_alarm_rate,
+        "confusion": [[int(np.sum((y == a) & (alarms == b))) for b in (0, 1)] for a in (0, 1)],
     }
 
 
@@ -111,9 +108,9 @@ def stream(
         "ms": float(np.median(ms)),
         "ms_alone": float(np.median(ms_alone)),
         "ms_ratio": float(np.median(np.divide(ms, ms_alone))),
-        "false_alarm_rate": _share(mixed.alarms[~y]),
-        "false_alarm_rate_alone_automatic": _share(beside.alarms[~y]),
-        "false_alarm_rate_alone_equal": _share(beside.scores[~y] > threshold),
+        "false_alarm_rate": _rate(mixed.alarms[~y]),
+        "false_alarm_rate_alone_automatic": _rate(beside.alarms[~y]),
+        "false_alarm_rate_alone_equal": _rate(beside.scores[~y] > threshold),
         "threshold_alone_equal": threshold,
     }
     for name, ours, theirs in (
@@ -124,9 +121,9 @@ def stream(
             (alone["neu_test"].alarms, alone["neu_test"].scores > threshold),
         ),
     ):
-        found[name] = _share(ours)
+        found[name] = _rate(ours)
         for kind, other in zip(("automatic", "equal"), theirs, strict=True):
-            found[f"{name}_alone_{kind}"] = there = _share(other)
+            found[f"{name}_alone_{kind}"] = there = _rate(other)
             found[f"{name}_ratio_{kind}"] = float(ours.mean() / there) if there else None
     return found
 
@@ -165,7 +162,7 @@ def sweep(
         allowed = [row for row in chosen if row["false_alarm_rate"] <= most_false]
         for row in chosen:
             row["within_limit"] = few = row["false_alarm_rate"] <= most_false
-            row["pareto"] = few and not any(_beats(other, row) for other in allowed)
+            row["pareto"] = few and not any(dominates(other, row) for other in allowed)
         rows += chosen
     figures = judge(answers)
     figures["ap"] = figures.pop("pr_auc")
@@ -175,19 +172,14 @@ def sweep(
     return [*rows, {"grid": "automatic"} | automatic | figures]
 
 
-def _beats(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    fewer, more = b["heatmap_call_rate"] - a["heatmap_call_rate"], a["recall"] - b["recall"]
-    return bool(fewer >= 0 and more >= 0 and (fewer > 0 or more > 0))
-
-
 def _weighted(times: dict[str, list[float]], normal: float, anomalous: float) -> list[float]:
     """Of each round: as if images came with these shares."""
     both = zip(times["test_mix 0"], times["test_mix 1"], strict=True)
     return [normal * a + anomalous * b for a, b in both]
 
 
-def _share(chosen: np.ndarray) -> float | None:
-    return float(np.mean(chosen)) if len(chosen) else None
+def _rate(decisions: np.ndarray) -> float | None:
+    return _known(rate(decisions))
 
 
 def _known(value: float) -> float | None:
