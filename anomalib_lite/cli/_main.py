@@ -18,7 +18,6 @@ from typing import Any
 from anomalib_lite.cli._parser import (
     ALL_FIT_OPTIONS,
     CASCADE_PARAMETERS,
-    MASKS,
     PROGRAM,
     UsageError,
     make_parser,
@@ -201,40 +200,24 @@ def _image_files(given: Sequence[str]) -> list[Any]:
 
 
 def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
-    """Name of the data set, and its test images; none is decoded."""
-    from anomalib_lite.datasets import Folder, MVTecAD, MVTecAD2
-    from anomalib_lite.datasets.base import subdirectories
+    """Return the name of the data set and its test images; none is decoded."""
+    from anomalib_lite.datasets import Folder, open_dataset
     from anomalib_lite.errors import MissingPathError
 
     root = Path(arguments.dataset)
     if not root.is_dir():
         raise MissingPathError(f"evaluate: {root} is not an existing directory.")
-    if not root.name:  # "." and ".." have no name of their own
-        root = root.resolve()
-    layout = arguments.layout
-    if layout == "auto":
-        layout = "mvtec" if (root / "train" / "good").is_dir() else "folder"
-    if layout == "mvtec":
-        if arguments.normal is not None or arguments.anomalous or arguments.masks:
-            raise UsageError(
-                f"evaluate: --normal, --anomalous and --masks are for the folder layout, but "
-                f"{root} is read as MVTec AD's. Add --layout folder, or leave them out"
-            )
-        of_layout = MVTecAD2 if (root / "test_public").is_dir() else MVTecAD
-        dataset = of_layout(root.parent, root.name)
-        return dataset.name, dataset.test
-    kinds = [d.name for d in subdirectories(root)]
-    masks = arguments.masks or next((name for name in MASKS if name in kinds), None)
-    normal = arguments.normal or "good"
-    apart = {os.path.normpath(name) for name in (normal, masks) if name}
-    folder = Folder(
+    dataset = open_dataset(
         root,
-        normal=normal,
-        anomalous=arguments.anomalous or [kind for kind in kinds if kind not in apart],
-        masks=masks,
+        arguments.layout,
+        normal=arguments.normal or None,
+        anomalous=arguments.anomalous or None,
+        masks=arguments.masks or None,
         test_size=0,  # the model is fitted already, so nothing is kept for training
+        where="evaluate",
     )
-    return folder.name, folder.train + folder.test
+    test = dataset.train + dataset.test if isinstance(dataset, Folder) else dataset.test
+    return dataset.name, test
 
 
 def _load(arguments: argparse.Namespace) -> Any:
@@ -290,7 +273,7 @@ def _is_the_users(error: Exception) -> bool:
 
 def _in_options(message: object) -> str:
     """The library's message in one line, its ``name='value'`` written as ``--name value``."""
-    names = "|".join([*ALL_FIT_OPTIONS, "threshold"])
+    names = "|".join([*ALL_FIT_OPTIONS, "threshold", "layout"])
     text = " ".join(str(message).split())
     for option, name in CASCADE_PARAMETERS.items():  # not those of its heatmap model
         text = re.sub(rf"^GatedCascade: {name}\b", f"GatedCascade: {option}", text)

@@ -10,9 +10,6 @@ from anomalib_lite._version import __version__
 
 PROGRAM = "anomalib-lite"
 
-# Directories that hold masks and no images of their own, in the folder layout.
-MASKS = ("ground_truth", "masks")
-
 
 class UsageError(Exception):
     """Arguments that the parser does not understand."""
@@ -202,7 +199,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--masks",
         metavar="DIR",
-        help=f"folder layout: ground truth (default: {' or '.join(MASKS)}, where there is one)",
+        help="folder layout: ground truth (default: ground_truth or masks, where there is one)",
     )
     evaluate.add_argument(
         "--fpr-limit", type=float, default=0.3, metavar="VALUE", help="of AUPRO (default: 0.3)"
