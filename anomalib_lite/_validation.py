@@ -14,11 +14,6 @@ from sklearn.utils import check_random_state
 
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 
-# A directory's files of these kinds are taken to be images.
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
-
 
 def check_choice(name: str, value: object, choices: Iterable[str], where: str) -> str:
     """Return ``value`` if it is one of ``choices``; otherwise name them all and the closest."""

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from anomalib_lite._threads import n_cores
-from anomalib_lite._validation import IMAGE_SUFFIXES, check_int
+from anomalib_lite._validation import check_int
 from anomalib_lite.errors import (
     AnomalibLiteError,
     ImageError,
@@ -28,8 +28,21 @@ from anomalib_lite.errors import (
     MissingPathError,
 )
 
-__all__ = ["Batch", "ImageSource", "by_size", "iter_batches", "load_all", "to_uint8"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Batch",
+    "ImageSource",
+    "by_size",
+    "iter_batches",
+    "list_files",
+    "load_all",
+    "to_uint8",
+]
 
+# The files in a directory that are taken to be images.
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
 # Below this many pixels on a side there is no texture to describe.
 MIN_SIDE = 8
 
@@ -398,6 +411,50 @@ def by_size(
     yield from waiting.values()
 
 
+def list_files(directory: Path, *, recursive: bool = False) -> list[Path]:
+    """List the image files in a directory, in an order that is the same on every machine.
+
+    Parameters
+    ----------
+    directory : Path
+    recursive : bool, default=False
+        Whether to list the files in its subdirectories too.
+
+    Returns
+    -------
+    list of Path
+        Sorted by the path from ``directory``. Hidden files and directories are left out: file
+        managers keep notes in them, such as macOS ``._007.png`` on shared drives.
+
+    Raises
+    ------
+    OSError
+        If a directory cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("b.png", "a.JPG", ".c.png", "notes.txt"):
+    ...         Path(folder, name).touch()
+    ...     [path.name for path in list_files(Path(folder))]
+    ['a.JPG', 'b.png']
+    """
+
+    def fail(error: OSError) -> None:  # by default os.walk passes over what it cannot read
+        raise error
+
+    found: dict[str, Path] = {}
+    for folder, subdirectories, names in os.walk(directory, onerror=fail):
+        below = [name for name in subdirectories if recursive and not name.startswith(".")]
+        subdirectories[:] = below  # those that os.walk goes on with
+        place = Path(folder).relative_to(directory)
+        for name in names:
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                found[(place / name).as_posix()] = Path(folder, name)
+    return [found[name] for name in sorted(found)]
+
+
 def _list_items(images: Any, where: str) -> list[Any]:
     if isinstance(images, ImageSource):
         return images.items
@@ -438,18 +495,11 @@ def _list_path(path: Path, where: str) -> list[Path]:
         raise MissingPathError(f"{where}: {path} does not exist.")
     if not path.is_dir():
         return [path]
-    files = sorted(p for p in path.iterdir() if _is_image(p))
+    files = list_files(path)
     if files:
         return files
-    subdirectories = sorted(
-        d.name for d in path.iterdir() if d.is_dir() and any(map(_is_image, d.iterdir()))
-    )
+    subdirectories = sorted(d.name for d in path.iterdir() if d.is_dir() and list_files(d))
     remedy = f"Known are {sorted(IMAGE_SUFFIXES)}."
     if subdirectories:
         remedy = f"Its subdirectories {subdirectories} do: name one of them."
     raise InvalidValueError(f"{where}: directory {path} holds no image files. {remedy}")
-
-
-def _is_image(path: Path) -> bool:
-    # Hidden files are notes that file managers keep beside the images.
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")

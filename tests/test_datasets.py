@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_lite.datasets import ELPV, Dataset, Folder, MVTecAD, Sample, load_mask
+from anomalib_lite.datasets import (
+    ELPV,
+    Dataset,
+    Folder,
+    MVTecAD,
+    MVTecAD2,
+    Sample,
+    load_mask,
+    open_dataset,
+)
 from anomalib_lite.errors import (
     ImageError,
     InvalidTypeError,
@@ -249,6 +258,67 @@ class TestFolder:
         ds = Folder(".", normal="ok")
         assert ds.name == line.name
         assert not ds.train[0].path.is_absolute()
+
+    def test_one_image_in_two_directories_is_refused(self, line: Path) -> None:
+        with pytest.raises(InvalidValueError, match=r"every file must occur once.*0\.jpg 2 times"):
+            Folder(line, normal="ok", anomalous=["bad", "bad/dent"], masks="masks")
+
+
+class TestOpenDataset:
+    def test_mvtec_ad(self, plate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        expected = MVTecAD(plate, "plate")
+        for layout in ("auto", "mvtec"):
+            ds = open_dataset(plate / "plate", layout)
+            assert (type(ds), ds.train, ds.test) == (MVTecAD, expected.train, expected.test)
+        for place, here in (("plate", "."), ("plate/train", "..")):
+            monkeypatch.chdir(plate / place)
+            assert repr(open_dataset(here)) == repr(expected)
+
+    def test_mvtec_ad_2(self, tmp_path: Path) -> None:
+        for place in ("train/good", "validation/good", "test_public/good", "test_public/bad"):
+            draw(tmp_path / "can" / place / "0.png")
+        draw(tmp_path / "can/test_public/ground_truth/bad/0_mask.png", value=255)
+        ds = open_dataset(tmp_path / "can")
+        assert repr(ds) == repr(MVTecAD2(tmp_path, "can"))
+
+    @pytest.mark.parametrize("masks", ["masks", "ground_truth"])
+    def test_a_folder_finds_its_directories(self, line: Path, masks: str) -> None:
+        (line / "ok").rename(line / "good")
+        for kind in ("scratch", "dent"):
+            (line / "bad" / kind).rename(line / kind)
+        (line / "bad").rmdir()
+        (line / "masks").rename(line / masks)
+        ds = open_dataset(line)
+        expected = Folder(line, anomalous=["dent", "scratch"], masks=masks)
+        assert (ds.name, ds.train, ds.test) == (expected.name, expected.train, expected.test)
+        assert (len(ds.train), len(ds.test), ds.has_masks) == (8, 6, True)
+        assert len(open_dataset(line, test_size=0).train) == 10
+
+    def test_directories_can_be_named(self, line: Path) -> None:
+        ds = open_dataset(line, normal="ok", anomalous=["bad/dent"], masks="masks/dent/..")
+        assert [s.kind for s in ds.test if s.label] == ["dent"] * 2
+        ds = open_dataset(str(line), "folder", normal="./ok/", masks=line / "masks")
+        assert [s.kind for s in ds.test if s.label] == ["dent"] * 2 + ["scratch"] * 2
+        draw(line / "train/good/0.png")
+        draw(line / "train/good/1.png")
+        ds = open_dataset(line, "folder", normal="train/good", anomalous="bad")
+        assert (len(ds.train), len(ds.test)) == (1, 5)
+
+    def test_refuses(self, plate: Path, line: Path) -> None:
+        with pytest.raises(InvalidValueError, match=r"layout must be one of .*mean 'mvtec'\?"):
+            open_dataset(plate / "plate", "mvtec_ad")
+        message = r"^Asker: normal, anomalous and masks are for the folder layout.*layout='folder'"
+        for options in ({"normal": "good"}, {"anomalous": []}, {"masks": "ground_truth"}):
+            with pytest.raises(InvalidValueError, match=message):
+                open_dataset(plate / "plate", where="Asker", **options)  # type: ignore[arg-type]
+        with pytest.raises(MissingPathError, match="open_dataset: root must be an existing"):
+            open_dataset(line / "none")
+        with pytest.raises(InvalidTypeError, match="open_dataset: root must be a path, got int"):
+            open_dataset(3)  # type: ignore[arg-type]
+        with pytest.raises(InvalidTypeError, match="normal must be a path, got int"):
+            open_dataset(line, normal=3)  # type: ignore[arg-type]
+        with pytest.raises(MissingPathError, match="normal must be an existing directory"):
+            open_dataset(line)  # has no "good"
 
 
 class TestDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import threading
@@ -23,7 +24,7 @@ from anomalib_lite.errors import (
     InvalidValueError,
     MissingPathError,
 )
-from anomalib_lite.images import ImageSource, iter_batches
+from anomalib_lite.images import ImageSource, iter_batches, list_files
 
 HEIGHT, WIDTH = 21, 34  # never square: swapped sides must show
 RNG = np.random.default_rng(0)
@@ -509,6 +510,35 @@ def test_a_directory_of_directories_names_those_with_images(tmp_path: Path) -> N
     (tmp_path / "logs").mkdir()
     with pytest.raises(InvalidValueError, match=r"\['good', 'scratch'\].*name one"):
         ImageSource(tmp_path)
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_files_are_listed_by_name_without_hidden_ones(recursive: bool, tmp_path: Path) -> None:
+    places = ["b.png", "C.PNG", "a-b/1.jpg", "a/1.jpg", "a/x/0.tif", "a.png", "notes.txt"]
+    places += [".c.png", "._b.png", ".cache/2.png", "a/.thumbs/3.png", "z.png/4.png"]
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    expected = ["C.PNG", "a.png", "b.png"]
+    if recursive:
+        expected = sorted([*expected, "a-b/1.jpg", "a/1.jpg", "a/x/0.tif", "z.png/4.png"])
+    found = list_files(tmp_path, recursive=recursive)
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == expected
+
+
+def test_relative_paths_stay_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").touch()
+    monkeypatch.chdir(tmp_path)
+    assert list_files(Path(), recursive=True) == [Path("a/0.png")]
+    assert list_files(Path("a")) == [Path("a/0.png")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights elsewhere")
+def test_a_link_to_nowhere_is_listed_and_refused_when_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(MissingPathError, match=r"gone\.png does not exist"):
+        ImageSource(tmp_path)[0]
 
 
 def test_the_limit_on_pixels_can_be_moved(tmp_path: Path) -> None:

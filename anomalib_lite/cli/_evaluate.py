@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from anomalib_lite.cli._model import add_model_arguments, load_model
-from anomalib_lite.cli._parser import UsageError
-
-# Directories of the folder layout that hold masks instead of images.
-_MASKS = ("ground_truth", "masks")
 
 
 def add_to(commands: Any) -> None:
@@ -46,7 +41,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--masks",
         metavar="DIR",
-        help=f"folder layout: ground truth (default: {' or '.join(_MASKS)}, if there is one)",
+        help="folder layout: ground truth (default: ground_truth or masks, if there is one)",
     )
     parser.add_argument(
         "--fpr-limit",
@@ -93,36 +88,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
     """Return the name of the data set and its test images, none of them decoded."""
-    from anomalib_lite.datasets import Folder, MVTecAD, MVTecAD2
-    from anomalib_lite.datasets.base import subdirectories
+    from anomalib_lite.datasets import Folder, open_dataset
     from anomalib_lite.errors import MissingPathError
 
     root = Path(arguments.dataset)
     if not root.is_dir():
         raise MissingPathError(f"evaluate: {root} is not an existing directory.")
-    if not root.name:  # "." and ".." have no name of their own
-        root = root.resolve()
-    layout = arguments.layout
-    if layout == "auto":
-        layout = "mvtec" if (root / "train" / "good").is_dir() else "folder"
-    if layout == "mvtec":
-        if arguments.normal is not None or arguments.anomalous or arguments.masks:
-            raise UsageError(
-                f"evaluate: --normal, --anomalous and --masks are for the folder layout, but "
-                f"{root} is read as MVTec AD's. Add --layout folder, or leave them out"
-            )
-        of_layout = MVTecAD2 if (root / "test_public").is_dir() else MVTecAD
-        dataset = of_layout(root.parent, root.name)
-        return dataset.name, dataset.test
-    kinds = [d.name for d in subdirectories(root)]
-    masks = arguments.masks or next((name for name in _MASKS if name in kinds), None)
-    normal = arguments.normal or "good"
-    apart = {os.path.normpath(name) for name in (normal, masks) if name}
-    folder = Folder(
+    dataset = open_dataset(
         root,
-        normal=normal,
-        anomalous=arguments.anomalous or [kind for kind in kinds if kind not in apart],
-        masks=masks,
-        test_size=0,  # the model is already fitted, so no image is needed for training
+        arguments.layout,
+        normal=arguments.normal or None,
+        anomalous=arguments.anomalous or None,
+        masks=arguments.masks or None,
+        test_size=0,  # the model is fitted already, so no image is kept for training
+        where="evaluate",
     )
-    return folder.name, folder.train + folder.test
+    is_folder = isinstance(dataset, Folder)
+    return dataset.name, dataset.train + dataset.test if is_folder else dataset.test

@@ -1,7 +1,8 @@
-"""Data sets: one small file per directory layout, all giving the same ``Sample`` records."""
+"""Data sets: one file per layout of directories; all of them give ``Sample`` records."""
 
 from __future__ import annotations
 
+from anomalib_lite.datasets._opening import open_dataset
 from anomalib_lite.datasets.base import Dataset, Sample, load_mask
 from anomalib_lite.datasets.elpv import ELPV
 from anomalib_lite.datasets.folder import Folder
@@ -20,4 +21,5 @@ __all__ = [
     "MVTecAD2",
     "Sample",
     "load_mask",
+    "open_dataset",
 ]

@@ -1,26 +1,20 @@
-"""What every layout shares: the record of one image, the train/test pair, and reading masks."""
+"""The record of one image, a data set of training and test images, and reading masks."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from sklearn.utils import check_random_state
 
-from anomalib_lite._validation import IMAGE_SUFFIXES
-from anomalib_lite.errors import (
-    ImageError,
-    InvalidTypeError,
-    InvalidValueError,
-    MissingPathError,
-)
+from anomalib_lite.errors import ImageError, InvalidValueError, MissingPathError
+
+__all__ = ["Dataset", "Sample", "load_mask"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,87 +201,3 @@ def load_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
         return values.copy()
     half = 32767 if values.max() > 255 else 127
     return np.asarray(values > half if values.max() > half else values > 0)
-
-
-def as_path(name: str, value: Any, where: str) -> Path:
-    """Return ``value`` as a Path if it is a string or path-like."""
-    if isinstance(value, str | os.PathLike):
-        return Path(os.fspath(value)).expanduser()
-    raise InvalidTypeError(f"{where}: {name} must be a path, got {type(value).__name__}.")
-
-
-def check_directory(name: str, path: Path, where: str) -> Path:
-    """Return ``path`` if it is a directory; otherwise name the first part that is missing."""
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise MissingPathError(f"{where}: {name} must be a directory, got the file {path}.")
-    missing = path
-    while not missing.parent.exists():
-        missing = missing.parent
-    detail = "" if missing == path else f" (already {missing} is missing)"
-    raise MissingPathError(
-        f"{where}: {name} must be an existing directory, got {path}: no such directory{detail}."
-    )
-
-
-def subdirectories(directory: Path) -> list[Path]:
-    """The visible directories in ``directory``, sorted by name."""
-    found = (p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return sorted(found, key=lambda p: p.name)
-
-
-def list_images(name: str, directory: Path, where: str, *, recursive: bool = False) -> list[Path]:
-    """The image files in ``directory``, in an order that is the same on every machine."""
-    check_directory(name, directory, where)
-    found = [
-        path
-        for path in (directory.rglob("*") if recursive else directory.iterdir())
-        # Hidden files are no images, even as "._007.png" that macOS leaves on shared drives.
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
-        and path.is_file()
-    ]
-    if not found:
-        raise MissingPathError(
-            f"{where}: {name} must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), "
-            f"got none in {directory}."
-        )
-    return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
-
-
-def list_masks(name: str, directory: Path, where: str) -> dict[str, Path]:
-    """The masks below ``directory`` by their relative path without suffix."""
-    masks: dict[str, Path] = {}
-    for path in list_images(name, directory, where, recursive=True):
-        key = path.relative_to(directory).with_suffix("").as_posix()
-        if key in masks:
-            raise InvalidValueError(
-                f"{where}: {name} must hold one mask for each image, got {masks[key]} and {path}. "
-                "Keep one of them."
-            )
-        masks[key] = path
-    return masks
-
-
-def split_normal(
-    paths: Sequence[Path], test_size: float, random_state: Any, where: str
-) -> tuple[list[Path], list[Path]]:
-    """Split ``paths`` at random into train and test, both in their former order."""
-    n_test = round(test_size * len(paths))
-    if test_size > 0 and len(paths) < 2:
-        raise InvalidValueError(
-            f"{where}: at least 2 normal images must be there to be split, got {len(paths)}. "
-            "Add images, or pass test_size=0 to train on all of them."
-        )
-    n_test = min(max(n_test, 1 if test_size > 0 else 0), len(paths) - 1)
-    try:
-        # RandomState and not Generator: its streams are frozen, so a split outlives NumPy.
-        order = check_random_state(random_state).permutation(len(paths))
-    except ValueError as error:
-        raise InvalidValueError(
-            f"{where}: random_state must be an int, a RandomState or None, got {random_state!r}."
-        ) from error
-    held_out = set(order[:n_test].tolist())
-    train = [path for index, path in enumerate(paths) if index not in held_out]
-    return train, [path for index, path in enumerate(paths) if index in held_out]

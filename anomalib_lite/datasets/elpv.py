@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_lite._validation import check_choice, check_number
-from anomalib_lite.datasets.base import Dataset, Sample, split_normal
+from anomalib_lite.datasets.base import Dataset, Sample
+from anomalib_lite.datasets.listing import split_normal
 from anomalib_lite.errors import MissingDependencyError, MissingPathError
+
+__all__ = ["ELPV"]
 
 # Defect probability in thirds, as the annotators' votes give it.
 _NORMAL, _DEFECT = 0, 3

@@ -10,16 +10,18 @@ from typing import TypeAlias
 import numpy as np
 
 from anomalib_lite._validation import check_number
-from anomalib_lite.datasets.base import (
-    Dataset,
-    Sample,
+from anomalib_lite.datasets.base import Dataset, Sample
+from anomalib_lite.datasets.listing import (
     as_path,
     check_directory,
     list_images,
     list_masks,
+    pair,
     split_normal,
 )
-from anomalib_lite.errors import InvalidValueError, MissingPathError
+from anomalib_lite.errors import InvalidValueError
+
+__all__ = ["Folder"]
 
 _Path: TypeAlias = str | os.PathLike[str]
 _GOOD = "good"
@@ -147,23 +149,28 @@ def _anomalous(directory: Path, good: Path, mask_root: Path | None) -> list[Samp
 
 
 def _add_masks(samples: list[Sample], mask_root: Path | None) -> list[Sample]:
+    """Give each anomalous sample its mask; InvalidValueError if two would share one."""
     if mask_root is None:
         return samples
-    files = list_masks("masks", mask_root, "Folder")
-    masked: dict[Path, Sample] = {}
-    for sample in samples:
-        stem, kind = sample.path.stem, sample.kind
-        places = [f"{kind}/{stem}_mask", f"{kind}/{stem}", f"{stem}_mask", stem]
-        mask = next((files[place] for place in places if place in files), None)
-        if mask is None:
-            raise MissingPathError(
-                f"Folder: the anomalous image {sample.path} must have a mask, got none at "
-                f"{mask_root / places[0]}.png. Add it, or leave masks out."
-            )
-        if mask in masked:
+    pairs = pair(
+        (sample.path for sample in samples),
+        list_masks("masks", mask_root, "Folder"),
+        _mask_names,
+        lambda path: (
+            f"Folder: the anomalous image {path} must have a mask, got none at "
+            f"{mask_root / _mask_names(path)[0]}.png. Add it, or leave masks out."
+        ),
+    )
+    image_of: dict[Path, Path] = {}
+    for image, mask in pairs:
+        if image_of.setdefault(mask, image) != image:
             raise InvalidValueError(
                 f"Folder: every mask must belong to one image, got {mask} for both "
-                f"{masked[mask].path} and {sample.path}. Put the masks into {mask_root / kind}."
+                f"{image_of[mask]} and {image}. Put the masks into {mask_root / image.parent.name}."
             )
-        masked[mask] = Sample(sample.path, 1, kind, mask)
-    return list(masked.values())
+    return [Sample(image, 1, image.parent.name, mask) for image, mask in pairs]
+
+
+def _mask_names(image: Path) -> list[str]:
+    kind, stem = image.parent.name, image.stem
+    return [f"{kind}/{stem}_mask", f"{kind}/{stem}", f"{stem}_mask", stem]

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_lite._validation import check_number
-from anomalib_lite.datasets.base import (
-    Dataset,
-    Sample,
+from anomalib_lite.datasets.base import Dataset, Sample, load_mask
+from anomalib_lite.datasets.listing import (
     as_path,
     check_directory,
     list_images,
-    load_mask,
     split_normal,
     subdirectories,
 )
 from anomalib_lite.errors import InvalidValueError, MissingPathError
+
+__all__ = ["KolektorSDD"]
 
 _PART = re.compile(r"kos\d+")
 _LABEL = "_label"

@@ -1,25 +1,21 @@
-"""The layout of MVTec AD, which many other data sets and tools share."""
+"""MVTec AD, and the many data sets in its layout."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from anomalib_lite._validation import closest
-from anomalib_lite.datasets.base import (
-    Dataset,
-    Sample,
-    as_path,
-    check_directory,
-    list_images,
-    list_masks,
-    subdirectories,
+from anomalib_lite.datasets._mvtec_layout import (
+    GOOD,
+    TRAIN,
+    bad_samples,
+    find_category,
+    good_samples,
+    list_categories,
 )
-from anomalib_lite.errors import MissingPathError
+from anomalib_lite.datasets.base import Dataset
+from anomalib_lite.datasets.listing import check_directory, subdirectories
 
-GOOD = "good"
-TRAIN = f"train/{GOOD}"
-_TEST = {"MVTecAD": "test", "MVTecAD2": "test_public"}  # tells the layouts apart
+__all__ = ["MVTecAD"]
 
 
 class MVTecAD(Dataset):
@@ -112,62 +108,3 @@ class MVTecAD(Dataset):
         ['plate']
         """
         return list_categories(root, "MVTecAD")
-
-
-def list_categories(root: str | os.PathLike[str], where: str) -> list[str]:
-    """Names of the directories in ``root`` that have a ``train/good``."""
-    path = check_directory("root", as_path("root", root, where), where)
-    return [p.name for p in subdirectories(path) if (p / TRAIN).is_dir()]
-
-
-def find_category(root: str | os.PathLike[str], category: str, where: str) -> Path:
-    """The directory of a category, unless it has the layout of the other data set."""
-    valid, path = list_categories(root, where), as_path("root", root, where)
-    if category in valid:
-        return _check_layout(path / category, where)
-    if valid:
-        hint = closest(category, valid)
-    elif (path / TRAIN).is_dir():
-        hint = f" {path} is a category itself: pass its parent as root."
-    else:
-        hint = " A category is a directory that has a train/good directory."
-    raise MissingPathError(
-        f"{where}: category must be one of {valid} in {path}, got {category!r}.{hint}"
-    )
-
-
-def _check_layout(home: Path, where: str) -> Path:
-    if (home / _TEST[where]).is_dir():
-        return home
-    for other, test in _TEST.items():
-        if (home / test).is_dir():
-            raise MissingPathError(
-                f"{where}: {home} must have a directory {_TEST[where]}, got {test}: this is the "
-                f"layout of {other}. Use {other} in place of {where}."
-            )
-    return home  # what is missing is named where it is read
-
-
-def good_samples(home: Path, place: str, where: str) -> list[Sample]:
-    """The normal images in ``home/place``."""
-    return [Sample(path, 0, GOOD) for path in list_images(place, home / place, where)]
-
-
-def bad_samples(home: Path, place: str, ground_truth: str, where: str) -> list[Sample]:
-    """The anomalous images in ``home/place``, with masks if ``home/ground_truth`` exists."""
-    paths, kind = list_images(place, home / place, where), Path(place).name
-    if not (home / ground_truth).is_dir():
-        return [Sample(path, 1, kind) for path in paths]
-    directory = home / ground_truth / kind
-    masks = list_masks(f"{ground_truth}/{kind}", directory, where)
-    samples = []
-    for path in paths:
-        mask = masks.get(f"{path.stem}_mask", masks.get(path.stem))
-        if mask is None:
-            raise MissingPathError(
-                f"{where}: the anomalous image {path} must have a mask "
-                f"{directory / path.stem}_mask.png, got none. Add it, or remove the "
-                f"whole {ground_truth} directory to go without masks."
-            )
-        samples.append(Sample(path, 1, kind, mask))
-    return samples

@@ -1,18 +1,21 @@
-"""The layout of MVTec AD 2: validation images, a public test, and tests without labels."""
+"""MVTec AD 2: validation images, a public test, and tests without labels."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from anomalib_lite.datasets.base import Dataset, list_images
-from anomalib_lite.datasets.mvtec_ad import (
+from anomalib_lite.datasets._mvtec_layout import (
     TRAIN,
     bad_samples,
     find_category,
     good_samples,
     list_categories,
 )
+from anomalib_lite.datasets.base import Dataset
+from anomalib_lite.datasets.listing import list_images
+
+__all__ = ["MVTecAD2"]
 
 
 class MVTecAD2(Dataset):

@@ -12,8 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from anomalib_lite.datasets.base import Dataset, Sample, as_path, check_directory, list_images
+from anomalib_lite.datasets.base import Dataset, Sample
+from anomalib_lite.datasets.listing import as_path, check_directory, list_images, pair
 from anomalib_lite.errors import ImageError, InvalidValueError, MissingPathError
+
+__all__ = ["KINDS", "NEUDET"]
 
 KINDS = ("crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches")
 # Directories of images and of their annotations: as published, and as its mirrors divide it.
@@ -161,17 +164,19 @@ def _directories(home: Path) -> list[tuple[Path, Path]]:
 
 
 def _pairs(images: Path, annotations: Path) -> dict[Path, Path]:
-    """The annotation of each image."""
+    """Map each image to its annotation."""
     paths = list_images(images.name, images, "NEUDET", recursive=True)
     check_directory(annotations.name, annotations, "NEUDET")
-    files = {path.stem: path for path in annotations.glob("*.xml")}
-    for path in paths:
-        if path.stem not in files:
-            raise MissingPathError(
-                f"NEUDET: the image {path} must have an annotation, got none at "
-                f"{annotations / path.stem}.xml. Add it, or remove the image."
-            )
-    return {path: files[path.stem] for path in paths}
+    pairs = pair(
+        paths,
+        {path.stem: path for path in annotations.glob("*.xml")},
+        lambda image: (image.stem,),
+        lambda image: (
+            f"NEUDET: the image {image} must have an annotation, got none at "
+            f"{annotations / image.stem}.xml. Add it, or remove the image."
+        ),
+    )
+    return dict(pairs)
 
 
 def _kind(path: Path) -> str:
