@@ -1,4 +1,4 @@
-"""Checks of what users hand in. Every message says what, where, expected, got, remedy."""
+"""Checks of arguments. Every message says what, where, what was expected, what was got, remedy."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def check_matrix(name: str, value: Any, where: str, *, n_features: int | None = 
 
 
 def check_values(name: str, array: np.ndarray, where: str) -> None:
-    """Raise unless all values are finite, and sums of their squares are float32 numbers too."""
-    largest = float(np.maximum(array.max(initial=0), -array.min(initial=0)))  # NaN if there is one
+    """Raise if a value is not finite, or so large that sums of squares could exceed float32."""
+    largest = float(np.maximum(array.max(initial=0), -array.min(initial=0)))  # NaN if any is
     if not largest <= _LARGEST_VALUE:
         got = f"{largest:.3g}" if np.isfinite(largest) else "NaN or infinity"
         raise InvalidValueError(
@@ -108,7 +108,7 @@ def check_embeddings(
 
 
 def check_grid(grid: np.ndarray, i: int, where: str, n_features: int | None) -> int:
-    """Return D of one image's embeddings (h, w, D), float32, if they are such and finite."""
+    """Return D of one image's embeddings (h, w, D), float32, if shape and values are valid."""
     as_expected = grid.ndim == 3 and n_features in (None, grid.shape[2])
     if not as_expected or 0 in grid.shape:
         d = n_features or "D"
@@ -119,7 +119,7 @@ def check_grid(grid: np.ndarray, i: int, where: str, n_features: int | None) -> 
     return int(grid.shape[2])
 
 
-# Sums of squares of such values stay far from where float32 ends.
+# Sums of squares of such values stay far below the largest float32.
 _LARGEST_VALUE = 1e15
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -127,7 +127,7 @@ _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def check_memory(name: str, value: Any, where: str) -> int:
-    """Return bytes, from a whole number or from words such as "512MB" (10^6) or "1GiB" (2^30)."""
+    """Return a number of bytes, given as such or as text: "512MB" (10^6) or "1GiB" (2^30)."""
     if isinstance(value, str):
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B", value.strip().upper())
         if found is not None and float(found[1]) > 0:
@@ -141,7 +141,7 @@ def check_memory(name: str, value: Any, where: str) -> int:
 
 
 def check_image_size(image_size: Any, where: str, *, stride: int = 1) -> None:
-    """Raise unless ``image_size`` is an int or a pair that a backbone of ``stride`` can use."""
+    """Raise if ``image_size`` is not an int or a pair that a backbone of ``stride`` can use."""
     sides = image_size if isinstance(image_size, tuple | list) else (image_size,)
     if sides is image_size and len(sides) != 2:
         raise InvalidValueError(
@@ -158,7 +158,7 @@ def check_image_size(image_size: Any, where: str, *, stride: int = 1) -> None:
 
 
 def check_seed(random_state: Any, where: str) -> None:
-    """Raise unless ``random_state`` is an int, a RandomState or None."""
+    """Raise if ``random_state`` is not an int, a RandomState or None."""
     try:
         check_random_state(random_state)
     except ValueError as error:
@@ -184,7 +184,7 @@ def check_labels(y: Any, n: int, where: str) -> np.ndarray:
 
 
 def normal_indices(y: Any, n: int, where: str) -> np.ndarray:
-    """Return the positions of 0 among the ``n`` labels ``y`` of 0 and 1."""
+    """Return the positions of the normal images, those with label 0 among ``n`` labels ``y``."""
     labels = check_labels(y, n, where)
     if labels.all():
         raise InvalidValueError(f"{where}: y has no normal image (0); fit needs at least one.")

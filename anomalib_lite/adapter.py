@@ -1,4 +1,4 @@
-"""What LoRA has learned: small matrices that are added to weights of a frozen network."""
+"""A LoRA adapter: low-rank matrices that are added to the weights of a frozen network."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ __all__ = ["Adapter"]
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Low-rank changes of some of a network's linear layers.
+    """Low-rank updates of some of a network's linear layers.
 
     Attributes
     ----------
     factors : dict of str to (A, B)
-        By the name of a layer with weights W of shape (m, n): A (rank, n) and B (m, rank),
-        both float32. The adapted layer has the weights W + B A: ``alpha / rank`` is in B, and
-        so is the share of what was learned that is kept.
+        For the name of each adapted layer with weights W of shape (m, n): A (rank, n) and
+        B (m, rank), both float32. The adapted layer has the weights W + B A: B includes the
+        factor ``alpha / rank`` and the share of the update that is kept.
     rank : int
+        Rank of the update.
     alpha : float
+        Scale of the update in training.
     history : list of dict
         ``validation_auroc`` on synthetic anomalies, first without the adapter, then after each
-        epoch, with its ``train_loss``. The factors are those of the best; none, if that is the
-        first.
+        epoch, with its ``train_loss``. The factors are those of the best entry; there are none if
+        that is the first.
     """
 
     factors: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -37,7 +39,7 @@ class Adapter:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def sha256(self) -> str:
-        """Of the names and the factors: tells this adapter from others."""
+        """SHA-256 over the names and the factors."""
         digest = hashlib.sha256()
         for name, factors in sorted(self.factors.items()):
             for factor in factors:
@@ -46,12 +48,12 @@ class Adapter:
         return digest.hexdigest()
 
     def add_to(self, network: Any, where: str) -> None:
-        """Add them to the weights of a ``torch.nn.Module``.
+        """Add the updates to the weights of a ``torch.nn.Module``.
 
         Raises
         ------
         InvalidValueError
-            If it lacks one of the layers, or has it in another shape.
+            If the network lacks one of the layers, or the layer has another shape.
         """
         for name, (A, B) in self.factors.items():
             try:
@@ -64,7 +66,7 @@ class Adapter:
                 ) from error
 
     def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The factors by one name each, and what JSON can hold."""
+        """Return the factors by one name each, and the attributes that JSON can hold."""
         arrays = {
             f"{name}.{letter}": factor
             for name, factors in self.factors.items()
@@ -74,7 +76,13 @@ class Adapter:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> Adapter:
-        """What :meth:`to_arrays` took apart; KeyError or ValueError where a part is missing."""
+        """Restore an adapter from :meth:`to_arrays`.
+
+        Raises
+        ------
+        KeyError, ValueError
+            If a factor is missing or the shapes do not fit.
+        """
         names = sorted({name.rpartition(".")[0] for name in arrays})
         factors = {name: (arrays[f"{name}.A"], arrays[f"{name}.B"]) for name in names}
         for name, (A, B) in factors.items():

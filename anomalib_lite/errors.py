@@ -1,11 +1,10 @@
 """Every error a user can cause.
 
-All of them are :class:`AnomalibLiteError`, so one ``except`` catches what this library
-refuses and lets real faults through. Each also is the built-in (or scikit-learn) error
-that Python programmers expect in its place, so ``except ValueError`` works too.
+All of them are :class:`AnomalibLiteError`: one ``except`` catches everything that this library
+refuses, and no fault in its code. Each is also the built-in (or scikit-learn) error that Python
+programmers expect, so that ``except ValueError`` works too.
 
-Every message follows one template: what is wrong, where, what was expected, what was
-got, and the remedy.
+Every message says what is wrong, where, what was expected, what was got, and the remedy.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = [
 
 
 class AnomalibLiteError(Exception):
-    """Base of every error that this library raises on purpose.
+    """Base class of every error that this library raises on purpose.
 
     Examples
     --------
@@ -43,11 +42,11 @@ class AnomalibLiteError(Exception):
 
 
 class InvalidValueError(AnomalibLiteError, ValueError):
-    """An argument has a value outside of what is allowed."""
+    """An argument has a value that is not allowed."""
 
 
 class InvalidTypeError(AnomalibLiteError, TypeError):
-    """An argument is of a type that is not understood."""
+    """An argument has a type that is not allowed."""
 
 
 class ImageError(InvalidValueError):
@@ -55,10 +54,10 @@ class ImageError(InvalidValueError):
 
 
 class MissingPathError(InvalidValueError, FileNotFoundError):
-    """A file or directory that was named does not exist."""
+    """A file or directory does not exist."""
 
     def __str__(self) -> str:
-        # OSError would print errno and filename, of which there are none here.
+        # OSError would print errno and filename, which this error does not have.
         return str(self.args[0])
 
 
@@ -70,20 +69,20 @@ class OutputError(AnomalibLiteError, OSError):
 
 
 class ModelFileError(InvalidValueError):
-    """A model file is cut short, not ours, of a newer format, or fitted with other weights."""
+    """A model file is cut short, of another kind, of a newer format, or needs other weights."""
 
 
 class MissingDependencyError(AnomalibLiteError, ImportError):
-    """An optional package is needed for what was asked, and is not installed."""
+    """An optional package is needed and not installed."""
 
 
 class WorkerError(AnomalibLiteError, RuntimeError):
-    """A worker process that ``n_jobs`` asked for ended, or could not be given its work."""
+    """A worker process of ``n_jobs`` ended early, or its task could not be sent to it."""
 
 
 class NotFittedError(AnomalibLiteError, _SklearnNotFittedError):
-    """Scores were asked of a detector that has not been fitted; also scikit-learn's error."""
+    """A method needs a fitted detector; also scikit-learn's ``NotFittedError``."""
 
 
 class CalibrationWarning(UserWarning):
-    """Too few normal images were at hand to guarantee the false-alarm rate that was asked for."""
+    """There are too few normal images to guarantee the false-alarm rate that was asked for."""

@@ -1,4 +1,4 @@
-"""Anything that is an image -> (B, H, W, 3) batches of one size, and the original sizes."""
+"""Anything that is an image -> batches (B, H, W, 3) of one size, and the original sizes."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ __all__ = [
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-# Below this many pixels on a side there is no texture to describe.
+# Smaller images, in pixels per side, have no texture to describe.
 MIN_SIDE = 8
 
 _DECODERS = min(8, n_cores())
-# PIL's limit on pixels is a global; it is lifted only while a header is read under this lock.
+# PIL's limit on pixels is a global variable; it is lifted only while a thread that holds this lock
+# reads a header.
 _OPEN_LOCK = threading.Lock()
 _BILINEAR = Image.Resampling.BILINEAR
 _CHANNELS = (1, 3, 4)
@@ -61,11 +62,11 @@ class Batch:
     Attributes
     ----------
     indices : list of int
-        Their positions in the source.
+        Positions of the images in the source.
     pixels : ndarray of shape (B, H, W, 3)
         uint8 in [0, 255], or float32 in [0, 1].
     sizes : list of (H, W)
-        Their own sizes in pixels, after any EXIF rotation.
+        Original sizes in pixels, after any EXIF rotation.
     """
 
     indices: list[int]
@@ -74,12 +75,12 @@ class Batch:
 
 
 class ImageSource(Sequence[np.ndarray]):
-    """A sequence of images that are decoded only when asked for.
+    """A sequence of images that are decoded only when they are needed.
 
     Parameters
     ----------
     images : directory, path, PIL image, array, tensor, data set samples, or a sequence of such
-        - a directory: its image files, sorted by name, not those of its subdirectories;
+        - a directory: its image files, sorted by name, without those of its subdirectories;
         - paths, or objects with a ``path`` attribute (the samples of our data sets);
         - PIL images of any mode: palettes and CMYK become RGB, alpha is dropped, 16-bit values
           are divided by 65535;
@@ -87,14 +88,14 @@ class ImageSource(Sequence[np.ndarray]):
           uint16, or floats in [0, 1];
         - torch tensors, which may also have their channels first: (3, H, W), (N, 3, H, W).
     max_pixels : int, default=100_000_000
-        Larger images are refused, files before they are decoded.
+        Largest number of pixels; larger images are refused, files before they are decoded.
     where : str
-        Who asks; the first word of error messages.
+        Caller, named in errors.
 
     Raises
     ------
     MissingPathError, InvalidValueError, InvalidTypeError
-        If a directory does not exist; if there is no image; if it is nothing that holds images.
+        If a directory does not exist; if there is no image; if the type holds no images.
 
     Examples
     --------
@@ -125,7 +126,7 @@ class ImageSource(Sequence[np.ndarray]):
         return np.asarray(self.decode(index))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> ImageSource:
-        """The source of these images alone, with the names they have here."""
+        """Return the source of the images at these positions; they keep their names."""
         source = copy.copy(self)
         source.items = [self.items[i] for i in indices]
         source.names = [self.names[i] for i in indices]
@@ -134,25 +135,32 @@ class ImageSource(Sequence[np.ndarray]):
     def load(
         self, index: int, image_size: int | tuple[int, int], stride: int
     ) -> tuple[np.ndarray, tuple[int, int]]:
-        """One image at the size at which the backbone will see it, and its own size.
+        """Load one image at the size for the backbone, and its original size.
 
         Parameters
         ----------
         index : int
         image_size : int or (H, W)
-            An int is the length of the shorter side; the aspect is kept and both sides are
-            rounded to multiples of ``stride``. A pair is taken as it is.
+            An int is the length of the shorter side; the aspect ratio is kept and both sides are
+            rounded to multiples of ``stride``. A pair is used as it is.
         stride : int
-            Pixels that one cell of the backbone's coarsest map stands for.
+            Pixels per cell of the backbone's coarsest feature map.
 
         Returns
         -------
         pixels : ndarray of shape (H, W, 3)
-            uint8 in [0, 255] or float32 in [0, 1]; resized bilinearly, averaging over all that
-            a pixel covers when shrinking.
+            uint8 in [0, 255] or float32 in [0, 1]; resized bilinearly, with antialiasing when
+            it becomes smaller.
         size : (H, W)
-            Of the image itself, after any EXIF rotation. Raises as :meth:`decode` does.
+            Original size, after any EXIF rotation.
 
+        Raises
+        ------
+        ImageError, MissingPathError, InvalidTypeError
+            For the reasons that :meth:`decode` has.
+
+        Examples
+        --------
         >>> ImageSource(np.zeros((60, 100), np.uint8)).load(0, 32, 16)[0].shape
         (32, 48, 3)
         """
@@ -170,13 +178,22 @@ class ImageSource(Sequence[np.ndarray]):
         return np.asarray(image.resize((width, height), _BILINEAR).convert("RGB")), size
 
     def decode(self, index: int, *, gray: bool = False) -> Any:
-        """One image, as PIL image of mode RGB or as a float32 array (H, W, 3) in [0, 1]; with
-        ``gray`` one without colours has mode L, which is resized in a third of the time.
+        """Decode one image.
+
+        Parameters
+        ----------
+        index : int
+        gray : bool, default=False
+            Whether a gray image keeps PIL's mode L, which is resized in a third of the time.
+
+        Returns
+        -------
+        PIL image of mode RGB (or L), or float32 array of shape (H, W, 3) in [0, 1]
 
         Raises
         ------
         ImageError, MissingPathError, InvalidTypeError
-            Naming the image: it cannot be read, or is not there, or is nothing like an image.
+            If the image cannot be read, does not exist, or is of another type; they name it.
         """
         item, name = self.items[index], self.names[index]
         try:
@@ -189,7 +206,8 @@ class ImageSource(Sequence[np.ndarray]):
                         finally:
                             Image.MAX_IMAGE_PIXELS = limit
                     return self._convert(image, name, gray)
-            # One PIL image, opened but not read yet, may have been given twice.
+            # One PIL image that is not read yet may be in the source twice; reading is not
+            # safe in two threads.
             with _OPEN_LOCK if isinstance(item, Image.Image) else nullcontext():
                 return self._convert(item, name, gray)
         except (AnomalibLiteError, MemoryError):
@@ -198,7 +216,7 @@ class ImageSource(Sequence[np.ndarray]):
             raise self._explain(error, item, name) from error
 
     def _convert(self, image: Any, name: str, gray: bool) -> Any:
-        """Check and unify what was given: PIL image, array or tensor."""
+        """Check a PIL image, array or tensor, and convert it to what :meth:`decode` returns."""
         is_pil = isinstance(image, Image.Image)
         if not is_pil:
             image = self._to_array(image, name)  # (H, W, C)
@@ -220,7 +238,7 @@ class ImageSource(Sequence[np.ndarray]):
                 array = np.asarray(image)  # int32 for some 16-bit files
                 is_16_bit = array.dtype.kind == "i" and 0 <= array.min() <= array.max() <= 65535
                 image = self._to_array(array.astype(np.uint16) if is_16_bit else array, name)
-            elif image.mode == "P":  # by way of RGBA, since a palette may have transparency
+            elif image.mode == "P":  # through RGBA, since a palette may have transparency
                 return image.convert("RGBA").convert("RGB")
         if isinstance(image, Image.Image):
             return image if gray and image.mode == "L" else image.convert("RGB")
@@ -232,7 +250,7 @@ class ImageSource(Sequence[np.ndarray]):
         return Image.fromarray(image) if image.dtype == np.uint8 else image
 
     def _to_array(self, image: Any, name: str) -> np.ndarray:
-        """The array (H, W, C) of one image; channels go last where a tensor has them first."""
+        """Return one image as an array (H, W, C); a tensor may have its channels first."""
         if hasattr(image, "detach"):
             image = image.detach().cpu()
             image = image.float().numpy() if image.is_floating_point() else image.numpy()
@@ -299,19 +317,19 @@ def iter_batches(
     on_error: str = "raise",
     skipped: list[tuple[int, str]] | None = None,
 ) -> Iterator[Batch]:
-    """Decode and resize ahead of whoever consumes the batches.
+    """Decode and resize images in threads, ahead of the code that uses the batches.
 
     Parameters
     ----------
     source, image_size, stride
         See :meth:`ImageSource.load`.
     batch_size : int
-        Images per batch at the most. Images that come out at different sizes go to different
-        batches, so the order is that of ``source`` only within a batch.
+        Largest number of images per batch. Images of different resized sizes are put into
+        different batches, so that ``source``'s order is kept only within a batch.
     on_error : {"raise", "skip"}, default="raise"
-        Whether one image that cannot be used ends everything, or is left out.
+        Whether an image that cannot be used raises its error or is left out.
     skipped : list, optional
-        Is given ``(index, reason)`` for every image left out.
+        Receives ``(index, reason)`` for every image that is left out.
 
     Yields
     ------
@@ -320,9 +338,10 @@ def iter_batches(
 
     Notes
     -----
-    A few threads decode, at most two batches ahead; as many wait for company of their size.
+    A few threads decode at most two batches ahead. At most two batches of decoded images wait for
+    others of their size.
     """
-    if batch_size < 1:  # fit checks it, but it may have been changed since
+    if batch_size < 1:  # fit checks it, but the user may have changed it since
         check_int("batch_size", batch_size, source.where, low=1)
     waiting: dict[Any, list[tuple[int, np.ndarray, tuple[int, int]]]] = {}
     pending: deque[tuple[int, Callable[[], tuple[np.ndarray, tuple[int, int]]]]] = deque()

@@ -35,24 +35,23 @@ VERSIONS = {"format_version": FORMAT_VERSION, "library_version": __version__}
 BACKBONE = "backbone."  # prefix of the backbone's tensors, if they are included
 ADAPTER = "adapter."  # prefix of the tensors of a LoRA adapter
 
-_KEY = "anomalib_lite"  # of our JSON among the file's metadata
+_KEY = "anomalib_lite"  # key of the header in the file's metadata
 _WEIGHT = re.compile(r"(gate\.|detector\.)?backbone\.")  # also in the members of a cascade
 
 
 def write_model(
     path: str | os.PathLike[str], tensors: dict[str, Any], header: dict[str, Any], where: str
 ) -> None:
-    """Write a model file, or leave what was there.
+    """Write a model file whole or not at all.
 
     Parameters
     ----------
     path : str or Path
-        Written under another name beside its place, then renamed.
     tensors : dict of str to ndarray or torch.Tensor
     header : dict
-        What JSON can hold, with the entries of ``VERSIONS``.
+        Values that JSON can hold, with the entries of ``VERSIONS``.
     where : str
-        Named in errors.
+        Caller, named in errors.
 
     Raises
     ------
@@ -74,7 +73,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Returns
     -------
     tensors : dict of str to ndarray
-        Weights of a backbone are ``torch.Tensor``: they may be of types that numpy does not have.
+        Weights of a backbone are ``torch.Tensor``: numpy lacks some of their number types.
     header : dict
 
     Raises
@@ -82,7 +81,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     MissingPathError
         If there is no such file.
     ModelFileError
-        If it is cut short, not ours, or of a newer format.
+        If the file is cut short, of another kind, or of a newer format.
     """
     if path.is_dir():
         raise MissingPathError(f"load: {path} is a directory. Give the model file that fit wrote.")
@@ -94,7 +93,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             header = json.loads(metadata.get(_KEY, "null"))
             names = list(file.keys())
             arrays = {k: file.get_tensor(k) for k in names if not _WEIGHT.match(k)}
-        if any(a.dtype.isbuiltin != 1 for a in arrays.values()):  # such as another's bfloat16
+        if any(a.dtype.isbuiltin != 1 for a in arrays.values()):  # such as ml_dtypes' bfloat16
             raise TypeError("a number type that numpy does not have")
         if len(arrays) < len(names):
             with safe_open(path, "pt") as file:
@@ -124,7 +123,7 @@ def select(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_json(name: str, value: object, where: str) -> object:
-    """Return a constructor's argument as JSON can hold it; a module becomes None.
+    """Convert a constructor's argument to a value that JSON can hold; a module becomes None.
 
     Raises
     ------
@@ -156,7 +155,7 @@ def is_of_torch(value: object, name: str) -> bool:
 
 
 def _serialize(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
-    """Return a file's content; torch is imported only for tensors that numpy does not have."""
+    """Return a file's content; torch is imported only if some tensors are torch's."""
     if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
         from safetensors.numpy import save as save_arrays
 

@@ -44,11 +44,10 @@ def load(
     backbone : torch.nn.Module, optional
         The module, if the detector was fitted with one of yours.
     weights : str or Path, optional
-        Where the weights file of the backbone lies here, if not where it lay when fitted. If both
-        detectors of a cascade have one, both arguments may be dicts with keys "gate" and
-        "detector".
+        Weights file of the backbone, if it is no longer where it was at fit. For a cascade with
+        several modules or files, both arguments may be dicts with keys "gate" and "detector".
     device : str, optional
-        Where to run here, if not as when fitted.
+        Device to run on, if not that of fit.
 
     Returns
     -------
@@ -60,10 +59,10 @@ def load(
     MissingPathError
         If the file does not exist.
     ModelFileError
-        If it is cut short, not ours, of a newer format, or was fitted with other weights than
-        those found here.
+        If the file is cut short, of another kind, of a newer format, or was fitted with other
+        weights than those found here.
     InvalidValueError
-        If the backbone's weights cannot be had here.
+        If the backbone's weights cannot be found or downloaded.
 
     Notes
     -----
@@ -102,7 +101,7 @@ def _restore(
     weights: Any,
     device: str | None,
 ) -> DetectorMixin:
-    """Put together the detector that ``_describe`` took apart, its members first."""
+    """Restore a detector from its tensors and header; if it has members, these first."""
     members = {}
     for name, member in dict(header.get("parts") or {}).items():
         network, file = (_for_member(name, given, member) for given in (backbone, weights))
@@ -131,7 +130,7 @@ def _restore(
 
 
 def _for_member(name: str, given: Any, header: dict[str, Any]) -> Any:
-    """Select what was given to load for one member of a cascade."""
+    """Select the argument of ``load`` that is for one member of a cascade, or None."""
     if isinstance(given, Mapping):
         return given.get(name)
     parameters = header.get("parameters", {})
@@ -142,15 +141,15 @@ def _for_member(name: str, given: Any, header: dict[str, Any]) -> Any:
 
 
 def _backbone_options(fitted_with: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``open_backbone`` needs to open the network that the detector was fitted with."""
+    """Return the arguments of ``open_backbone`` for the network that was used at fit."""
     included, sha256 = select(BACKBONE, tensors), str(fitted_with["sha256"])
     adapter = fitted_with.get("adapter")
     return {
-        # As fitted, whatever this version of timm would choose.
+        # Those of fit: this version of timm may choose others.
         "layers": list(fitted_with["layers"]) or None,
         "adapter": adapter and Adapter.from_arrays(select(ADAPTER, tensors), adapter),
         "state": included or None,
-        # Weights in the file must prove that they are what the header says.
+        # Without it, the hash of the weights in the file is computed, and compared below.
         "sha256": None if included else sha256,
     }
 
@@ -158,6 +157,7 @@ def _backbone_options(fitted_with: dict[str, Any], tensors: dict[str, Any]) -> d
 def _open_backbone(
     detector: Any, options: dict[str, Any], fitted_with: dict[str, Any], path: Path
 ) -> None:
+    """Open the backbone of a restored detector, and check that it is that of fit."""
     given = getattr(detector, detector._network)
     if given is None:
         raise InvalidValueError(
@@ -176,7 +176,7 @@ def _open_backbone(
 
 
 def _check_same(network: Any, fitted_with: dict[str, Any], path: Path) -> None:
-    """Raise unless the backbone that was opened is the one that the detector was fitted with."""
+    """Raise if the opened backbone has other weights or preprocessing than that of fit."""
     sha256 = str(fitted_with["sha256"])
     if network.sha256 != sha256:
         raise ModelFileError(

@@ -1,4 +1,4 @@
-"""A name or weights -> a frozen network -> feature maps."""
+"""A name or a module -> a frozen network -> feature maps."""
 
 from anomalib_lite.backbones._backbone import EMBEDDED, Backbone
 from anomalib_lite.backbones._weights import weights_sha256

@@ -14,12 +14,12 @@ __all__ = ["class_attention", "find_attention"]
 
 
 def find_attention(network: nn.Module, layers: list[str], where: str) -> Any:
-    """The attention module in the last of the layers, in the order in which they are run.
+    """Return the attention module of the last layer in the network's order.
 
     Raises
     ------
     InvalidValueError
-        Unless it is one whose weights can be told from its queries and keys alone.
+        If its weights are not determined by its queries and keys alone, or there is no class token.
     """
     last = [name for name, _ in network.named_modules() if name in layers][-1:]
     attention: Any = None
@@ -38,16 +38,16 @@ def find_attention(network: nn.Module, layers: list[str], where: str) -> Any:
 
 
 def class_attention(attention: Any, qkv: Tensor, size: Sequence[int]) -> Tensor:
-    """Softmax of the class token's query with all keys, mean over the heads.
+    """Attention of the class token to each patch: softmax of query and keys, mean over the heads.
 
     Parameters
     ----------
     attention : torch.nn.Module
-        As :func:`find_attention` gives it.
+        From :func:`find_attention`.
     qkv : tensor of shape (B, tokens, 3 C)
-        What its ``qkv`` layer gave; the class token stands first, the patches stand last.
+        Output of its ``qkv`` layer; the class token is first, the patches are last.
     size : (h, w)
-        Of the grid of patches.
+        Size of the grid of patches.
 
     Returns
     -------

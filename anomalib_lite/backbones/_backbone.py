@@ -1,4 +1,4 @@
-"""A name or a weights file -> a frozen network that gives feature maps, one per layer."""
+"""A name or a module -> a frozen network that gives feature maps, one per layer."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ __all__ = ["EMBEDDED", "Backbone"]
 
 _is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]  # has no types
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_QKV = "queries, keys and values"  # of the attention, beside the names of layers
-# On a CPU the activations of a few images at a time stay in the cache, which is faster
-# and bounds the memory, whatever the batch size. In float32 one image is as fast as any number,
-# and its embeddings have the same bits whatever images share its batch.
+# The key of the attention's captured output; those of layers are their names.
+_QKV = "queries, keys and values"
+# On a CPU, the activations of a few images stay in the processor's cache, which is faster and
+# bounds the memory for any batch size. In float32 one image at a time is as fast as several, and
+# its embeddings are the same to the bit whatever images share its batch.
 _PIXELS_AT_ONCE = {("cpu", torch.float32): 1, ("cpu", torch.bfloat16): 8 * 256 * 256}
 
 
 class Backbone:
-    """A frozen network, cut after the last of the layers asked for.
+    """A frozen network that gives feature maps and stops after the last layer that is needed.
 
     Parameters
     ----------
@@ -44,52 +45,60 @@ class Backbone:
         ``"efficientnet_lite0"`` (weights installed with this package), any timm name, or a
         module. A module without ``layers`` must return feature maps itself: a tensor, or a
         list, tuple or dict of tensors of shape (B, C, h, w). Pixels are normalised with the mean
-        and deviation of its ``pretrained_cfg`` (timm's modules have one), else with ImageNet's.
+        and standard deviation in its ``pretrained_cfg`` (timm's modules have one), else with
+        ImageNet's.
     weights : str or Path, optional
-        A ``.safetensors`` or ``.pth`` file in timm's key names. Without it, a timm name takes
-        its weights from the hub.
+        A ``.safetensors`` or ``.pth`` file with timm's key names. Without it, the weights of a
+        timm name come from the hub.
     layers : sequence of str or int, optional
-        Names of layers, or their positions in timm's list of feature stages. By default the
-        stages of a pyramid that have ``strides`` (in pixels), or the blocks half and three
-        quarters of the way through a vision transformer.
+        Names of layers, or their positions in timm's list of feature stages. By default those
+        stages of a convolutional network whose strides are in ``strides``, or the blocks at one
+        half and three quarters of the depth of a vision transformer.
+    strides : sequence of int, default=(8, 16)
+        Strides, in pixels, of the stages that are chosen if ``layers`` is None.
     device : {"auto", "cpu", "cuda", "mps"} or torch.device, default="auto"
-        ``"auto"`` takes CUDA where there is a GPU.
+        ``"auto"`` is CUDA if there is a GPU, else the CPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
         ``"auto"`` is float16 on CUDA; on a CPU that multiplies bfloat16 in hardware (AMX,
         AVX-512 BF16) it is bfloat16, except for networks with depthwise convolutions, whose
         maps that type blurs; float32 elsewhere.
-    fusion : {"concat"}, default="concat"
-        How :meth:`embed` brings the layers together; see :func:`~anomalib_lite.fusion`.
+    fusion : {"concat", "nearest", "summary"}, default="concat"
+        Strategy by which :meth:`embed` combines the layers; see
+        :func:`~anomalib_lite.fusion.patch_embeddings`.
     scales : sequence of float in (0, 1], default=(1.0,)
-        Each image goes through the network once at each of these fractions of its size, and all
-        maps are fused; the last must be 1.
+        Each image passes the network once at each of these fractions of its size, and all maps
+        are fused; the last must be 1.
     attention : bool, default=False
         With ``fusion="summary"`` on a vision transformer: one more map (B, 1, h, w), which says how
         much the class token attends to each patch in the last layer; its mean is 1.
     adapter : Adapter, optional
-        Changes of the weights that :mod:`~anomalib_lite.lora` has learned.
+        LoRA update of the weights, trained by :mod:`~anomalib_lite.lora`.
     state : mapping of str to tensor, optional
-        Weights at hand already, as a model file holds them: used instead of any other source.
+        Weights that are in memory already, for example from a model file; used instead of any
+        other source.
     trainable : bool, default=False
-        Whether the weights may learn: maps then have gradients, and ``network`` its own tensors.
+        Whether the weights can be trained: maps then have gradients, and batch norms are not
+        merged into convolutions.
     where : str
-        Who asks; the first word of error messages.
+        Caller, named in errors.
 
     Attributes
     ----------
     layers : list of str
+        Names of the layers.
     stride : int
-        Sides of the input are best multiples of this.
+        Largest stride of the layers; the sides of the input should be multiples of it.
     mean, std : list of float
-        With which pixels in [0, 1] are normalised, one for each channel.
+        Mean and standard deviation that normalise pixels in [0, 1], one for each channel.
     sha256 : str
-        Of the weights without the adapter, see ``weights_sha256`` in ``_weights.py``.
+        Hash of the weights without the adapter; see
+        :func:`~anomalib_lite.backbones.weights_sha256`.
     device, dtype : torch.device, torch.dtype
-        What "auto" became.
+        Where the network runs, and in which number type.
     engine : "torch"
-        As the networks of :mod:`~anomalib_lite.engines` say what runs them.
+        What runs the network; see :mod:`~anomalib_lite.engines` for others.
     pixels_at_once : int
-        Pixels (of all images of a call together) that this device does best with.
+        Number of pixels, of all images of one call together, at which this device is fastest.
 
     Raises
     ------
@@ -149,14 +158,14 @@ class Backbone:
         self.network = network.to(memory_format=torch.channels_last)
 
     def embed(self, pixels: np.ndarray, channels: np.ndarray | None = None) -> np.ndarray:
-        """Patch embeddings of a batch: the feature maps, brought together by ``fusion``.
+        """Patch embeddings of a batch: the feature maps, combined by ``fusion``.
 
         Parameters
         ----------
         pixels : ndarray of shape (B, H, W, 3)
             uint8 in [0, 255], or float32 in [0, 1].
         channels : ndarray of shape (d,), int64, optional
-            Those of the D that are wanted. All by default.
+            Positions of the wanted channels among the D. All by default.
 
         Returns
         -------
@@ -165,7 +174,7 @@ class Backbone:
         Raises
         ------
         InvalidValueError
-            As a call.
+            If the network cannot take images of this size, or gives no feature maps.
         """
         step = max(1, self.pixels_at_once // pixels[0, :, :, 0].size)
         wanted = slice(None) if channels is None else torch.from_numpy(channels)
@@ -187,10 +196,10 @@ class Backbone:
         Returns
         -------
         list of tensors of shape (B, C, h, w)
-            One per layer (and scale), of ``dtype``, on ``device``. With ``fusion="summary"`` as
-            many of shape (B, C, 1, 1) follow: the class tokens, or means over all positions; and
-            last the attention, if asked for. They have gradients only if ``trainable``, or if
-            something was put into ``network`` that learns.
+            One per layer (and scale), of ``dtype``, on ``device``. With ``fusion="summary"``, as
+            many of shape (B, C, 1, 1) follow: the class tokens, or the means over all positions.
+            The attention is last, if it is asked for. Maps have gradients only with
+            ``trainable``, or if a module that can be trained was added to ``network``.
 
         Raises
         ------
@@ -234,7 +243,7 @@ class Backbone:
         return maps
 
     def _at_all_scales(self, pixels: np.ndarray | Tensor) -> list[Tensor]:
-        """The maps of all scales, then their summaries, then the attention at full size."""
+        """Return the maps of all scales, then their summaries, then the full size's attention."""
         white = 255.0 if pixels.dtype in (np.uint8, torch.uint8) else 1.0
         x = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels, device=self.device)
         x = x.permute(0, 3, 1, 2).float() / white
@@ -254,7 +263,7 @@ class Backbone:
         return in_order + found[-1][2 * n :]
 
     def original_state(self) -> dict[str, Tensor]:
-        """The weights as they were before they took on ``dtype``, read again from their source.
+        """Read the weights from their source again: as they were before the change to ``dtype``.
 
         Returns
         -------
@@ -263,7 +272,7 @@ class Backbone:
         Raises
         ------
         InvalidValueError, MissingPathError
-            If the source has gone, or holds other weights by now.
+            If the source is gone, or its weights have changed.
         """
         backbone, weights, state = self._origin
         if state is not None:
@@ -280,20 +289,20 @@ class Backbone:
 
     def _capture(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         captured = self._captured[threading.get_ident()]
-        # A copy, since a later layer may work in place.
+        # A copy, since a later layer may change it in place.
         captured[name] = output.clone() if isinstance(output, Tensor) else output
         if name != _QKV and all(layer in captured for layer in self.layers):
             raise _LastLayerReached
 
     def _to_map(self, output: Any, channels: int | None, size: tuple[Any, Any]) -> Tensor:
-        """What a layer gives, as (B, C, h, w): tokens on their grid, channels in front."""
+        """Reshape a layer's output to (B, C, h, w): patch tokens to their grid, channels first."""
         if isinstance(output, Tensor) and output.ndim == 3:  # (B, prefix + h*w, C)
             prefix = int(getattr(self.network, "num_prefix_tokens", 0))
             n_patches = int(output.shape[1]) - prefix
             height = round((n_patches * int(size[0]) / int(size[1])) ** 0.5)
             if height > 0 and n_patches % height == 0:
                 grid = (height, n_patches // height)
-                if _is_tracing():  # in terms of the size, which will be another
+                if _is_tracing():  # computed from the input's size, so that the graph takes any
                     sides = zip(size, grid, strict=True)
                     grid = tuple(side // (int(side) // cells) for side, cells in sides)
                 output = output[:, prefix:].transpose(1, 2)
@@ -312,13 +321,13 @@ class Backbone:
         return output
 
     def _summary(self, output: Tensor, feature_map: Tensor) -> Tensor:
-        """(B, C, 1, 1): the class token of a layer, or the mean over its positions."""
+        """Return the class token of a layer, or the mean over its positions: (B, C, 1, 1)."""
         if output.ndim == 3 and getattr(self.network, "cls_token", None) is not None:
             return output[:, 0, :, None, None]
         return feature_map.mean(dim=(2, 3), keepdim=True)
 
     def _own_maps(self, output: Any, captured: dict[str, Any]) -> list[Any]:
-        """What a network returns that ran to its end: its maps, if no layers were named."""
+        """Return the feature maps that the network itself returns, if no layers were named."""
         if self.layers:
             unseen = [name for name in self.layers if name not in captured]
             raise InvalidValueError(
@@ -424,4 +433,4 @@ def has_depthwise(network: nn.Module) -> bool:
 
 
 class _LastLayerReached(Exception):  # noqa: N818, it is no error
-    """Ends a forward pass once every layer asked for has been seen."""
+    """Ends a forward pass when the outputs of all layers are captured."""

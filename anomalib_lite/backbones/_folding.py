@@ -1,4 +1,4 @@
-"""Batch norms merged into convolutions."""
+"""Batch norms merged into the convolutions before them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["fold_batch_norms"]
 
 
 def fold_batch_norms(network: nn.Module, keep: Sequence[str]) -> nn.Module:
-    """Merge batch norms into the convolutions before them: the same maps, in fewer passes.
+    """Merge batch norms into the convolutions before them: the same maps with less work.
 
     Parameters
     ----------
     network : torch.nn.Module
         In evaluation mode.
     keep : sequence of str
-        Modules whose own output is wanted.
+        Names of modules whose output must not change.
 
     Returns
     -------
     torch.nn.Module
         A copy with its batch norms merged; the network itself if it has none, cannot take a
-        small image, or would give something else afterwards.
+        small image, or its copy gives other maps.
 
     Examples
     --------
@@ -39,17 +39,18 @@ def fold_batch_norms(network: nn.Module, keep: Sequence[str]) -> nn.Module:
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
-    # In float64 a merge is exact, so that the least difference betrays one that was not allowed.
+    # In float64 a correct merge is exact to 1e-6, so that any larger difference shows a wrong one.
     folded = copy.deepcopy(network).cpu().double()
-    made_by: dict[int, tuple[str, Tensor]] = {}  # the tensor too, so that no id is used again
-    norm_of: dict[str, list[str]] = {}  # convolution -> who took its output
+    # By the id of an output: the convolution and the tensor, kept so that no id is used again.
+    made_by: dict[int, tuple[str, Tensor]] = {}
+    norm_of: dict[str, list[str]] = {}  # convolution -> the batch norms that take its output
     hooks = []
 
     def forget(output: Any) -> None:
         made_by.pop(id(output), None)
 
     for name, module in folded.named_modules():
-        if name in keep:  # its output is wanted as it is, also if a convolution in it made it
+        if name in keep:  # the output must stay, also if it is that of a convolution inside
             hooks.append(module.register_forward_hook(lambda _m, _i, out: forget(out)))
         elif isinstance(module, nn.Conv2d):
             made = partial(lambda n, _m, _i, out: made_by.update({id(out): (n, out)}), name)
@@ -71,7 +72,7 @@ def fold_batch_norms(network: nn.Module, keep: Sequence[str]) -> nn.Module:
                 if conv and len(norms) == 1:
                     _merge(folded, conv, norms[0])
             torch.testing.assert_close(folded(example), expected, rtol=1e-6, atol=1e-12)
-    except Exception:  # whatever the network does not like about it
+    except Exception:  # a module may refuse the small image, float64 or the merge in any way
         return network
     return folded.float()
 

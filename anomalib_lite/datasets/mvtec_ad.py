@@ -31,9 +31,9 @@ class MVTecAD(Dataset):
     Parameters
     ----------
     root : str or PathLike
-        The directory that holds the categories.
+        Directory that holds the categories.
     category : str
-        The name of one of them, as in ``"bottle"``.
+        Name of a category, such as ``"bottle"``.
 
     Attributes
     ----------
@@ -42,19 +42,19 @@ class MVTecAD(Dataset):
     train : tuple of Sample
         ``train/good``.
     test : tuple of Sample
-        ``test``, kind after kind in alphabetical order. ``mask_path`` is None for good images,
-        and for all where there is no ``ground_truth`` directory.
+        ``test``, sorted by kind. ``mask_path`` is None for good images, and for all images if
+        there is no ``ground_truth`` directory.
 
     Raises
     ------
     MissingPathError
-        If a directory is missing or empty (an unknown category is answered with those that
+        If a directory is missing or empty (for an unknown category the error lists those that
         exist), ``ground_truth`` exists and lacks the mask of an anomalous image, or the category
-        is one of MVTec AD 2.
+        has the layout of MVTec AD 2.
 
     Notes
     -----
-    Images may have any usual suffix, masks any other; ``000.png`` is accepted for
+    Images and masks may have any common suffix, and different ones; ``000.png`` is accepted for
     ``000_mask.png``. Nothing is downloaded.
 
     References
@@ -91,7 +91,7 @@ class MVTecAD(Dataset):
 
     @staticmethod
     def categories(root: str | os.PathLike[str]) -> list[str]:
-        """Names of the categories in ``root``: its directories that have a ``train/good``.
+        """List the names of the categories in ``root``: directories that have a ``train/good``.
 
         Raises
         ------

@@ -34,9 +34,9 @@ class MVTecAD2(Dataset):
     Parameters
     ----------
     root : str or PathLike
-        The directory that holds the categories.
+        Directory that holds the categories.
     category : str
-        The name of one of them: ``"can"``, ``"fabric"``, ``"fruit_jelly"``, ``"rice"``,
+        Name of a category: ``"can"``, ``"fabric"``, ``"fruit_jelly"``, ``"rice"``,
         ``"sheet_metal"``, ``"vial"``, ``"wallplugs"`` or ``"walnuts"``.
 
     Attributes
@@ -46,27 +46,26 @@ class MVTecAD2(Dataset):
     train : tuple of Sample
         ``train/good``.
     test : tuple of Sample
-        ``test_public``: good, then bad. ``mask_path`` is None for good images, and for all where
-        there is no ``ground_truth`` directory.
+        ``test_public``: good, then bad. ``mask_path`` is None for good images, and for all images
+        if there is no ``ground_truth`` directory.
     validation : tuple of Sample
-        ``validation/good``: normal images for thresholds, apart from ``train``.
+        ``validation/good``: further normal images, for thresholds.
     test_private, test_private_mixed : tuple of Path
         Images whose labels only the benchmark's server knows; in ``test_private_mixed`` the
-        lighting varies beyond that of ``train``. Empty where there is no such directory.
+        lighting varies more than in ``train``. Empty if there is no such directory.
 
     Raises
     ------
     MissingPathError
-        If a directory is missing or empty (an unknown category is answered with those that
+        If a directory is missing or empty (for an unknown category the error lists those that
         exist), ``ground_truth`` exists and lacks the mask of an anomalous image, or the category
-        is one of MVTec AD.
+        has the layout of MVTec AD.
     InvalidTypeError
         If ``root`` is not a path.
 
     Notes
     -----
-    Private images are paths, since a :class:`Sample` must say whether its image is normal.
-    Detectors take paths as they take samples.
+    Private images are paths, since a :class:`Sample` must have a label. Detectors take paths too.
 
     The paper's threshold for pixels is the mean plus three standard deviations of all pixels in
     the anomaly maps of ``validation``.
@@ -111,7 +110,7 @@ class MVTecAD2(Dataset):
 
     @staticmethod
     def categories(root: str | os.PathLike[str]) -> list[str]:
-        """Names of the categories in ``root``: its directories that have a ``train/good``.
+        """List the names of the categories in ``root``: directories that have a ``train/good``.
 
         Raises
         ------
@@ -132,7 +131,7 @@ class MVTecAD2(Dataset):
 
 
 def _unlabelled(directory: Path, where: str) -> tuple[Path, ...]:
-    # Without the benchmark's server they serve for little, so they may have been left out.
+    # They are of little use without the benchmark's server, so users may leave them out.
     if not directory.exists():
         return ()
     return tuple(list_images(directory.name, directory, where))

@@ -36,12 +36,12 @@ class NEUDET(Dataset):
                ANNOTATIONS/crazing_1.xml
 
     The layout of its mirrors, ``<root>/{train,validation}/{images/<kind>,annotations}``, is read
-    too, as one data set. A part of the images is as good as all of them.
+    too, as one data set. Images may be missing.
 
     Parameters
     ----------
     root : str or PathLike
-        The directory that holds ``IMAGES`` and ``ANNOTATIONS``.
+        Directory that holds ``IMAGES`` and ``ANNOTATIONS``.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class NEUDET(Dataset):
         ``"crazing"``, ``"inclusion"``, ``"patches"``, ``"pitted_surface"``,
         ``"rolled-in_scale"`` or ``"scratches"``.
     boxes : dict of Path to ndarray of shape (n, 4), int64
-        Where the defects are: x_min, y_min, x_max, y_max of each, by the path of the image.
+        Boxes of the defects, x_min, y_min, x_max, y_max, by the path of the image.
     licence, source, citation : str
         Licence of the images (none is stated), where they come from, and what to cite.
 
@@ -69,10 +69,9 @@ class NEUDET(Dataset):
 
     Notes
     -----
-    Train on good strip of your own. Boxes are no masks, since much inside of them is good steel:
-    there are no pixel metrics, and one asks instead whether the highest value of a heatmap lies
-    in a box (the pointing game). A box may show another kind of defect than its image is named
-    after.
+    Train on images of good strip of your own. Boxes are no masks, since they contain much good
+    steel: instead of pixel metrics, test whether the highest value of a heatmap is in a box (the
+    pointing game). A box may show another kind of defect than the name of its image says.
 
     References
     ----------
@@ -124,30 +123,30 @@ class NEUDET(Dataset):
         test = [Sample(path, 1, _kind(path)) for path in self._annotations]
         super().__init__("neu_det", train=(), test=test)
 
-    # Read when first asked for: an anomaly detector is tested on scores without any box.
+    # Read at the first use: image scores need no boxes.
     @cached_property
     def boxes(self) -> dict[Path, npt.NDArray[np.int64]]:
-        """Where the defects are: x_min, y_min, x_max, y_max of each, by the path of the image.
+        """Boxes of the defects, x_min, y_min, x_max, y_max, by the path of the image.
 
         Returns
         -------
         dict of Path to ndarray of shape (n, 4), int64
-            In pixels of the image, and of its heatmap, as Python counts: from 0, the ends not
-            included, so that ``heatmap[y_min:y_max, x_min:x_max]`` is the box.
+            In pixels of the image and its heatmap, from 0, without the ends:
+            ``heatmap[y_min:y_max, x_min:x_max]`` is the box.
 
         Raises
         ------
         InvalidValueError
-            If a file is no annotation, a box is not inside of its image, or a file holds a
-            document type definition.
+            If a file is no annotation, a box is not inside its image, or a file holds a document
+            type definition.
         ImageError
             If an image cannot be read.
 
         Notes
         -----
         Files in the format of Pascal VOC count from 1 and include the ends. Boxes are scaled from
-        the size that the file states to that of the image (outwards to whole pixels): some mirrors
-        hold enlarged images beside the boxes of the original 200 x 200 pixels.
+        the size that the file states to that of the image, and rounded outwards: some mirrors
+        have enlarged images with the boxes of the original 200 x 200 pixels.
         """
         return {image: _read_boxes(file, image) for image, file in self._annotations.items()}
 
@@ -190,7 +189,7 @@ def _kind(path: Path) -> str:
 
 
 def _read_boxes(file: Path, image: Path) -> npt.NDArray[np.int64]:
-    """Boxes (n, 4) in pixels of the image, from 0, ends not included."""
+    """Read boxes (n, 4) in pixels of the image, from 0, without the ends."""
     root, (width, height) = _parse(file), _size(image)
     size = _numbers(root.find("size"), ("width", "height"), file, low=1)
     boxes = []
@@ -205,22 +204,22 @@ def _read_boxes(file: Path, image: Path) -> npt.NDArray[np.int64]:
         left, right = _scaled(x_min, x_max, width, size[0])
         top, bottom = _scaled(y_min, y_max, height, size[1])
         boxes.append((left, top, right, bottom))
-    return np.array(boxes, np.int64).reshape(-1, 4)  # also where there are none
+    return np.array(boxes, np.int64).reshape(-1, 4)  # (0, 4) without any box
 
 
 def _scaled(first: float, last: float, pixels: int, stated: float) -> tuple[int, int]:
-    """Start and end in an image of so many pixels, from first to last of so many stated."""
-    # Some tools count from 0 in spite of the format; a box that begins there begins at the edge.
+    """Convert the first and last pixel of a stated size to start and end in the image's size."""
+    # Some tools count from 0 although the format counts from 1: such a box begins at the edge.
     start = max(first - 1, 0)
     return math.floor(start * pixels / stated), math.ceil(max(last, 1) * pixels / stated)
 
 
 def _parse(file: Path) -> ElementTree.Element:
-    """The root of an XML file; none that could do harm is parsed."""
-    # A decoded string is parsed as it stands, whatever encoding it declares, so what is searched
-    # here is what the parser sees. Without a document type no entity can be declared: none expands
-    # into gigabytes and none names another file. Only numbers are read, so a character of an
-    # unknown encoding may be replaced.
+    """Return the root of an XML file; refuse a file that could do harm."""
+    # The parser takes a decoded string as it is, whatever encoding it declares, so that it sees the
+    # text that is searched here. Without a document type, no entity can be declared that expands to
+    # gigabytes or names another file. Only numbers are used, so undecodable characters may be
+    # replaced.
     text = file.read_text(encoding="utf-8-sig", errors="replace")
     if "<!DOCTYPE" in text:
         raise InvalidValueError(
@@ -252,7 +251,7 @@ def _numbers(
 
 
 def _size(image: Path) -> tuple[int, int]:
-    """Width and height, from the head of the file."""
+    """Read width and height from the header of the file."""
     try:
         with Image.open(image) as opened:
             return opened.size

@@ -1,4 +1,4 @@
-"""Converted graphs on disk: written whole or not at all, and checked before they are believed."""
+"""Converted graphs on disk: written whole or not at all, verified by hashes when read."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from anomalib_lite._files import replacing, write_text
 
 __all__ = ["cache_dir", "digest", "read", "write"]
 
-# The graphs used longest ago go first.
+# Above this size, the graphs used longest ago are removed.
 _MOST_BYTES = 4 << 30
-# A file that was begun so long ago will not be finished: its process is gone.
+# The process that began a temporary file so long ago is gone.
 _UNFINISHED_S = 24 * 60 * 60
 
 
 def cache_dir() -> Path:
-    """Where graphs are kept: ``ANOMALIB_LITE_CACHE``, else the user's cache directory.
+    """Directory of the graphs: ``ANOMALIB_LITE_CACHE``, else the user's cache directory.
 
     >>> import os
     >>> os.environ["ANOMALIB_LITE_CACHE"] = "somewhere"
@@ -44,13 +44,13 @@ def cache_dir() -> Path:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of bytes, or of anything that JSON can hold."""
+    """SHA-256 of bytes, or of a value that JSON can hold."""
     content = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
 
 
 def read(key: dict[str, Any]) -> tuple[dict[str, Any], bytes] | None:
-    """What was written under a key: a description and a graph; None if it is not there whole."""
+    """Read the description and the graph of a key; None if one is missing or broken."""
     try:
         folder = cache_dir()
         entry = json.loads((folder / f"{digest(key)}.json").read_bytes())
@@ -71,7 +71,7 @@ def read(key: dict[str, Any]) -> tuple[dict[str, Any], bytes] | None:
 
 
 def write(keys: Sequence[dict[str, Any]], described: dict[str, Any], graph: bytes) -> None:
-    """Keep a graph under several keys; where that cannot be done, nothing happens."""
+    """Store a graph under several keys; if it cannot be written, nothing happens."""
     try:
         folder = cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def write(keys: Sequence[dict[str, Any]], described: dict[str, Any], graph: byte
 
 
 def _forget_oldest(folder: Path, spare: str) -> None:
-    """Remove the graphs used longest ago, what led to them, and what was never finished."""
+    """Remove the graphs used longest ago, their keys, and temporary files of lost processes."""
     graphs = sorted(folder.glob("*.graph"), key=lambda path: path.stat().st_mtime)
     total = sum(path.stat().st_size for path in graphs)
     gone = set()

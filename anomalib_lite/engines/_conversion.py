@@ -1,4 +1,4 @@
-"""A backbone and its fusion -> one graph from pixels to patch embeddings, for other engines."""
+"""A backbone and its fusion -> one graph from pixels to patch embeddings, checked with torch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["GraphError", "check_converted", "convert_backbone"]
 
 # Opset 18 is the first whose Resize has torch's antialiasing.
 _OPSET = 18
-# A graph in float32 differs from torch by the order of its sums: about 1e-6 in norm.
+# A graph in float32 adds in another order than torch: a relative error of about 1e-6 in norm.
 _TOLERANCE = 1e-4
 
 
 class GraphError(Exception):
-    """The network cannot be written as a graph, or the graph does not compute the same."""
+    """The network cannot be converted to a graph, or the graph gives other embeddings."""
 
 
 class _PixelsToEmbeddings(nn.Module):
@@ -55,21 +55,21 @@ def convert_backbone(backbone: Backbone, engine: str) -> tuple[bytes, dict[str, 
     Returns
     -------
     graph : bytes
-        For any H and W that the backbone takes; batches of one.
+        For one image of any H and W that the backbone takes.
     sizes : dict
-        ``"multiple"``: of what H and W must be multiples (1 if of nothing), and ``"only"``:
-        the one size (H, W) that a network takes, or None.
+        ``"multiple"``: H and W must be multiples of this number; ``"only"``: the one size (H, W)
+        that the network takes, or None.
 
     Raises
     ------
     GraphError
-        Saying why it cannot be done.
+        If the network cannot be converted: says why.
     """
     size, only = _size_to_trace(backbone)
     example = torch.from_numpy(_random_pixels(size).astype(np.float32))
     try:
-        # Tracing warns of each size that it takes for a constant; check_converted finds those
-        # that matter.
+        # Tracing warns of each size that becomes a constant; check_converted finds those that
+        # matter.
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             module = _PixelsToEmbeddings(backbone).eval()
@@ -84,10 +84,20 @@ def convert_backbone(backbone: Backbone, engine: str) -> tuple[bytes, dict[str, 
 def check_converted(
     open_graph: Callable[[], Any], backbone: Backbone, sizes: dict[str, Any]
 ) -> None:
-    """Raise GraphError unless a float32 graph gives what the backbone gives, at several sizes."""
+    """Raise GraphError if a float32 graph gives other embeddings than the backbone at any size.
+
+    Parameters
+    ----------
+    open_graph : callable
+        Opens the graph; what it returns has ``embed``.
+    backbone : Backbone
+        Of dtype float32, on the CPU.
+    sizes : dict
+        From :func:`convert_backbone`.
+    """
     try:
         embed = open_graph().embed
-    except Exception as error:  # each engine has kinds of its own
+    except Exception as error:  # each engine has its own types of errors
         raise GraphError(f"its graph cannot be opened: {_first_line(error)}") from error
     if sizes["only"]:
         to_try = [tuple(sizes["only"])]
@@ -113,7 +123,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _size_to_trace(backbone: Backbone) -> tuple[tuple[int, int], tuple[int, int] | None]:
-    """A small size that is not square; else the only one that the network takes, twice."""
+    """Return the size to trace with, and the only size that the network takes, or None.
+
+    The size is small and not square, unless the network takes no other than its own.
+    """
     stride = max(backbone.stride, 8)
     small = tuple(max(n * stride, -(-low // stride) * stride) for n, low in ((4, 64), (6, 96)))
     if _takes(backbone, small):
@@ -126,7 +139,7 @@ def _size_to_trace(backbone: Backbone) -> tuple[tuple[int, int], tuple[int, int]
 
 
 def _multiple(backbone: Backbone, size: tuple[int, int]) -> int:
-    """Of what H and W must be multiples; modules of one's own do not say."""
+    """Find by trial the number of which H and W must be multiples."""
     for step in (1, backbone.stride, 2, 4, 8, 16, 32):
         if _takes(backbone, (size[0] + 3 * step, size[1] + 5 * step)):
             return step
@@ -146,7 +159,7 @@ def _random_pixels(size: tuple[int, ...]) -> np.ndarray:
 
 
 def _write_openvino(module: nn.Module, example: Tensor) -> bytes:
-    """XML and weights in one: the length of the XML in 8 bytes, the XML, the weights."""
+    """Convert to bytes: the length of the XML in 8 bytes, the XML, the weights."""
     openvino = import_openvino()
     any_size = openvino.PartialShape([1, -1, -1, 3])
     model = openvino.convert_model(module, example_input=example, input=[any_size])
@@ -159,7 +172,7 @@ def _write_openvino(module: nn.Module, example: Tensor) -> bytes:
 
 def _write_onnx(module: nn.Module, example: Tensor) -> bytes:
     file = io.BytesIO()
-    onnx: Any = torch.onnx  # whose types leave out files in memory, and what is not exported
+    onnx: Any = torch.onnx  # its types lack files in memory and private functions
     with _antialiased_resize(onnx):
         onnx.export(
             module,
@@ -176,7 +189,7 @@ def _write_onnx(module: nn.Module, example: Tensor) -> bytes:
 
 @contextmanager
 def _antialiased_resize(onnx: Any) -> Iterator[None]:
-    """While it lasts, torch can export what vision transformers resize their positions with."""
+    """Let torch export the operation by which vision transformers resize position embeddings."""
     name = "aten::_upsample_bicubic2d_aa"
 
     def symbolic(g: Any, x: Any, size: Any, align_corners: Any, *scales: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A backbone and an engine by their names -> what embeds images."""
+"""A backbone and the name of an engine -> an object that embeds images."""
 
 from __future__ import annotations
 

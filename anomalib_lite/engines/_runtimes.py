@@ -1,4 +1,4 @@
-"""OpenVINO and ONNX Runtime: a converted graph, ready to run on the CPU, without torch."""
+"""OpenVINO and ONNX Runtime: run a converted graph on the CPU, without torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from anomalib_lite._threads import requested_threads
 
 __all__ = ["OnnxRuntimeGraph", "OpenVinoGraph", "import_openvino"]
 
-# A graph made for one size is faster by a third for a small network, and takes a tenth of a
-# second to make: so only for sizes that come again and again, and where weights are small.
+# For a small network, a graph made for one image size is faster by a third and takes a tenth of a
+# second to make. So it is made only for sizes that come often, and only if the weights are small.
 _IMAGES_BEFORE_OWN_GRAPH = 32
 _SMALL_WEIGHTS = 32 << 20
 _MOST_OWN_GRAPHS = 4
@@ -24,8 +24,8 @@ _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def import_openvino() -> Any:
-    """The module, imported without the part of it that reports its use over the network."""
-    if "openvino" in sys.modules:  # then whoever imported it has decided
+    """Import OpenVINO without its part that reports its use over the network."""
+    if "openvino" in sys.modules:  # imported before, with or without that part
         return sys.modules["openvino"]
     reporter = sys.modules.get("openvino_telemetry")
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # as if not installed
@@ -40,16 +40,21 @@ def import_openvino() -> Any:
 class OpenVinoGraph:
     """Runs a graph with OpenVINO: each image by itself, several at a time.
 
-    So an image's embeddings do not depend on which others share its batch. The graph that takes
-    any size, on all cores for one image, is the standard. Faster variants (one image a core; made
-    for one size) are used only if they give the same bits.
+    An image's embeddings therefore do not depend on the other images in its batch. The standard
+    is the graph that takes any size, with all cores on one image. Faster variants (one image per
+    core; a graph made for one size) are used only if they give the same bits.
 
     Parameters
     ----------
     graph : bytes
         From ``convert_backbone``.
     dtype : {"float32", "bfloat16", "float16"}
-        In which numbers; ``supports_dtype`` says whether the processor can.
+        Number type to compute in.
+
+    Attributes
+    ----------
+    supports_dtype : bool
+        Whether the processor can compute in ``dtype``.
     """
 
     def __init__(self, graph: bytes, dtype: str) -> None:
@@ -63,7 +68,8 @@ class OpenVinoGraph:
         if requested_threads():
             self._config["INFERENCE_NUM_THREADS"] = requested_threads()
         self._seen: Counter[tuple[int, int]] = Counter()
-        # By size (None: any) and whether many images come at once; None: not the same bits.
+        # Variants, by size (None: any size) and whether several images come at once. The value is
+        # None for a variant that does not give the same bits.
         self._queues: dict[tuple[Any, bool], Any] = {}
         self._lock = threading.Lock()
         self._standard = self._queues[None, False] = self._compile(None, False)
@@ -77,7 +83,7 @@ class OpenVinoGraph:
             try:
                 return self._run(self._queue_for(pixels), pixels, channels)
             except RuntimeError:
-                # A queue in which one run failed fails in all that follow.
+                # After one failed run, a queue fails in all later ones.
                 self._queues.clear()
                 self._standard = self._queues[None, False] = self._compile(None, False)
                 raise
@@ -94,7 +100,7 @@ class OpenVinoGraph:
         return found["embeddings"]
 
     def _queue_for(self, pixels: np.ndarray) -> Any:
-        """The fastest variant that gives the same bits as the standard."""
+        """Return the fastest variant that gives the same bits as the standard."""
         size, many = pixels.shape[1:3], len(pixels) > 1
         self._seen[size] += len(pixels)
         wishes: list[tuple[Any, bool]] = [(None, many)]
@@ -133,11 +139,11 @@ class OpenVinoGraph:
 def _keep_output(request: Any, place: tuple[dict[str, np.ndarray], int, int, Any]) -> None:
     (found, i, n, channels), output = place, request.get_output_tensor().data[0]  # (h, w, D)
     shape = (n, *output.shape[:2], output.shape[2] if channels is None else len(channels))
-    # Several threads come here; the first to set the array sets it for all.
+    # Several threads call this; the first one makes the array for all of them.
     all_outputs = found.setdefault("embeddings", np.empty(shape, np.float32))
     if channels is None:
         all_outputs[i] = output
-    else:  # checking each index takes longer
+    else:  # the default mode would check each index, which is slower
         np.take(output, channels, axis=2, out=all_outputs[i], mode="clip")
 
 
@@ -149,7 +155,12 @@ class OnnxRuntimeGraph:
     graph : bytes
         From ``convert_backbone``.
     dtype : str
-        ``supports_dtype`` is whether it is "float32".
+        Number type to compute in.
+
+    Attributes
+    ----------
+    supports_dtype : bool
+        True for "float32" alone.
     """
 
     def __init__(self, graph: bytes, dtype: str) -> None:
@@ -157,7 +168,7 @@ class OnnxRuntimeGraph:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = requested_threads() or 0
-        options.log_severity_level = 3  # it warns of each shape that it cannot know beforehand
+        options.log_severity_level = 3  # or it warns of each shape that it cannot infer
         self._session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
         )
@@ -171,5 +182,5 @@ class OnnxRuntimeGraph:
             wanted = slice(None) if channels is None else channels
             outputs = (self._session.run(None, given)[0] for given in inputs)
             return np.concatenate([output[..., wanted] for output in outputs])
-        except Exception as error:  # of kinds that it does not export
+        except Exception as error:  # its own types of errors are private
             raise RuntimeError(str(error)) from error
