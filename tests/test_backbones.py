@@ -102,7 +102,7 @@ def test_bytes_and_floats_of_one_image_give_the_same_maps(lite0: Backbone) -> No
     assert_same_maps(lite0(floats), lite0(pixels()))
 
 
-def test_the_pixels_handed_in_are_not_changed(lite0: Backbone) -> None:
+def test_the_given_pixels_are_not_changed(lite0: Backbone) -> None:
     for images in (pixels(), pixels().astype(np.float32) / 255):
         before = images.copy()
         lite0(images)
@@ -187,7 +187,7 @@ def test_a_layer_named_twice_gives_its_maps_twice_or_is_refused() -> None:
 
 
 class Unused(nn.Module):
-    """A network with a part that no image passes through."""
+    """A network with a layer that no image passes through."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -372,7 +372,7 @@ def test_unknown_names_are_refused(name: str, message: str) -> None:
         Backbone(name, where="Asker")
 
 
-def test_neither_name_nor_module_is_refused() -> None:
+def test_a_backbone_of_another_type_is_refused() -> None:
     with pytest.raises(InvalidTypeError, match=r"name or a torch.nn.Module, got int"):
         Backbone(18)  # type: ignore[arg-type]
 
@@ -459,7 +459,7 @@ def test_a_size_that_the_network_cannot_take_is_a_clear_error() -> None:
 
 
 class FixedSize(nn.Module):
-    """Refuses by way of torch, as networks outside timm do."""
+    """Refuses a size with torch's own error, as networks outside timm do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -527,7 +527,7 @@ def batch_norm(channels: int) -> nn.Module:
 
 
 class Residual(nn.Module):
-    """Uses what a convolution gives before its batch norm as well as after it."""
+    """Uses the output of a convolution both before and after its batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -568,7 +568,7 @@ NORMED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", NORMED)
-def test_batch_norms_count_whatever_stands_around_them(kind: str) -> None:
+def test_batch_norms_are_merged_correctly_in_any_position(kind: str) -> None:
     torch.manual_seed(0)
     network = NORMED[kind]().eval()
     x = normalised(pixels(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -626,7 +626,7 @@ def test_a_module_gives_the_maps_it_returns(kind: str) -> None:
     assert_same_maps(got, expected[1:] if kind in ("tensor", "tokens") else expected)
 
 
-def test_a_module_with_layers_gives_theirs() -> None:
+def test_a_module_with_layers_gives_their_maps() -> None:
     module = own("vector")
     with torch.inference_mode():
         x = normalised(pixels(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -673,7 +673,7 @@ def test_networks_of_timm_without_usable_stages_are_refused(
         Backbone(network)(pixels(1, 64, 64))
 
 
-def test_the_module_handed_in_is_not_changed() -> None:
+def test_the_given_module_is_not_changed() -> None:
     module = own("tensor").train()
     before = copy.deepcopy(module.state_dict())
     Backbone(module, layers=["first"], dtype="bfloat16")(pixels())

@@ -1,4 +1,4 @@
-"""Engines: torch's numbers, the same bits in any batch, and no torch where none is due."""
+"""Engines: torch's numbers, the same bits in any batch, and a warm start without torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def open_cpu(backbone: Any = LITE0, engine: str = "openvino", **options: Any) ->
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of this test's own."""
+    """An empty cache directory for one test."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("ANOMALIB_LITE_CACHE", str(folder))
     return folder
@@ -93,7 +93,7 @@ def test_embeddings_are_those_of_torch(name: str, engine: str, weights: dict[str
 
 
 @pytest.mark.parametrize("engine", ["torch", *COMPILED])
-def test_channels_that_are_wanted_come_alone_and_unchanged(engine: str) -> None:
+def test_wanted_channels_are_equal_to_those_among_all(engine: str) -> None:
     backbone, channels = open_cpu(engine=engine, dtype="float32"), np.array([0, 3, 90, 151])
     expected = backbone.embed(pixels(3))[..., channels]
     np.testing.assert_array_equal(backbone.embed(pixels(3), channels), expected)
@@ -125,7 +125,7 @@ def test_a_call_gives_the_feature_maps_and_the_state_is_the_original() -> None:
 
 
 class Own(nn.Module):
-    """A module of the user's, which returns its maps itself."""
+    """A user's module, which returns feature maps itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def test_a_module(engine: str, layers: Any, cache: Path) -> None:
 
 
 class Fickle(Own):
-    """Computes with the width as a number, which no graph for all sizes can know."""
+    """Uses the width as a Python number, which becomes a constant in a graph."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * int(x.shape[3])
@@ -165,7 +165,7 @@ def test_a_network_that_cannot_be_converted(engine: str) -> None:
 
 
 class Baked(Own):
-    """Adds a place for each patch of the traced size; larger images need more than it has."""
+    """Slices its position embeddings by Python numbers, which become constants in a graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def test_a_network_whose_graph_fails_at_other_sizes(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", COMPILED)
-def test_an_image_that_cannot_be_taken_spoils_nothing(engine: str) -> None:
+def test_a_refused_image_does_not_change_later_results(engine: str) -> None:
     module = Own()
     module.conv = nn.Conv2d(3, 8, 32, stride=8)
     backbone = open_cpu(module, engine)
@@ -220,7 +220,7 @@ def test_the_batch_does_not_matter(
     np.testing.assert_array_equal(backbone.embed(images[:1]), alone[:1])
 
 
-def test_sizes_that_come_often_get_their_own_graph_and_not_without_end() -> None:
+def test_frequent_sizes_get_their_own_graph_up_to_a_limit() -> None:
     compiled = open_cpu()
     runtime: OpenVinoGraph = compiled._runtime
     sizes = [(64, 16 * n) for n in range(4, 11)]
@@ -257,7 +257,7 @@ def test_a_copy_where_the_engine_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
         pickle.loads(packed)
 
 
-def test_layers_that_are_none(cache: Path, weights: dict[str, Path]) -> None:
+def test_layers_of_a_wrong_type(cache: Path, weights: dict[str, Path]) -> None:
     for engine in ("torch", "openvino"):
         with pytest.raises(InvalidTypeError, match="layers"):
             open_cpu("test_resnet", engine, weights=weights["test_resnet"], layers=3)
@@ -281,7 +281,7 @@ def test_auto() -> None:
     detector = PatchCore(image_size=32, false_alarm_rate=0.4, device="cpu").fit(pixels(8))
     assert (detector.engine_, detector.dtype_) == ("openvino", "float32")  # depthwise
     assert isinstance(detector.backbone_, CompiledBackbone)
-    # What this CPU has no units for, torch can do nonetheless.
+    # torch computes in float16 even on a CPU without units for it.
     assert open_cpu(engine="auto", dtype="float16").engine in ("torch", "openvino")
 
 
@@ -308,7 +308,7 @@ def test_bfloat16_for_networks_without_depthwise_convolutions(weights: dict[str,
         ({"backbone": "efficientnet_lite00"}, "not known to timm"),
     ],
 )
-def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidValueError, match=f"^Asker: .*{message}"):
         open_cpu(**({"where": "Asker"} | options))
 
@@ -398,7 +398,7 @@ def test_with_a_warm_cache_torch_is_not_imported(engine: str, tmp_path: Path) ->
 
 
 def is_cached(**options: Any) -> bool:
-    """Whether opening a network needs no conversion, after which it is."""
+    """Open a network, and tell whether its graph was in the cache."""
     before = _made()
     open_cpu(**options)
     return _made() == before
@@ -424,7 +424,9 @@ def _count_conversions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_count_conversions")
-def test_the_key_is_all_that_matters(cache: Path, tmp_path: Path, weights: dict[str, Path]) -> None:
+def test_the_key_holds_all_that_changes_a_graph(
+    cache: Path, tmp_path: Path, weights: dict[str, Path]
+) -> None:
     options: dict[str, Any] = {"backbone": "test_resnet", "weights": weights["test_resnet"]}
     assert not is_cached(**options)
     assert is_cached(**options)
@@ -493,7 +495,7 @@ def test_a_listed_source_that_is_gone_is_noticed(name: str, copied_sources: Path
     ("kind", "damage"),
     [("json", "cut"), ("json", "other"), ("graph", "flipped"), ("graph", "gone")],
 )
-def test_a_broken_cache_is_not_believed(kind: str, damage: str, cache: Path) -> None:
+def test_a_broken_cache_entry_is_not_used(kind: str, damage: str, cache: Path) -> None:
     module: dict[str, Any] = {"backbone": "test_resnet", "state": None}
     torch.manual_seed(0)
     network = timm.create_model("test_resnet", num_classes=0)
@@ -541,7 +543,7 @@ def test_the_graphs_used_longest_ago_go_first(cache: Path, monkeypatch: pytest.M
     assert [path.name for path in cache.glob(".*")] == [".new.tmp"]
 
 
-def test_the_cache_is_where_the_system_keeps_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_in_the_user_s_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANOMALIB_LITE_CACHE", raising=False)
     for platform, variable in (("linux", "XDG_CACHE_HOME"), ("win32", "LOCALAPPDATA")):
         monkeypatch.setattr(sys, "platform", platform)
@@ -563,7 +565,7 @@ def read_mask(sample: Any) -> np.ndarray:
         return np.asarray(mask.convert("L")) > 0
 
 
-def test_no_metric_moves(data_dir: Path) -> None:
+def test_metrics_do_not_depend_on_the_engine(data_dir: Path) -> None:
     """Neither engine nor ``dtype="auto"`` moves a metric by more than 0.002 against float32."""
     if not (data_dir / "magnetic_tile").is_dir():
         pytest.skip(f"no photographs of magnetic tiles in {data_dir}")

@@ -25,7 +25,7 @@ def naive_pool(maps: np.ndarray, side: int) -> np.ndarray:
 
 
 def naive_resize(maps: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, cells at their centres, the border going on outside."""
+    """Resize bilinearly; values are at the centres of cells, and the border is repeated outside."""
     n, c, h, w = maps.shape
     out = np.zeros((n, c, height, width))
     for i in range(height):
@@ -56,7 +56,7 @@ def random_maps(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
         [(6, 4), (6, 4)],
     ],
 )
-def test_concat_is_pool_resize_and_put_side_by_side(
+def test_concat_pools_resizes_and_concatenates(
     sizes: list[tuple[int, int]], neighbourhood: int
 ) -> None:
     maps = random_maps(*((2, 3 + i, h, w) for i, (h, w) in enumerate(sizes)))
@@ -90,7 +90,7 @@ def test_the_memory_format_of_the_maps_does_not_matter() -> None:
     torch.testing.assert_close(got, patch_embeddings(maps), rtol=1e-6, atol=1e-6)
 
 
-def test_the_maps_handed_in_are_not_changed() -> None:
+def test_the_given_maps_are_not_changed() -> None:
     maps = random_maps((2, 3, 8, 12), (2, 4, 4, 6))
     before = [m.clone() for m in maps]
     for neighbourhood in (1, 3):

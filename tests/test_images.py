@@ -206,7 +206,7 @@ def test_arrays_and_tensors_give_their_pixels(kind: str) -> None:
         check_pixels(got, pixels)
 
 
-def test_what_was_handed_in_is_not_changed() -> None:
+def test_the_given_images_are_not_changed() -> None:
     image, array, tensor = Image.fromarray(RGB), UNIT.copy(), torch.from_numpy(UNIT.copy())
     for batch in batches([image, array, tensor], image_size=(HEIGHT, WIDTH)):
         batch.pixels[...] = 0
@@ -276,7 +276,7 @@ def test_an_int_is_the_shorter_side_and_keeps_the_aspect(
         assert abs(got - side * image_size / min(size)) <= stride / 2
 
 
-def test_no_side_is_rounded_away() -> None:
+def test_no_side_is_rounded_to_zero() -> None:
     pixels, _ = ImageSource(np.zeros((60, 100), np.uint8)).load(0, 16, 64)
     assert pixels.shape == (64, 64, 3)
 
@@ -334,7 +334,7 @@ def test_images_of_one_size_come_in_full_batches_and_in_order() -> None:
     assert [b.indices for b in batches(images)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_bytes_and_floats_do_not_meet_in_one_batch() -> None:
+def test_bytes_and_floats_are_in_different_batches() -> None:
     images = [RGB, UNIT, RGB, UNIT]
     for batch in batches(images):
         assert {images[i].dtype for i in batch.indices} == {batch.pixels.dtype}
@@ -592,7 +592,7 @@ def tmp_path_of(tmp_path: Path, name: str) -> Path:
     return path
 
 
-def test_skipping_can_leave_nothing(tmp_path: Path) -> None:
+def test_all_images_may_be_skipped(tmp_path: Path) -> None:
     skipped: list[tuple[int, str]] = []
     assert batches([tmp_path / "gone.png"] * 9, on_error="skip", skipped=skipped) == []
     assert len(skipped) == 9

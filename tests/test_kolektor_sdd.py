@@ -36,7 +36,7 @@ def is_bad(part: int, image: int) -> bool:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Nine parts, and what unpacking leaves beside them."""
+    """Nine parts, and other files beside them, as after unpacking."""
     for part in range(1, N_PARTS + 1):
         for image in range(N_IMAGES):
             folder = tmp_path / f"kos{part:02d}"

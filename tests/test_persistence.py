@@ -111,7 +111,7 @@ def fit_and_save(directory: Path) -> dict[str, PatchCore]:
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PatchCore, Any]]:
-    """Each detector, and what another process without a network makes of its file."""
+    """Each detector, and the results of another process that loads its file without a network."""
     directory = tmp_path_factory.mktemp("elsewhere")
     fitted = fit_and_save(directory)
     np.save(directory / "questions.npy", questions())
@@ -216,7 +216,7 @@ def test_the_file_holds_arrays_and_json_alone(saved: Path, embedded: PatchCore) 
 # --- Weights ------------------------------------------------------------------------------
 
 
-def test_other_weights_than_those_fitted_with_are_refused(tmp_path: Path) -> None:
+def test_other_weights_than_at_fit_are_refused(tmp_path: Path) -> None:
     weights = random_weights(tmp_path / "weights.safetensors")
     detector = make(backbone="test_resnet", weights=weights).fit(images(12))
     model = tmp_path / "model.safetensors"
@@ -234,7 +234,7 @@ def test_other_weights_than_those_fitted_with_are_refused(tmp_path: Path) -> Non
         detector.save(tmp_path / "other.safetensors", include_backbone=True)
 
 
-def test_the_layers_are_those_fitted_with_whatever_the_default_has_become(tmp_path: Path) -> None:
+def test_the_layers_are_those_of_fit_even_if_the_default_has_changed(tmp_path: Path) -> None:
     weights = random_weights(tmp_path / "weights.safetensors")
     model = tmp_path / "model.safetensors"
     make(backbone="test_resnet", weights=weights).fit(images(12)).save(model)
@@ -245,7 +245,7 @@ def test_the_layers_are_those_fitted_with_whatever_the_default_has_become(tmp_pa
     assert load(model).backbone_.layers == ["layer1"]
 
 
-def test_another_preprocessing_than_fitted_with_is_refused(tmp_path: Path) -> None:
+def test_other_preprocessing_than_at_fit_is_refused(tmp_path: Path) -> None:
     model, detector = tmp_path / "model.safetensors", make().fit(images(12))
     for name, other in (("mean", [0.1, 0.2, 0.3]), ("std", None), ("stride", 3)):
         detector.save(model)
@@ -266,7 +266,7 @@ class Own(nn.Module):
 
 @pytest.mark.parametrize("include_backbone", [False, True])
 @pytest.mark.parametrize("layers", [None, ["conv"]])
-def test_a_module_must_be_handed_in_again(
+def test_a_module_must_be_passed_to_load(
     include_backbone: bool, layers: Any, tmp_path: Path
 ) -> None:
     detector = make(backbone=Own(), layers=layers).fit(images(12))
@@ -335,7 +335,7 @@ def test_another_safetensors_file_is_refused(tmp_path: Path, metadata: Any) -> N
         load(tmp_path / "other.safetensors")
 
 
-def test_json_that_is_none_is_refused(saved: Path) -> None:
+def test_a_header_that_is_not_json_is_refused(saved: Path) -> None:
     for text in ("{", "", "{'format_version': 1}"):
         rewrite(saved, header=lambda _, text=text: text)
         with pytest.raises(ModelFileError, match=r"model.safetensors"):
@@ -343,7 +343,7 @@ def test_json_that_is_none_is_refused(saved: Path) -> None:
         save_file(load_file(saved), saved, {KEY: "{}"})
 
 
-def test_a_newer_format_is_refused_with_the_way_out(saved: Path) -> None:
+def test_a_newer_format_is_refused_with_a_remedy(saved: Path) -> None:
     rewrite(saved, header=lambda h: h | {"format_version": 2})
     with pytest.raises(ModelFileError, match=r"format version 2.*reads up to 1.*pip install --up"):
         load(saved)
@@ -445,7 +445,7 @@ def test_embeddings_of_the_wrong_kind_are_refused(saved: Path, tensors: dict[str
         lambda held: held | {"embeddings": held["embeddings"][:, 1:].contiguous()},
     ],
 )
-def test_an_index_that_does_not_belong_is_refused(tmp_path: Path, change: Any) -> None:
+def test_an_index_that_does_not_fit_the_embeddings_is_refused(tmp_path: Path, change: Any) -> None:
     model = tmp_path / "model.safetensors"
     make(index="HNSW8", coreset_ratio=0.5).fit_embeddings(embeddings(12)).save(model)
     rewrite(model, tensors=change)
@@ -560,7 +560,7 @@ def test_places_that_cannot_be_written_are_named(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX has file modes")
-def test_the_file_can_be_read_by_whom_any_new_file_can(saved: Path) -> None:
+def test_the_file_has_the_mode_of_any_new_file(saved: Path) -> None:
     (saved.parent / "plain").touch()
     assert saved.stat().st_mode == (saved.parent / "plain").stat().st_mode
 
