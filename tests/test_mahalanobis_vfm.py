@@ -68,6 +68,7 @@ def test_a_file_holds_a_given_shrinkage(tmp_path: Path) -> None:
     ("parameters", "message"),
     [
         ({"fusion": "concat"}, "fusion must be one of"),
+        ({"image_score": "reweighted"}, "image_score must be one of"),
         ({"global_weight": 1.5}, "global_weight must be"),
         ({"shrinkage": "ledoit"}, "Did you mean 'ledoit_wolf'"),
         ({"normalize": "yes"}, "normalize must be"),

@@ -259,7 +259,8 @@ def embed_elsewhere(
     n = len(source)
     shards, starts = _cut(source, 0, n, _SHARD_IMAGES), range(0, n, _SHARD_IMAGES)
     results = _watch(distribute(shards, None), starts, n, skipped, verbose)
-    grids = (grid for result in results for grid in result.embeddings or ())
+    blocks = (result.embeddings for result in results)
+    grids = (grid for block in blocks if block is not None for grid in block)
     return assemble(n, (([i], grid[None]) for i, grid in enumerate(grids))), skipped
 
 
