@@ -10,11 +10,11 @@ import numpy as np
 from anomalib_lite._validation import check_number
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError
 
-__all__ = ["calibration_size", "conformal_threshold"]
+__all__ = ["calibration_size", "conformal_threshold", "threshold_and_shortfall"]
 
 
 def conformal_threshold(scores: np.ndarray, false_alarm_rate: float) -> float:
-    r"""Threshold that at most ``false_alarm_rate`` of future normal images exceed.
+    r"""Return the threshold that at most ``false_alarm_rate`` of future normal images exceed.
 
     Parameters
     ----------
@@ -62,6 +62,19 @@ def conformal_threshold(scores: np.ndarray, false_alarm_rate: float) -> float:
     >>> conformal_threshold(range(1, 100), 0.1)
     90.0
     """
+    threshold, shortfall = threshold_and_shortfall(scores, false_alarm_rate)
+    if shortfall is not None:
+        warnings.warn(shortfall, CalibrationWarning, stacklevel=2)
+    return threshold
+
+
+def threshold_and_shortfall(
+    scores: np.ndarray, false_alarm_rate: float
+) -> tuple[float, str | None]:
+    """Return what :func:`conformal_threshold` returns, and what it warns of, without warning.
+
+    A caller that is deep in the library gives the warning itself, at the user's line.
+    """
     where = "conformal_threshold"
     check_number("false_alarm_rate", false_alarm_rate, where, "(0, 1)")
     ordered = np.sort(np.asarray(list(scores), dtype=np.float32))
@@ -69,13 +82,12 @@ def conformal_threshold(scores: np.ndarray, false_alarm_rate: float) -> float:
     if not np.isfinite(ordered).all():
         raise InvalidValueError(f"{where}: scores must be finite, got NaN or infinity.")
     if n < calibration_size(false_alarm_rate):
-        _warn_too_few(n, false_alarm_rate)
-        return float(ordered[-1]) if n else math.inf
-    return float(ordered[_rank(n, false_alarm_rate) - 1])
+        return float(ordered[-1]) if n else math.inf, _shortfall(n, false_alarm_rate)
+    return float(ordered[_rank(n, false_alarm_rate) - 1]), None
 
 
 def calibration_size(false_alarm_rate: float) -> int:
-    """Smallest number of normal images that can guarantee ``false_alarm_rate``.
+    """Return the smallest number of normal images that can guarantee ``false_alarm_rate``.
 
     Parameters
     ----------
@@ -100,16 +112,14 @@ def _rank(n: int, false_alarm_rate: float) -> int:
     return math.ceil((n + 1) * (1 - false_alarm_rate) - 1e-9)
 
 
-def _warn_too_few(n: int, false_alarm_rate: float) -> None:
+def _shortfall(n: int, false_alarm_rate: float) -> str:
     needed = calibration_size(false_alarm_rate)
     reachable = (
         f"threshold_ is the largest of their scores, which guarantees {1 / (n + 1):.3g} at best"
         if n
         else "threshold_ is infinite: nothing will be called anomalous until you set it"
     )
-    warnings.warn(
+    return (
         f"false_alarm_rate={false_alarm_rate:g} needs {needed} normal images for calibration, got "
-        f"{n}; {reachable}. Fit on more images, ask for a higher rate, or set threshold_ yourself.",
-        CalibrationWarning,
-        stacklevel=2,
+        f"{n}; {reachable}. Fit on more images, ask for a higher rate, or set threshold_ yourself."
     )

@@ -50,17 +50,6 @@ ALL_DETECTORS: list[Any] = [
     GatedCascade(Small(), PatchCore(Small(), **QUICK), max_missed=0.3, **QUICK),
 ]
 
-# As in scikit-learn's parametrize_with_checks: what does not hold yet, and why. Each must fail.
-LINE = {"test_a_warning_names_the_line_that_called": "the warning names a line of the package"}
-EXPECTED_FAILURES: dict[str, dict[str, str]] = {
-    "PatchCore": LINE,
-    "PaDiM": LINE,
-    "MahalanobisVFM": LINE,
-    "GatedCascade": {
-        "test_a_threshold_that_is_no_number_is_refused": "detect does not check threshold_"
-    },
-}
-
 NORMAL = good(24)
 MIXED = np.concatenate([good(4, 2), bad(3)])
 ASKS = ("detect", "score", "anomaly_map", "predict", "score_samples", "decision_function")
@@ -70,14 +59,6 @@ ASKS = ("detect", "score", "anomaly_map", "predict", "score_samples", "decision_
 def prototype(request: pytest.FixtureRequest) -> Any:
     """One of ALL_DETECTORS, which nobody fits."""
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _expected_failures(request: pytest.FixtureRequest) -> None:
-    if "prototype" in request.fixturenames:
-        expected = EXPECTED_FAILURES.get(name_of(request.getfixturevalue("prototype")), {})
-        if reason := expected.get(request.function.__name__):
-            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
 @pytest.fixture

@@ -399,7 +399,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         scores = self.routing_.scores(probabilities, detector_scores)
         return CascadeDetections(
             scores=scores,
-            labels=~(scores <= self.threshold_),  # NaN is not known to be good
+            labels=self._labels(scores),
             maps=None if wanted == "none" else stack(heatmaps),
             names=source.names,
             skipped=sorted(skipped),

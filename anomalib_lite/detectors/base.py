@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import partial
@@ -24,7 +25,7 @@ from anomalib_lite._validation import (
     refuse_labelled,
 )
 from anomalib_lite.anomaly_map import anomaly_maps
-from anomalib_lite.calibration import calibration_size, conformal_threshold
+from anomalib_lite.calibration import calibration_size, threshold_and_shortfall
 from anomalib_lite.detectors.detections import Detections
 from anomalib_lite.detectors.fitting import (
     Distribute,
@@ -42,7 +43,7 @@ from anomalib_lite.detectors.fitting import (
 )
 from anomalib_lite.embeddings import embed_all, stack, take
 from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
-from anomalib_lite.errors import InvalidValueError, NotFittedError
+from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
 from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.model_file import ADAPTER, BACKBONE, VERSIONS, to_json, write_model
 
@@ -50,6 +51,8 @@ __all__ = ["BaseDetector", "DetectorMixin"]
 
 CALIBRATIONS = ("split", "leave_one_out")
 
+# Fitted attributes that are of images, and not of embeddings.
+_FITTED_ON_IMAGES = ("adapter_", "backbone_", "dtype_", "engine_", "skipped_")
 _NORMAL_ONLY = (
     "fit takes normal images only. Use dataset.train, or pass y=[sample.label for sample in "
     "samples]."
@@ -214,6 +217,10 @@ class DetectorMixin(ABC):
 
     def _labels(self, scores: np.ndarray) -> np.ndarray:
         """Decide which images (N,) are anomalous; NaN is, since nothing shows that it is good."""
+        if not isinstance(self.threshold_, float | int | np.number) or np.isnan(self.threshold_):
+            raise InvalidValueError(
+                f"{type(self).__name__}: threshold_ must be a number, got {self.threshold_!r}."
+            )
         return ~(scores <= self.threshold_)
 
     @property
@@ -366,7 +373,8 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         comes from the new ones alone. ``n_jobs`` has no effect here.
         """
         if not hasattr(self, "threshold_"):
-            return self.fit(images, y)
+            self._check_parameters()
+            return self._fit_images(images, y)
         self._check_update()
         if not hasattr(self, "backbone_"):
             raise NotFittedError(
@@ -403,18 +411,15 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         than ``false_alarm_rate`` needs.
         """
         self._check_parameters()
-        self._fit_embeddings(E)
-        for fitted_on_images in ("backbone_", "dtype_", "engine_", "skipped_"):
-            self.__dict__.pop(fitted_on_images, None)
-        return self
+        return self._fit_embeddings(E)
 
     def partial_fit_embeddings(self, E: Any, y: object = None) -> Self:
         """Go on learning from embeddings, as :meth:`partial_fit` does from images."""
         if not hasattr(self, "threshold_"):
-            return self.fit_embeddings(E)
+            self._check_parameters()
+            return self._fit_embeddings(E)
         self._check_update()
-        self._fit_embeddings(E, update=True)
-        return self
+        return self._fit_embeddings(E, update=True)
 
     def detect(self, images: Any, *, maps: bool = True) -> Detections:
         """Give scores, heatmaps and labels, from one pass through the backbone.
@@ -440,10 +445,6 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             if hasattr(self, "threshold_"):
                 remedy += "; after fit_embeddings use score_embeddings."
             raise NotFittedError(f"{type(self).__name__}: not fitted on images yet. {remedy}")
-        if not isinstance(self.threshold_, float | int | np.number) or np.isnan(self.threshold_):
-            raise InvalidValueError(
-                f"{type(self).__name__}: threshold_ must be a number, got {self.threshold_!r}."
-            )
         source = ImageSource(images, max_pixels=self.max_pixels, where=type(self).__name__)
         scores = np.full(len(source.items), np.nan, np.float32)
         heatmaps: list[Any] = [None] * len(source.items)
@@ -523,7 +524,11 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
                     accumulated.merge(result.accumulated)
                 del result
         fresh.calibration_scores_ = np.concatenate([np.empty(0, np.float32), *scores])
-        fresh.threshold_ = conformal_threshold(fresh.calibration_scores_, self.false_alarm_rate)
+        fresh.threshold_, shortfall = threshold_and_shortfall(
+            fresh.calibration_scores_, self.false_alarm_rate
+        )
+        if shortfall is not None:  # at the user's line: above a public method and its _fit_...
+            warnings.warn(shortfall, CalibrationWarning, stacklevel=4)
         # Absorb the images held back, if that can only lower scores.
         if joins:
             fresh._add_calibration_patches(removed, accumulated, random)
@@ -565,7 +570,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         self.skipped_ = [*self.skipped_, *named] if update else named
         return self
 
-    def _fit_embeddings(self, E: Any, update: bool = False) -> None:
+    def _fit_embeddings(self, E: Any, update: bool = False) -> Self:
         """Learn from embeddings, in whatever form they come."""
         where, random = type(self).__name__, check_random_state(self.random_state)
         leave_one_out = self.calibration == "leave_one_out"
@@ -588,6 +593,10 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             else:
                 shards = InMemory(take(E, order), n_held_back)
         self._fit_shards(shards, random, update)
+        if not update:
+            for fitted_on_images in _FITTED_ON_IMAGES:
+                self.__dict__.pop(fitted_on_images, None)
+        return self
 
     def _n_held_back(self, n: int | None, update: bool = False) -> int:
         """Return how many of ``n`` images to hold back for calibration.

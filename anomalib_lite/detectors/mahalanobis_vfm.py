@@ -226,16 +226,13 @@ class MahalanobisVFM(BaseDetector):
                 "which no memory_budget bounds. Use adapt=None, or no memory_budget."
             )
 
-    def fit_embeddings(self, E: Any, y: object = None) -> Self:
-        """Fit on embeddings, as any detector; ``adapt`` must be None, since it needs images."""
-        if self.adapt is not None:
+    def _fit_embeddings(self, E: Any, update: bool = False) -> Self:
+        if self.adapt is not None and not update:
             raise InvalidValueError(
                 "MahalanobisVFM: adapt='lora' needs images to adapt to, got embeddings. Call "
                 "fit(images), or set adapt=None."
             )
-        super().fit_embeddings(E, y)
-        self.__dict__.pop("adapter_", None)
-        return self
+        return super()._fit_embeddings(E, update)
 
     def _backbone_options(self) -> dict[str, Any]:
         scales = (0.25, 0.5, 1.0) if self.multi_scale else (1.0,)
