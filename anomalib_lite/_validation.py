@@ -194,3 +194,9 @@ def normal_indices(y: Any, n: int, where: str) -> np.ndarray:
     if labels.all():
         raise InvalidValueError(f"{where}: y has no normal image (0); fit needs at least one.")
     return np.flatnonzero(labels == 0)
+
+
+def refuse_labelled(images: Any, where: str, remedy: str) -> None:
+    """Raise if ``images`` are samples of a data set of which one is labelled anomalous."""
+    if isinstance(images, list | tuple) and any(getattr(item, "label", 0) for item in images):
+        raise InvalidValueError(f"{where}: images holds samples labelled anomalous. {remedy}")

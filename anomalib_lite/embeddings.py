@@ -7,14 +7,49 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Embeddings", "gather", "rows_of", "stack", "stack_embeddings", "take"]
+from anomalib_lite.images import Extractor, ImageSource
+
+__all__ = ["Embeddings", "assemble", "contiguous", "embed_all", "patch_rows", "stack", "take"]
 
 # (N, h, w, D) float32, or a list of N arrays (h, w, D) where images have different sizes.
 Embeddings = np.ndarray | list[np.ndarray]
 
 
+def embed_all(
+    extractor: Extractor,
+    source: ImageSource,
+    *,
+    channels: np.ndarray | None = None,
+    progress: str | None = None,
+) -> tuple[Embeddings, list[tuple[int, str]]]:
+    """Embed all images at once.
+
+    Parameters
+    ----------
+    extractor : Extractor
+    source : ImageSource
+    channels : array of shape (d,), int64, optional
+        Channels of the embeddings that are wanted; by default all.
+    progress : str, optional
+        Label of the progress bar; without one there is no bar.
+
+    Returns
+    -------
+    embeddings : Embeddings
+        Of the images that can be used, in their order.
+    skipped : list of (int, str)
+        Position and reason of each image left out.
+    """
+    skipped: list[tuple[int, str]] = []
+    batches = extractor.embed_batches(source, channels=channels, skipped=skipped, progress=progress)
+    return assemble(len(source.items), ((batch.indices, E) for batch, E in batches)), skipped
+
+
 def stack(arrays: list[Any]) -> Any:
-    """One array if all have one shape, else the list; either way nothing is held twice."""
+    """Move arrays of one shape into one array; return the list itself if the shapes differ.
+
+    The arrays are moved one by one, so none is in memory twice for long.
+    """
     if len({None if a is None else a.shape for a in arrays}) != 1 or arrays[0] is None:
         return arrays
     stacked = np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
@@ -24,18 +59,29 @@ def stack(arrays: list[Any]) -> Any:
 
 
 def take(E: Embeddings, indices: np.ndarray) -> Embeddings:
-    """The embeddings of some of the images."""
+    """Select the embeddings of some of the images."""
     return E[indices] if isinstance(E, np.ndarray) else [E[i] for i in indices]
 
 
-def gather(n: int, batches: Iterable[tuple[list[int], np.ndarray]]) -> Embeddings:
-    """Embeddings of up to ``n`` images, by their indices; those that never came are left out."""
+def assemble(n: int, batches: Iterable[tuple[list[int], np.ndarray]]) -> Embeddings:
+    """Put the embeddings of up to ``n`` images into the order of their indices.
+
+    Parameters
+    ----------
+    n : int
+    batches : iterable of (list of B int, array of shape (B, h, w, D))
+        Indices and embeddings of some images at a time; an index may be missing.
+
+    Returns
+    -------
+    Embeddings
+    """
     grids: dict[int, np.ndarray] = {}
     whole = np.empty((n, 0, 0, 0), np.float32)
     for indices, embeddings in batches:
         if len(indices) == n and indices == list(range(n)):
             return embeddings  # all at once: no copy
-        if not grids:  # room for all, in the hope that they have one size; not touched yet
+        if not grids:  # untouched room for all, which is used if all have one size
             whole = np.empty((n, *embeddings.shape[1:]), np.float32)
         for index, grid in zip(indices, embeddings, strict=True):
             if grid.shape == whole.shape[1:]:
@@ -48,8 +94,11 @@ def gather(n: int, batches: Iterable[tuple[list[int], np.ndarray]]) -> Embedding
     return [grids[index] for index in sorted(grids)]
 
 
-def stack_embeddings(grids: list[np.ndarray]) -> Embeddings:
-    """Move the embeddings (h, w, D) of many images next to each other in memory."""
+def contiguous(grids: list[np.ndarray]) -> Embeddings:
+    """Move the embeddings (h, w, D) of many images next to each other in memory.
+
+    The arrays are moved one by one, so none is in memory twice for long.
+    """
     if len({grid.shape for grid in grids}) <= 1:
         stacked: Embeddings = stack(grids) if grids else []
         return stacked
@@ -57,13 +106,13 @@ def stack_embeddings(grids: list[np.ndarray]) -> Embeddings:
     rows = np.empty((ends[-1], grids[0].shape[2]), np.float32)
     for i, end in enumerate(ends):
         height, width, length = grids[i].shape
-        mine = rows[end - height * width : end].reshape(height, width, length)
-        mine[:], grids[i] = grids[i], mine
+        place = rows[end - height * width : end].reshape(height, width, length)
+        place[:], grids[i] = grids[i], place
     return grids
 
 
-def rows_of(E: Embeddings) -> np.ndarray:
-    """All patches of all images, (N, D), without a copy where they lie next to each other."""
+def patch_rows(E: Embeddings) -> np.ndarray:
+    """Return all patches of all images as rows (n, D); :func:`contiguous` ones are not copied."""
     if isinstance(E, np.ndarray):
         return E.reshape(-1, E.shape[-1])
     rows = E[0].base

@@ -1,4 +1,4 @@
-"""Anything that is an image -> (B, H, W, 3) batches of one size, and the original sizes."""
+"""Anything that is an image -> (B, H, W, 3) batches of one size -> their patch embeddings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 from anomalib_lite._threads import n_cores
 from anomalib_lite._validation import IMAGE_SUFFIXES, check_int
@@ -28,7 +29,16 @@ from anomalib_lite.errors import (
     MissingPathError,
 )
 
-__all__ = ["Batch", "ImageSource", "by_size", "iter_batches", "load_all", "to_uint8"]
+__all__ = [
+    "Batch",
+    "Embedder",
+    "Extractor",
+    "ImageSource",
+    "by_size",
+    "iter_batches",
+    "load_all",
+    "to_uint8",
+]
 
 # Below this many pixels on a side there is no texture to describe.
 MIN_SIDE = 8
@@ -396,6 +406,106 @@ def by_size(
         if len(group) == most:
             yield waiting.pop(size(item))
     yield from waiting.values()
+
+
+class Embedder(Protocol):
+    """Turns batches of pixels into patch embeddings, as every backbone does."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels that one cell of the coarsest map stands for."""
+
+    @property
+    def dtype(self) -> Any:
+        """Number type of the network."""
+
+    def embed(self, pixels: np.ndarray, channels: np.ndarray | None = None) -> np.ndarray:
+        """Return the embeddings (B, h, w, D) of images (B, H, W, 3), or these channels of them."""
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Takes images through a backbone, one batch after the other.
+
+    Attributes
+    ----------
+    backbone : Embedder
+    image_size, batch_size, on_error
+        As in :func:`iter_batches`.
+    verbose : int, default=0
+        1 shows a progress bar (in a terminal only).
+    name : str, default="the backbone"
+        What error messages call the backbone.
+
+    Examples
+    --------
+    >>> class Gray:
+    ...     stride, dtype = 8, "float32"
+    ...     def embed(self, pixels, channels=None):
+    ...         return pixels[:, ::8, ::8].mean(axis=3, keepdims=True, dtype="float32")
+    >>> extractor = Extractor(Gray(), image_size=32)
+    >>> for batch, E in extractor.embed_batches(ImageSource(np.zeros((5, 40, 60), np.uint8))):
+    ...     print(batch.indices, E.shape)
+    [0, 1, 2, 3, 4] (5, 4, 6, 1)
+    """
+
+    backbone: Embedder
+    image_size: int | tuple[int, int]
+    batch_size: int = 32
+    on_error: str = "raise"
+    verbose: int = 0
+    name: str = "the backbone"
+
+    def embed_batches(
+        self,
+        source: ImageSource,
+        *,
+        channels: np.ndarray | None = None,
+        skipped: list[tuple[int, str]] | None = None,
+        progress: str | None = None,
+    ) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yield each batch of images with its patch embeddings.
+
+        Parameters
+        ----------
+        source : ImageSource
+        channels : array of shape (d,), int64, optional
+            Channels of the embeddings that are wanted; by default all.
+        skipped : list, optional
+            Is given ``(index, reason)`` for every image left out.
+        progress : str, optional
+            Label of the progress bar; without one there is no bar.
+
+        Yields
+        ------
+        Batch
+        ndarray of shape (B, h, w, D) or (B, h, w, d), float32
+
+        Raises
+        ------
+        AnomalibLiteError
+            For an image that cannot be used, unless it is skipped; for embeddings that are not
+            finite.
+        """
+        quiet = None if self.verbose and progress else True  # None: in a terminal only
+        n = len(source.items)
+        with tqdm(total=n, desc=progress, unit="image", leave=False, disable=quiet) as bar:
+            for batch in iter_batches(
+                source,
+                image_size=self.image_size,
+                stride=self.backbone.stride,
+                batch_size=self.batch_size,
+                on_error=self.on_error,
+                skipped=skipped,
+            ):
+                embeddings = self.backbone.embed(batch.pixels, channels)
+                if not np.isfinite(embeddings).all():
+                    raise InvalidValueError(
+                        f"{source.where}: {self.name} gives NaN or infinity in "
+                        f"{self.backbone.dtype}. Use dtype='float32'."
+                    )
+                yield batch, embeddings
+                bar.update(len(batch.pixels))
 
 
 def _list_items(images: Any, where: str) -> list[Any]:

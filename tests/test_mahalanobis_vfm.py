@@ -121,7 +121,7 @@ def test_a_file_holds_it_to_the_bit(shrinkage: Any, backbone: str, tmp_path: Pat
     ("parameters", "message"),
     [
         ({"fusion": "concat"}, "fusion must be one of"),
-        ({"image_score": "smoothed"}, "image_score must be one of"),
+        ({"image_score": "reweighted"}, "image_score must be one of"),
         ({"global_weight": 1.5}, "global_weight must be"),
         ({"shrinkage": "ledoit"}, "Did you mean 'ledoit_wolf'"),
         ({"normalize": "yes"}, "normalize must be"),

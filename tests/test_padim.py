@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from anomalib_lite import PaDiM, load
 from anomalib_lite.calibration import conformal_threshold
+from anomalib_lite.detectors.fitting import shards
 from anomalib_lite.errors import (
     AnomalibLiteError,
     CalibrationWarning,
@@ -267,18 +268,17 @@ def test_embeddings_in_any_form_and_budget_give_the_same(budget: Any, form: Any)
 
 
 def test_images_are_never_all_embedded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    largest = []
-    embed = PaDiM._embed_all
+    at_once, embed_all = [], shards.embed_all
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        E, skipped = embed(*args, **kwargs)
-        largest.append(len(E))
+        E, skipped = embed_all(*args, **kwargs)
+        at_once.append(len(E))
         return E, skipped
 
-    monkeypatch.setattr(PaDiM, "_embed_all", watched)
+    monkeypatch.setattr(shards, "embed_all", watched)
     make().fit(good(150))
-    assert max(largest) == 32
-    assert sum(largest) == 149  # one was looked at first
+    assert max(at_once) == 32
+    assert sum(at_once) == 149  # one was embedded before
 
 
 @pytest.mark.parametrize("calibration", ["split", "leave_one_out"])

@@ -587,7 +587,7 @@ def embeddings(n: int, seed: int = 0, grid: tuple[int, int] = (3, 5), d: int = 5
 
 
 class NeverAbsorbs(PatchCore):
-    def _absorb(self, E: Any, random: Any) -> None:
+    def _add_calibration_patches(self, removed: Any, accumulated: Any, random: Any) -> None:
         pass
 
 

@@ -27,9 +27,11 @@ from anomalib_lite import PatchCore, load
 from anomalib_lite._validation import check_memory
 from anomalib_lite.calibration import conformal_threshold
 from anomalib_lite.datasets import MVTecAD
-from anomalib_lite.detectors import BaseDetector
-from anomalib_lite.detectors._patch_accumulator import Collector, Plan, plan_patches
+from anomalib_lite.detectors import BaseDetector, plan_patches
+from anomalib_lite.detectors._patch_accumulator import Plan
+from anomalib_lite.detectors.fitting import Accumulator
 from anomalib_lite.detectors.fitting.shards import _NETWORK_BYTES
+from anomalib_lite.embeddings import embed_all
 from anomalib_lite.errors import (
     AnomalibLiteError,
     CalibrationWarning,
@@ -39,6 +41,7 @@ from anomalib_lite.errors import (
     NotFittedError,
     WorkerError,
 )
+from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.metrics import auroc
 
 HEIGHT, WIDTH = 48, 80
@@ -328,16 +331,11 @@ def test_images_give_what_their_embeddings_give(budget: Any) -> None:
     assert len(detector.memory_bank_.embeddings_) == pytest.approx(0.2 * 60 * 60, rel=0.05)
     if budget == "1GB":
         assert_same(detector, free)
-    bank, patches = detector.memory_bank_, free._embed_all(free.backbone_, source_of(X))[0]
+    bank = detector.memory_bank_
+    patches, _ = embed_all(Extractor(free.backbone_, 48), ImageSource(X))
     true = cdist(np.asarray(patches).reshape(-1, 192), bank.embeddings_).min(axis=1).max()
     assert true <= bank.covering_radius_ * (1 + 1e-5)
     assert true < 1.3 * free.memory_bank_.covering_radius_
-
-
-def source_of(X: Any) -> Any:
-    from anomalib_lite.images import ImageSource
-
-    return ImageSource(X)
 
 
 @pytest.mark.parametrize("budget", [None, SHARDS_OF_8])
@@ -358,27 +356,25 @@ def test_neither_workers_nor_batches_matter(budget: int | None, sizes: int) -> N
 class Mean(BaseDetector):
     """Not a good detector: the distance of an image's mean to the mean of all patches."""
 
-    def __init__(self, *, memory_budget: Any = None, random_state: Any = 0) -> None:
-        self.memory_budget, self.random_state = memory_budget, random_state
-        self.false_alarm_rate, self.calibration, self.batch_size = 0.1, "split", 4
-        self.verbose = 0
+    def __init__(
+        self, *, memory_budget: Any = None, calibration: str = "split", random_state: Any = 0
+    ) -> None:
+        self.memory_budget, self.calibration = memory_budget, calibration
+        self.random_state, self.false_alarm_rate, self.batch_size = random_state, 0.1, 4
 
     def _check_parameters(self) -> None:
         pass
 
-    def _collector(self, shape: Any, n_images: Any, in_flight: int, random: Any) -> Moments:
+    def _make_accumulator(self, shape: Any, n_images: Any, in_flight: int, random: Any) -> Moments:
         return Moments(2 if self.memory_budget else None)
 
-    def _fit_collected(self, collected: Moments, random: Any) -> None:
-        self.mean_ = collected.sum / collected.n
-        self.most_at_once_ = collected.most_at_once
+    def _fit_accumulated(self, accumulated: Moments, random: Any) -> None:
+        self.mean_ = accumulated.sum / accumulated.n
+        self.most_at_once_ = accumulated.most_at_once
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         distances = np.linalg.norm(E - self.mean_, axis=-1).astype(np.float32)
         return distances, distances.mean(axis=(1, 2))
-
-    def _score_left_out(self, E: Any) -> np.ndarray:
-        raise NotImplementedError
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return {"mean": self.mean_}, {}
@@ -387,14 +383,15 @@ class Mean(BaseDetector):
         self.mean_ = arrays["mean"]
 
 
-class Moments(Collector):
+class Moments(Accumulator):
     def __init__(self, at_once: int | None) -> None:
         self.images_per_shard = at_once or sys.maxsize
         self.n, self.sum, self.most_at_once = 0, np.float64(0), 0
 
-    def add(self, E: Any, position: int, existing: Any = None) -> None:
-        rows = np.asarray(E).reshape(-1, E[0].shape[-1])
-        self.n, self.sum, self.most_at_once = len(rows), rows.sum(0, np.float64), len(E)
+    def accumulate(self, E: Any, position: int, existing: Any = None) -> Self:
+        shard, rows = copy.copy(self), np.asarray(E).reshape(-1, E[0].shape[-1])
+        shard.n, shard.sum, shard.most_at_once = len(rows), rows.sum(0, np.float64), len(E)
+        return shard
 
     def merge(self, other: Self) -> None:
         self.n, self.sum = self.n + other.n, self.sum + other.sum
@@ -411,6 +408,11 @@ def test_a_detector_of_running_moments_needs_no_more_than_the_hooks(form: Any) -
         np.testing.assert_allclose(bounded.mean_, whole.mean_, rtol=1e-12)
         np.testing.assert_allclose(bounded.calibration_scores_, whole.calibration_scores_)
     assert np.isfinite(bounded.threshold_)
+
+
+def test_a_detector_that_cannot_leave_one_out_says_so() -> None:
+    with pytest.raises(InvalidValueError, match=r"^Mean: .*Use calibration='split'"):
+        Mean(calibration="leave_one_out").fit_embeddings(embeddings(8))
 
 
 # --- Workers ------------------------------------------------------------------------------

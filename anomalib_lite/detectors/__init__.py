@@ -1,7 +1,8 @@
 """Detectors: what is done with patch embeddings."""
 
-from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.detections import Detections, DetectorMixin
+from anomalib_lite.detectors._patch_accumulator import plan_patches
+from anomalib_lite.detectors.base import BaseDetector, DetectorMixin
+from anomalib_lite.detectors.detections import Detections
 from anomalib_lite.detectors.mahalanobis_vfm import MahalanobisVFM
 from anomalib_lite.detectors.padim import PaDiM
 from anomalib_lite.detectors.patchcore import PatchCore
@@ -13,4 +14,5 @@ __all__ = [
     "MahalanobisVFM",
     "PaDiM",
     "PatchCore",
+    "plan_patches",
 ]

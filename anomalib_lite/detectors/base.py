@@ -1,46 +1,412 @@
-"""The pipeline that all detectors share: images -> embeddings -> scores, maps, labels."""
+"""The pipeline of all detectors: images -> embeddings -> scores, heatmaps and labels."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Any, Self
+import copy
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from tqdm import tqdm
+from sklearn.utils import check_random_state
 
-from anomalib_lite._validation import check_embeddings
+from anomalib_lite._validation import (
+    check_choice,
+    check_embeddings,
+    check_image_size,
+    check_int,
+    check_memory,
+    check_number,
+    check_seed,
+    normal_indices,
+    refuse_labelled,
+)
 from anomalib_lite.anomaly_map import anomaly_maps
-from anomalib_lite.detectors.detections import Detections, DetectorMixin
-from anomalib_lite.detectors.learning import Learner
-from anomalib_lite.embeddings import Embeddings, gather, stack
-from anomalib_lite.engines import AnyBackbone, open_backbone
+from anomalib_lite.calibration import calibration_size, conformal_threshold
+from anomalib_lite.detectors.detections import Detections
+from anomalib_lite.detectors.fitting import (
+    Distribute,
+    EmbeddingModel,
+    EmbeddingStream,
+    ImageShards,
+    Indexed,
+    InMemory,
+    ShardSource,
+    ShardTask,
+    distribute,
+    embed_elsewhere,
+    iter_grids,
+    none_usable,
+)
+from anomalib_lite.embeddings import embed_all, stack, take
+from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
 from anomalib_lite.errors import InvalidValueError, NotFittedError
-from anomalib_lite.images import ImageSource, iter_batches
+from anomalib_lite.images import Extractor, ImageSource
+from anomalib_lite.model_file import ADAPTER, BACKBONE, to_json, write_model
 
-__all__ = ["BaseDetector"]
+__all__ = ["BaseDetector", "DetectorMixin"]
+
+CALIBRATIONS = ("split", "leave_one_out")
+
+_NORMAL_ONLY = (
+    "fit takes normal images only. Use dataset.train, or pass y=[sample.label for sample in "
+    "samples]."
+)
 
 
-class BaseDetector(DetectorMixin, Learner):
-    """Base of all detectors: a subclass says how to fit on embeddings and how to score them.
+class DetectorMixin(ABC):
+    """What every detector offers: all answers come from one ``detect(images)``, and it is saved."""
 
-    Subclasses store the parameters that :class:`~anomalib_lite.PatchCore` documents, and
-    implement the abstract methods; :meth:`_check_parameters` and those that have a body below
-    where they have something to add.
+    threshold_: float
+    skipped_: list[tuple[str, str]]
+    image_size: int | tuple[int, int]
+    false_alarm_rate: float
+    engine: str
+    batch_size: int
+    max_pixels: int
+    on_error: str
+    random_state: Any
+    verbose: int
+    _network: ClassVar[str] = "backbone"  # the parameter that names the network
+
+    @abstractmethod
+    def detect(self, images: Any, *, maps: Any = True) -> Detections:
+        """Give scores, labels and, if wanted, heatmaps."""
+
+    def score(self, images: Any) -> np.ndarray:
+        """Score how anomalous each image is: higher is more anomalous.
+
+        In scikit-learn's outlier detectors higher is more normal; :meth:`score_samples` has that
+        direction.
+
+        Parameters
+        ----------
+        images
+            As in :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (N,), float32
+            An image is called anomalous above ``threshold_``. In raw units (a distance); those of
+            a cascade lie in [0, 1].
+
+        Raises
+        ------
+        NotFittedError
+            Before :meth:`fit`.
+        AnomalibLiteError
+            For an image that cannot be used, unless ``on_error="skip"``: its score is NaN then.
+        """
+        return self.detect(images, maps=False).scores
+
+    def anomaly_map(self, images: Any) -> Any:
+        """Show where each image is anomalous.
+
+        Parameters
+        ----------
+        images
+            As in :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (N, H, W), float32, or list of N arrays (H, W)
+            At the images' own sizes, in the units of the scores; a list where sizes differ.
+
+        Raises
+        ------
+        NotFittedError, AnomalibLiteError
+            As :meth:`score`.
+        """
+        return self.detect(images, maps=True).maps
+
+    def predict(self, images: Any) -> np.ndarray:
+        """Return +1 for normal and -1 for anomalous (or skipped), as scikit-learn does.
+
+        Takes images as :meth:`fit` does and gives an ndarray of shape (N,), int64.
+        """
+        return np.where(self.detect(images, maps=False).labels, -1, 1)
+
+    def score_samples(self, images: Any) -> np.ndarray:
+        """Return the negative of :meth:`score`: higher is more normal, as in scikit-learn.
+
+        Takes images as :meth:`fit` does and gives an ndarray of shape (N,), float32.
+        """
+        return -self.score(images)
+
+    def decision_function(self, images: Any) -> np.ndarray:
+        """Return ``threshold_ - score``: negative is anomalous, as in scikit-learn.
+
+        Takes images as :meth:`fit` does and gives an ndarray of shape (N,), float32.
+        """
+        scores = self.score(images)
+        return np.float32(self.threshold_) - scores
+
+    def save(self, path: str | os.PathLike[str], *, include_backbone: bool = False) -> None:
+        """Write everything that scoring needs into one safetensors file.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file is written under another name beside it, then renamed: after a crash an older
+            file is still whole.
+        include_backbone : bool, default=False
+            Put the weights of the backbone (both backbones of a cascade) into the file too, so
+            that it can be loaded without a network and without a weights file.
+
+        Raises
+        ------
+        NotFittedError
+            Before :meth:`fit`.
+        InvalidValueError
+            If a parameter is an object that JSON cannot hold, such as a ``RandomState``.
+        OutputError
+            If the file cannot be written.
+
+        Notes
+        -----
+        The file is a safetensors file. Its metadata have one key, ``anomalib_lite``, which holds
+        JSON: ``format_version``, ``library_version``, ``detector`` (class name), ``parameters``
+        (every constructor argument), ``backbone`` (layers, stride, mean and deviation of the
+        pixels, number type, engine, SHA-256 of the weights, and ``adapter`` if there is one; null
+        after ``fit_embeddings``) and ``state`` (threshold and the rest). Its tensors are
+        ``calibration_scores`` (n,) and the detector's arrays: for PatchCore ``embeddings`` (M, D)
+        float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``; for
+        PaDiM ``mean`` (P, d) and ``factors`` (P, d (d + 1) / 2), float32, and ``components``;
+        names of an adapter's tensors begin with ``adapter.``. A cascade has the header of each of
+        its members under ``parts``, and names of their tensors begin with ``detector.`` and
+        ``gate.``. The weights of a finetuned gate are always in the file.
+
+        Examples
+        --------
+        See :func:`~anomalib_lite.load`.
+        """
+        name = type(self).__name__
+        if not hasattr(self, "threshold_"):
+            raise NotFittedError(f"{name}: not fitted yet. Call fit(images) before save.")
+        write_model(path, *self._describe(include_backbone), name)
+
+    @abstractmethod
+    def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return what a file must hold beside the parameters and the threshold: arrays, JSON."""
+
+    @abstractmethod
+    def _fitted_backbone(self) -> AnyBackbone | None:
+        """Return the backbone that this detector was fitted with, without those of its members."""
+
+    def _members(self) -> dict[str, DetectorMixin]:
+        """Return the fitted detectors inside this one by name; each has options of its own."""
+        return {}
+
+    def _check_image_parameters(self) -> None:
+        """Raise for the first of the parameters of all detectors that cannot be used."""
+        where = type(self).__name__
+        check_choice("engine", self.engine, ENGINES, where)
+        check_choice("on_error", self.on_error, ("raise", "skip"), where)
+        check_int("batch_size", self.batch_size, where, low=1)
+        check_int("max_pixels", self.max_pixels, where, low=1)
+        check_number("false_alarm_rate", self.false_alarm_rate, where, "(0, 1)")
+        check_image_size(self.image_size, where)
+        check_seed(self.random_state, where)
+
+    def _labels(self, scores: np.ndarray) -> np.ndarray:
+        """Decide which images (N,) are anomalous; NaN is, since nothing shows that it is good."""
+        return ~(scores <= self.threshold_)
+
+    @property
+    def _map_threshold(self) -> float:
+        """The threshold in the units of the heatmaps."""
+        return float(self.threshold_)
+
+    def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what a file holds of this detector: tensors by name, and the header as JSON."""
+        name = type(self).__name__
+        arrays, state = self._get_state()
+        tensors: dict[str, Any] = {key: np.ascontiguousarray(a) for key, a in arrays.items()}
+        header: dict[str, Any] = {
+            "detector": name,
+            "parameters": {k: to_json(k, v, name) for k, v in self._plain_parameters().items()},
+            "backbone": None,
+            "state": {"threshold": float(self.threshold_), **state},
+        }
+        if hasattr(self, "skipped_"):
+            header["state"]["skipped"] = self.skipped_
+        backbone = self._fitted_backbone()
+        if backbone is not None:
+            more, header["backbone"] = _describe_backbone(backbone, include_backbone)
+            tensors |= more
+        for member, fitted in self._members().items():
+            own, header.setdefault("parts", {})[member] = fitted._describe(include_backbone)
+            tensors |= {f"{member}.{key}": tensor for key, tensor in own.items()}
+        return tensors, header
+
+    def _plain_parameters(self) -> dict[str, Any]:
+        """Return the constructor's arguments without those that the members describe."""
+        parameters: dict[str, Any] = self.get_params(deep=False)  # type: ignore[attr-defined]
+        return parameters
+
+    @classmethod
+    def _restore(
+        cls,
+        parameters: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        state: dict[str, Any],
+        members: dict[str, Any],
+    ) -> Self:
+        """Return the detector that :meth:`_describe` took apart, but for its backbone.
+
+        KeyError, TypeError or ValueError if something is missing or does not fit.
+        """
+        detector = cls(**parameters)
+        detector._set_state(arrays, state)
+        detector.threshold_ = float(state["threshold"])
+        if "skipped" in state:
+            detector.skipped_ = [tuple(entry) for entry in state["skipped"]]
+        return detector
+
+    @abstractmethod
+    def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        """Become fitted from what :meth:`_get_state` gave; ValueError if it does not fit."""
+
+
+class BaseDetector(DetectorMixin, EmbeddingModel):
+    """Base of all detectors: fits on images, calibrates the threshold, and detects.
+
+    Subclasses store the parameters that :class:`~anomalib_lite.PatchCore` documents, and supply
+    what :class:`~anomalib_lite.detectors.fitting.EmbeddingModel` asks for.
     """
 
-    # Of which stages the embeddings are, unless ``layers`` says.
+    # Strides of the stages that the embeddings are made of, unless ``layers`` says.
     _strides: tuple[int, ...] = (8, 16)
 
+    def fit(self, images: Any, y: Any = None) -> Self:
+        """Learn what normal looks like, and calibrate the threshold.
+
+        Parameters
+        ----------
+        images : directory, list of paths, PIL images, arrays, tensors, or data set samples
+            Normal images; :class:`~anomalib_lite.images.ImageSource` lists all forms.
+        y : array of shape (N,), optional
+            0 (or False) for normal, 1 (or True) for anomalous. Anomalous images are left out.
+
+        Returns
+        -------
+        BaseDetector
+            Itself.
+
+        Raises
+        ------
+        AnomalibLiteError
+            For a parameter or an image that cannot be used; :mod:`anomalib_lite.errors` lists
+            the kinds. A detector that was fitted before stays as it was.
+
+        Warns
+        -----
+        CalibrationWarning
+            If there are too few images to guarantee ``false_alarm_rate``.
+        """
+        self._check_parameters()
+        return self._fit_images(images, y)
+
+    def partial_fit(self, images: Any, y: Any = None) -> Self:
+        """Go on learning from new normal images; what was learned stays.
+
+        Parameters
+        ----------
+        images, y
+            As in :meth:`fit`, which is called if nothing was learned yet. One image is enough.
+
+        Returns
+        -------
+        BaseDetector
+            Itself; after an error it is as before.
+
+        Raises
+        ------
+        NotFittedError
+            After :meth:`fit_embeddings`, which fits no backbone.
+        AnomalibLiteError
+            As :meth:`fit`; also for ``calibration="leave_one_out"``, which would need the
+            embeddings of all images that were fitted on before.
+
+        Warns
+        -----
+        CalibrationWarning
+            If there are still too few images to guarantee ``false_alarm_rate``.
+
+        Notes
+        -----
+        Some of the new images are held back, drawn by ``random_state``: as many as the
+        calibration still lacks, at least a fifth and at most half (none of a single one). The
+        detector is fitted on the others. Then the images held back are scored by all that was
+        *fitted* on, their scores are added to ``calibration_scores_``, the threshold is computed
+        again, and their patches are added too. Old scores stay: where more images can only lower
+        scores, an old score is no smaller than that image would have now, so the guarantee of
+        :meth:`fit` holds for old and new images that are exchangeable. Where scores may also
+        rise (an approximate index, Equation 7) the old scores are dropped, and the threshold
+        comes from the new ones alone. ``n_jobs`` has no effect here.
+        """
+        if not hasattr(self, "threshold_"):
+            return self.fit(images, y)
+        self._check_update()
+        if not hasattr(self, "backbone_"):
+            raise NotFittedError(
+                f"{type(self).__name__}: fitted on embeddings, not on images. Go on with "
+                "partial_fit_embeddings(E), or call fit(images)."
+            )
+        return self._fit_images(images, y, update=True)
+
+    def fit_embeddings(self, E: Any, y: object = None) -> Self:
+        """Fit on patch embeddings that you bring, as :meth:`fit` does on images.
+
+        Parameters
+        ----------
+        E : array of shape (N, h, w, D), float32, list of N arrays (h, w, D), or an iterable
+            Embeddings of N normal images. An iterable yields blocks (n, h, w, D) or images
+            (h, w, D), and is gone through once. With ``memory_budget`` an array may lie in a file
+            (``numpy.load(..., mmap_mode="r")``), and N need not be known before the end.
+        y : ignored
+
+        Returns
+        -------
+        BaseDetector
+            Itself; only :meth:`score_embeddings` can be called then.
+
+        Raises
+        ------
+        AnomalibLiteError
+            For a parameter that cannot be used, or embeddings of another shape or not finite.
+
+        Notes
+        -----
+        With ``memory_budget`` the images of an iterable that are held back for calibration are
+        drawn as they come, each as likely as any other. They stay in memory, so no more are drawn
+        than ``false_alarm_rate`` needs.
+        """
+        self._check_parameters()
+        self._fit_embeddings(E)
+        for fitted_on_images in ("backbone_", "dtype_", "engine_", "skipped_"):
+            self.__dict__.pop(fitted_on_images, None)
+        return self
+
+    def partial_fit_embeddings(self, E: Any, y: object = None) -> Self:
+        """Go on learning from embeddings, as :meth:`partial_fit` does from images."""
+        if not hasattr(self, "threshold_"):
+            return self.fit_embeddings(E)
+        self._check_update()
+        self._fit_embeddings(E, update=True)
+        return self
+
     def detect(self, images: Any, *, maps: bool = True) -> Detections:
-        """Scores, heatmaps and labels, from one pass through the backbone.
+        """Give scores, heatmaps and labels, from one pass through the backbone.
 
         Parameters
         ----------
         images
             As in :meth:`fit`.
         maps : bool, default=True
-            Whether heatmaps are wanted; they take (H, W) floats an image.
+            Whether to make heatmaps, of (H, W) floats an image.
 
         Returns
         -------
@@ -52,10 +418,10 @@ class BaseDetector(DetectorMixin, Learner):
             As :meth:`score`.
         """
         if not hasattr(self, "backbone_"):
-            raise NotFittedError(
-                f"{type(self).__name__}: not fitted on images yet. Call fit(images) first"
-                + ("; after fit_embeddings use score_embeddings." * hasattr(self, "threshold_"))
-            )
+            remedy = "Call fit(images) first"
+            if hasattr(self, "threshold_"):
+                remedy += "; after fit_embeddings use score_embeddings."
+            raise NotFittedError(f"{type(self).__name__}: not fitted on images yet. {remedy}")
         if not isinstance(self.threshold_, float | int | np.number) or np.isnan(self.threshold_):
             raise InvalidValueError(
                 f"{type(self).__name__}: threshold_ must be a number, got {self.threshold_!r}."
@@ -64,20 +430,24 @@ class BaseDetector(DetectorMixin, Learner):
         scores = np.full(len(source.items), np.nan, np.float32)
         heatmaps: list[Any] = [None] * len(source.items)
         skipped: list[tuple[int, str]] = []
-        for batch, embeddings in self._embed(
-            self.backbone_, source, "score", skipped, self._channels
+        extractor = Extractor(
+            self.backbone_, self.image_size, self.batch_size, self.on_error, self.verbose
+        )
+        for batch, E in extractor.embed_batches(
+            source, channels=self._channels, skipped=skipped, progress="score"
         ):
-            patch_scores, scores[batch.indices] = self._score_patches(embeddings)
+            patch_scores, scores[batch.indices] = self._score_patches(E)
             if maps:
                 input_size = batch.pixels.shape[1:3]
                 made = anomaly_maps(patch_scores, input_size, batch.sizes, self.smoothing)
                 for index, heatmap in zip(batch.indices, made, strict=True):
                     heatmaps[index] = heatmap
-        labels = ~(scores <= self.threshold_)  # NaN is not known to be good
-        return Detections(scores, labels, stack(heatmaps) if maps else None, source.names, skipped)
+        return Detections(
+            scores, self._labels(scores), stack(heatmaps) if maps else None, source.names, skipped
+        )
 
     def score_embeddings(self, E: Any) -> np.ndarray:
-        """:meth:`score` for those who bring their own patch embeddings.
+        """Score patch embeddings that you bring, as :meth:`score` does images.
 
         Parameters
         ----------
@@ -100,12 +470,197 @@ class BaseDetector(DetectorMixin, Learner):
             )
         return self._image_scores(check_embeddings(E, type(self).__name__, self.n_features_))
 
-    @abstractmethod
-    def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, h, w, D) -> patch scores (B, h, w) and image scores (B,), both float32."""
+    # --- How a detector learns --------------------------------------------------------------
+
+    def _fit_shards(
+        self, shards: ShardSource, random: np.random.RandomState, update: bool = False
+    ) -> None:
+        """Fit, hold back, calibrate, absorb: the order in which every detector learns.
+
+        A copy learns; what was fitted before stays until all has gone well.
+        """
+        fresh = copy.copy(self)
+        if not update:
+            for name in [n for n in vars(fresh) if n.endswith("_")]:
+                delattr(fresh, name)
+            fresh.n_features_ = shards.shape[-1]
+        empty = fresh._make_accumulator(shards.shape, shards.n_images, shards.in_flight, random)
+        removed = fresh._remove_calibration_patches() if update else None
+        # Fit on the images that are not held back.
+        accumulated = copy.copy(empty)
+        for result in shards.to_fit(ShardTask(empty, fresh if update else None)):
+            accumulated.merge(result.accumulated)
+            del result  # and its memory, before the next
+        fitted = fresh._fit_accumulated(accumulated, random)
+        # Calibrate with scores of images that were not fitted on.
+        scores: list[Any]
+        joins, accumulated = fresh._scores_are_monotone(), copy.copy(empty)
+        if self.calibration == "leave_one_out":
+            scores = [fresh._score_left_out(shards.embeddings, fitted)]
+        else:  # where scores only fall, old ones are no smaller than those images would have now
+            scores = [self.calibration_scores_] if update and joins else []
+            for result in shards.held_back(ShardTask(empty if joins else None, fresh, score=True)):
+                scores.append(result.scores)
+                if joins:
+                    accumulated.merge(result.accumulated)
+                del result
+        fresh.calibration_scores_ = np.concatenate([np.empty(0, np.float32), *scores])
+        fresh.threshold_ = conformal_threshold(fresh.calibration_scores_, self.false_alarm_rate)
+        # Absorb the images held back, if that can only lower scores.
+        if joins:
+            fresh._add_calibration_patches(removed, accumulated, random)
+        self.__dict__.update(fresh.__dict__)
+
+    def _fit_images(self, images: Any, y: Any, update: bool = False) -> Self:
+        """Embed normal images, those to be held back for calibration last, and learn from them."""
+        where, random = type(self).__name__, check_random_state(self.random_state)
+        source = ImageSource(images, max_pixels=self.max_pixels, where=where)
+        if y is not None:
+            source = source.take(normal_indices(y, len(source), where))
+        else:
+            refuse_labelled(images, where, _NORMAL_ONLY)
+        n = len(source.items)
+        order = np.arange(n) if self.calibration == "leave_one_out" else random.permutation(n)
+        in_order = source.take(order)
+        backbone = self.backbone_ if update else self._open_to_fit(in_order, random)
+        extractor = Extractor(
+            backbone, self.image_size, self.batch_size, self.on_error, self.verbose
+        )
+        # To go on with a detector is for a few images: this process has the backbone.
+        elsewhere = None if self.n_jobs is None or update else self._elsewhere(backbone, extractor)
+        shards: ShardSource
+        skipped: list[tuple[int, str]] = []
+        if self._fits_in_shards():
+            n_held_back = self._n_held_back(n, update)
+            shards = ImageShards(extractor, in_order, n_held_back, skipped, elsewhere)
+        else:
+            if elsewhere is None:
+                E, skipped = embed_all(extractor, in_order, progress="fit")
+            else:
+                E, skipped = embed_elsewhere(in_order, elsewhere, self.verbose)
+            if len(E) == 0:
+                raise none_usable(in_order, skipped)
+            shards = InMemory(E, self._n_held_back(len(E), update))
+        self._fit_shards(shards, random, update)
+        self._take_backbone(backbone)
+        named = [(source.names[i], r) for i, r in sorted((order[i], r) for i, r in skipped)]
+        self.skipped_ = [*self.skipped_, *named] if update else named
+        return self
+
+    def _fit_embeddings(self, E: Any, update: bool = False) -> None:
+        """Learn from embeddings, in whatever form they come."""
+        where, random = type(self).__name__, check_random_state(self.random_state)
+        leave_one_out = self.calibration == "leave_one_out"
+        in_shards, n_features = self._fits_in_shards(), self.n_features_ if update else None
+        by_number = isinstance(E, list | tuple) or getattr(E, "ndim", 0) > 0
+        one_by_one = isinstance(E, Iterable) and not by_number and not hasattr(E, "ndim")
+        shards: ShardSource
+        if one_by_one and in_shards and not leave_one_out:
+            n_held_back = self._n_held_back(None, update)
+            shards = EmbeddingStream(E, n_held_back, random, n_features, where)
+        else:
+            indexed = in_shards and by_number and len(E) > 0
+            if not indexed:
+                given = list(iter_grids(E, where)) if one_by_one else E
+                E = check_embeddings(given, where, n_features)
+            n_held_back = self._n_held_back(len(E), update)
+            order = np.arange(len(E)) if leave_one_out else random.permutation(len(E))
+            if indexed:
+                shards = Indexed(E, order, n_held_back, n_features, where)
+            else:
+                shards = InMemory(take(E, order), n_held_back)
+        self._fit_shards(shards, random, update)
+
+    def _n_held_back(self, n: int | None, update: bool = False) -> int:
+        """Return how many of ``n`` images to hold back for calibration.
+
+        As many as the rate needs, at least a fifth and at most half; of a stream (None) as many
+        as the rate needs.
+        """
+        if self.calibration == "leave_one_out":
+            return 0
+        known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
+        needed = calibration_size(self.false_alarm_rate) - known
+        return max(1, needed) if n is None else min(max(needed, n // 5), n // 2)
+
+    def _check_parameters(self) -> None:
+        """Raise for the first parameter that cannot be used."""
+        where = type(self).__name__
+        self._check_image_parameters()
+        check_choice("fusion", self.fusion, FUSIONS, where)
+        check_choice("calibration", self.calibration, CALIBRATIONS, where)
+        check_number("smoothing", self.smoothing, where, "[0, 1000]")
+        if self.n_jobs is not None and self.n_jobs != -1:
+            check_int("n_jobs", self.n_jobs, where, low=1)
+        if self.memory_budget is not None:
+            check_memory("memory_budget", self.memory_budget, where)
+            if self.calibration == "leave_one_out":
+                raise InvalidValueError(
+                    f"{where}: calibration='leave_one_out' keeps the embeddings of all images, "
+                    "which no memory_budget bounds. Use calibration='split'."
+                )
+
+    def _check_update(self) -> None:
+        """Raise if a parameter cannot be used, or if the calibration allows no update."""
+        self._check_parameters()
+        if self.calibration == "leave_one_out":
+            raise InvalidValueError(
+                f"{type(self).__name__}: partial_fit needs calibration='split': to leave one out, "
+                "the embeddings of all images would have to be kept. Fit again on all of them."
+            )
+
+    # --- The backbone -----------------------------------------------------------------------
+
+    def _open_to_fit(self, images: ImageSource, random: np.random.RandomState) -> AnyBackbone:
+        """Open the backbone; a subclass may let it learn from the images to fit on before.
+
+        The images are in the order of fitting.
+        """
+        backbone = self._open_backbone()
+        check_image_size(self.image_size, type(self).__name__, stride=backbone.stride)
+        return backbone
+
+    def _open_backbone(self, **instead: Any) -> AnyBackbone:
+        """Open the backbone that the parameters describe, with other options ``instead``."""
+        return open_backbone(self.backbone, **(self._backbone_options() | instead))
+
+    def _backbone_options(self) -> dict[str, Any]:
+        return {
+            "weights": self.weights,
+            "layers": self.layers,
+            "strides": self._strides,
+            "fusion": self.fusion,
+            "device": self.device,
+            "dtype": self.dtype,
+            "engine": self.engine,
+            "where": type(self).__name__,
+        }
+
+    def _elsewhere(self, backbone: AnyBackbone, extractor: Extractor) -> Distribute:
+        """Return what embeds shards of images where joblib's backend decides."""
+        # Engine and type as here, whatever "auto" would become there: one bank needs embeddings
+        # of one kind.
+        same = {"engine": backbone.engine, "dtype": _name(backbone.dtype)}
+        options = self._backbone_options() | same | {"adapter": backbone.adapter}
+        return partial(
+            distribute,
+            backbone=backbone,
+            reopen=partial(open_backbone, self.backbone, **options),
+            extractor=extractor,
+            n_jobs=self.n_jobs,
+            where=type(self).__name__,
+        )
 
     def _fitted_backbone(self) -> AnyBackbone | None:
         return getattr(self, "backbone_", None)
+
+    def _take_backbone(self, backbone: AnyBackbone) -> None:
+        """Make this the backbone of the fitted detector."""
+        self.backbone_ = backbone
+        self.engine_ = backbone.engine
+        self.dtype_ = _name(backbone.dtype)
+
+    # --- Its file -----------------------------------------------------------------------------
 
     def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors, header = super()._describe(include_backbone)
@@ -123,73 +678,22 @@ class BaseDetector(DetectorMixin, Learner):
         detector.calibration_scores_ = arrays["calibration_scores"]
         return detector
 
-    def _open_backbone(self, **instead: Any) -> AnyBackbone:
-        """The backbone that the parameters describe, but for what is given ``instead``."""
-        return open_backbone(self.backbone, **(self._backbone_options() | instead))
 
-    def _backbone_options(self) -> dict[str, Any]:
-        return {
-            "weights": self.weights,
-            "layers": self.layers,
-            "strides": self._strides,
-            "fusion": self.fusion,
-            "device": self.device,
-            "dtype": self.dtype,
-            "engine": self.engine,
-            "where": type(self).__name__,
-        }
+def _describe_backbone(
+    backbone: AnyBackbone, include_weights: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = ("layers", "stride", "mean", "std", "engine", "sha256")
+    header = {key: getattr(backbone, key) for key in names}
+    header["dtype"] = _name(backbone.dtype)
+    tensors: dict[str, Any] = {}
+    if backbone.adapter is not None:
+        factors, header["adapter"] = backbone.adapter.to_arrays()
+        tensors |= {ADAPTER + k: v for k, v in factors.items()}
+    if include_weights:
+        tensors |= {BACKBONE + k: v for k, v in backbone.original_state().items()}
+    return tensors, header
 
-    def _take_backbone(self, backbone: AnyBackbone) -> None:
-        self.backbone_ = backbone
-        self.engine_ = backbone.engine
-        self.dtype_ = str(backbone.dtype).removeprefix("torch.")
 
-    def _embed_all(
-        self,
-        backbone: AnyBackbone,
-        source: ImageSource,
-        purpose: str | None = None,
-        channels: np.ndarray | None = None,
-    ) -> tuple[Embeddings, list[tuple[int, str]]]:
-        """Embeddings of the images that can be used, in order, and those that cannot."""
-        skipped: list[tuple[int, str]] = []
-        batches = self._embed(backbone, source, purpose, skipped, channels)
-        return gather(len(source), ((batch.indices, E) for batch, E in batches)), skipped
-
-    def _embed(
-        self,
-        backbone: AnyBackbone,
-        source: ImageSource,
-        purpose: str | None,
-        skipped: list[tuple[int, str]],
-        channels: np.ndarray | None = None,
-    ) -> Iterator[tuple[Any, np.ndarray]]:
-        """Batches of images, each with its patch embeddings (B, h, w, D), or these channels."""
-        n = len(source.items)
-        quiet = None if self.verbose and purpose else True  # None: in a terminal only
-        with tqdm(total=n, desc=purpose, unit="image", leave=False, disable=quiet) as bar:
-            for batch in iter_batches(
-                source,
-                image_size=self.image_size,
-                stride=backbone.stride,
-                batch_size=self.batch_size,
-                on_error=self.on_error,
-                skipped=skipped,
-            ):
-                embeddings = backbone.embed(batch.pixels, channels)
-                if not np.isfinite(embeddings).all():
-                    raise InvalidValueError(
-                        f"{type(self).__name__}: the backbone gives NaN or infinity in "
-                        f"{backbone.dtype}. Use dtype='float32'."
-                    )
-                yield batch, embeddings
-                bar.update(len(batch.pixels))
-
-    def _image_scores(self, E: Embeddings) -> np.ndarray:
-        # A few at a time: the search makes arrays of its own.
-        step = self.batch_size if isinstance(E, np.ndarray) else 1
-        parts = [
-            self._score_patches(np.ascontiguousarray(E[i : i + step]))[1]
-            for i in range(0, len(E), step)
-        ]
-        return np.concatenate([np.empty(0, np.float32), *parts])
+def _name(dtype: Any) -> str:
+    """Return the name of a number type without "torch."."""
+    return str(dtype).removeprefix("torch.")

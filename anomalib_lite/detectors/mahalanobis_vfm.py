@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,8 @@ from anomalib_lite._validation import (
     check_number,
 )
 from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores
-from anomalib_lite.detectors._patch_accumulator import MomentsCollector, split_summary
 from anomalib_lite.detectors.base import BaseDetector
+from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.embeddings import Embeddings
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
@@ -29,54 +30,56 @@ __all__ = ["MahalanobisVFM"]
 
 
 class MahalanobisVFM(BaseDetector):
-    """Images and patches far from the mean of normal ones are anomalous.
+    """Calls images and patches anomalous that are far from the mean of normal ones.
 
     Meant for vision foundation models, whose features of normal images are nearly Gaussian; any
-    backbone will do. There are two Gaussians: one of whole images (the class token of a
+    backbone can be used. There are two Gaussians: one of whole images (the class token of a
     transformer, the mean over all positions of a CNN), which sees that something is odd, and
     one of patches, which sees where.
 
     Parameters
     ----------
     backbone : str or torch.nn.Module, default="efficientnet_lite0"
-        As in :class:`~anomalib_lite.PatchCore`, and so are ``weights``, ``layers``,
+        As in :class:`~anomalib_lite.PatchCore`; so are ``weights``, ``layers``,
         ``image_size``, ``smoothing``, ``false_alarm_rate``, ``device``, ``dtype``, ``engine``,
         ``batch_size``, ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``. For a
-        foundation model: ``"vit_base_patch14_dinov2.lvd142m"``, with ``weights`` where there is
+        foundation model: ``"vit_base_patch14_dinov2.lvd142m"``, with ``weights`` if there is
         no network.
     fusion : {"summary"}, default="summary"
-        Patches and image together; see :mod:`~anomalib_lite.fusion`.
+        How features become embeddings: those of a patch beside those of its image; see
+        :mod:`~anomalib_lite.fusion`.
     adapt : {None, "lora"}, default=None
         ``"lora"`` adapts the attention of a vision transformer to the images to fit on, against
         synthetic anomalies, before the Gaussians are fitted; see
-        :func:`~anomalib_lite.lora.train_adapter` (with what it costs, in docs/lora.md). Needs
-        peft, ``calibration="split"`` and images; to score and to load needs no peft.
+        :func:`~anomalib_lite.lora.train_adapter` (docs/lora.md says what it costs). Needs peft,
+        ``calibration="split"`` and images; scoring and loading need no peft.
     rank : int, default=16
-        Of the low-rank changes that ``adapt`` learns.
+        Rank of the LoRA update.
     alpha : float, optional
-        They are multiplied by ``alpha / rank``; twice the ``rank`` by default, which is 32 for 16.
+        Scale of the LoRA update, which is multiplied by ``alpha / rank``; by default twice the
+        ``rank``.
     epochs : int, default=10
-        Of the adaptation, at most.
+        Maximum number of LoRA training epochs.
     learning_rate : float, default=1e-3
-        Of the adaptation.
+        Learning rate of the LoRA training.
     adaptive : bool, default=False
-        An experiment: with ``adapt``, choose rank and alpha from the features of the images, in
-        place of ``rank`` and ``alpha``; see :func:`~anomalib_lite.lora.adaptive_rank`.
+        An experiment: with ``adapt``, choose rank and alpha from the features of the images,
+        instead of ``rank`` and ``alpha``; see :func:`~anomalib_lite.lora.adaptive_rank`.
     multi_scale : bool, default=False
-        An experiment: let each image pass at a quarter, a half and the whole of ``image_size``
-        (126, 252 and 518 with patches of 14 pixels and ``image_size=518``), the features side by
-        side.
+        An experiment: embed each image at a quarter, a half and the whole of ``image_size``
+        (126, 252 and 518 with patches of 14 pixels and ``image_size=518``), and put the features
+        side by side.
     attention_guided : bool, default=False
         An experiment: multiply the distance of each patch by the attention that the class token
         pays to it in the last layer, in units of its mean over the image.
     normalize : bool, default=True
-        Whether features are divided by their length, patch by patch and image by image.
+        Whether to divide features by their length, patch by patch and image by image.
     shrinkage : {"ledoit_wolf", "oas"} or float in [0, 1], default="ledoit_wolf"
-        Of both covariances; see :class:`~anomalib_lite.gaussian.Gaussian`.
+        Shrinkage of both covariances; see :class:`~anomalib_lite.gaussian.Gaussian`.
     global_weight : float in [0, 1], default=0.5
-        Share of the whole image's distance in the image score; the rest is that of its patches.
+        Weight of the whole image's distance in the image score; the patches have the rest.
     image_score : {"max", "top1%", "smoothed"}, default="max"
-        How the patches of an image become one number: the largest, the mean of the largest 1 %,
+        How the patch scores of an image become one: the largest, the mean of the largest 1 %,
         or the largest after smoothing over neighbours.
     calibration : {"split", "leave_one_out"}, default="split"
         As in :class:`~anomalib_lite.PaDiM`.
@@ -88,9 +91,9 @@ class MahalanobisVFM(BaseDetector):
     Attributes
     ----------
     patches_, images_ : Gaussian
-        Of patches and of whole images; each has D / 2 features.
+        Gaussians of patches and of whole images; each has D / 2 features.
     adapter_ : Adapter or None
-        What ``adapt`` has learned, with the losses of each epoch in ``adapter_.history``.
+        The LoRA update that ``adapt`` learned; ``adapter_.history`` has the losses of each epoch.
     threshold_, calibration_scores_, n_features_, backbone_, dtype_, engine_, skipped_
         As in :class:`~anomalib_lite.PatchCore`.
 
@@ -102,7 +105,7 @@ class MahalanobisVFM(BaseDetector):
     .. math:: w \\, \\frac{g}{\\sqrt{d}} + (1 - w) \\max_{ij} \\frac{p_{ij}}{\\sqrt{d}}
 
     with d features and w the ``global_weight``. A normal vector has a squared distance of about
-    d, so both terms are about 1 for what is normal, and can be added. Gaussians of deep features:
+    d, so both terms are about 1 for normal images, and can be added. Gaussians of deep features:
     Rippel, Mertens and Merhof, "Modeling the Distribution of Normal Data in Pre-Trained Deep
     Features for Anomaly Detection", ICPR 2020, arXiv:2005.14140.
 
@@ -214,8 +217,8 @@ class MahalanobisVFM(BaseDetector):
         check_choice("adapt", self.adapt, ("lora",), where)
         if self.calibration == "leave_one_out":
             raise InvalidValueError(
-                f"{where}: adapt='lora' needs calibration='split': what was learned from an image "
-                "cannot be taken back to leave it out."
+                f"{where}: adapt='lora' needs calibration='split': an image that the adapter has "
+                "learned from cannot be left out afterwards."
             )
         if self.memory_budget is not None:
             raise InvalidValueError(
@@ -224,7 +227,7 @@ class MahalanobisVFM(BaseDetector):
             )
 
     def fit_embeddings(self, E: Any, y: object = None) -> Self:
-        """As in :class:`BaseDetector`; ``adapt`` must be None, for it needs images."""
+        """Fit on embeddings, as any detector; ``adapt`` must be None, since it needs images."""
         if self.adapt is not None:
             raise InvalidValueError(
                 "MahalanobisVFM: adapt='lora' needs images to adapt to, got embeddings. Call "
@@ -238,18 +241,19 @@ class MahalanobisVFM(BaseDetector):
         scales = (0.25, 0.5, 1.0) if self.multi_scale else (1.0,)
         return super()._backbone_options() | {"scales": scales, "attention": self.attention_guided}
 
-    def _open_to_fit(self, source: ImageSource, random: np.random.RandomState) -> AnyBackbone:
+    def _open_to_fit(self, images: ImageSource, random: np.random.RandomState) -> AnyBackbone:
         if self.adapt is None:
-            return super()._open_to_fit(source, random)
+            return super()._open_to_fit(images, random)
         from anomalib_lite.lora import check_peft, train_adapter  # torch, only for those who ask
 
         check_peft("MahalanobisVFM")
         plain = {"scales": (1.0,), "attention": False}
         network: Any = self._open_backbone(engine="torch", dtype="float32", **plain)
         check_image_size(self.image_size, "MahalanobisVFM", stride=network.stride)
+        to_fit = images.take(range(len(images) - self._n_held_back(len(images))))
         adapter = train_adapter(
             network,
-            source,
+            to_fit,
             image_size=self.image_size,
             rank="adaptive" if self.adaptive else self.rank,
             alpha=None if self.adaptive else self.alpha,
@@ -271,64 +275,63 @@ class MahalanobisVFM(BaseDetector):
         super()._take_backbone(backbone)
         self.adapter_ = backbone.adapter
 
-    def _in_shards(self) -> bool:
+    def _fits_in_shards(self) -> bool:
         return self.calibration != "leave_one_out"
 
-    def _collector(
+    def _make_accumulator(
         self,
         shape: tuple[int, ...],
         n_images: int | None,
         in_flight: int,
         random: np.random.RandomState,
-    ) -> MomentsCollector:
-        known = (self.patches_.moments_, self.images_.moments_) if hasattr(self, "patches_") else ()
+    ) -> MomentsAccumulator:
+        n_features = shape[2] // 2
         if shape[2] % 2 != int(self.attention_guided):
+            attention = ", and the attention" if self.attention_guided else ""
             raise InvalidValueError(
                 "MahalanobisVFM: embeddings must have the features of a patch, as many of its image"
-                + (", and the attention" * bool(self.attention_guided))
-                + f"; got {shape[2]} numbers with attention_guided={self.attention_guided}."
+                f"{attention}; got {shape[2]} numbers with "
+                f"attention_guided={self.attention_guided}."
             )
-        self.n_features_ = shape[2]
-        collector = MomentsCollector(shape[2] // 2, bool(self.normalize), known)
+        patches, images = Moments(n_features), Moments(n_features)
+        if hasattr(self, "patches_"):
+            patches, images = self.patches_.moments_, self.images_.moments_
+        accumulator = MomentsAccumulator(patches, images, bool(self.normalize))
         if self.memory_budget is not None:
             budget = check_memory("memory_budget", self.memory_budget, "MahalanobisVFM")
             per_image = 4 * int(np.prod(shape)) * 4
-            fixed = in_flight + 6 * 8 * (shape[2] // 2) ** 2
+            fixed = in_flight + 6 * 8 * n_features**2
             if budget < fixed + per_image:
-                raise InvalidValueError(
-                    f"MahalanobisVFM: memory_budget={budget:,} bytes is too small: the "
-                    f"covariances and the images under way take {fixed + per_image:,}. Raise it, "
-                    "or lower image_size or batch_size."
-                )
-            collector.images_per_shard = min(
-                (budget - fixed) // per_image, MomentsCollector.images_per_shard
-            )
-        return collector
+                what = "the covariances and the images under way"
+                refuse_budget("MahalanobisVFM", budget, fixed + per_image, what)
+            at_once = min((budget - fixed) // per_image, MomentsAccumulator.images_per_shard)
+            accumulator.images_per_shard = at_once
+        return accumulator
 
-    def _fit_collected(self, collected: MomentsCollector, random: np.random.RandomState) -> None:
-        if collected.images.n < 2:
+    def _fit_accumulated(
+        self, accumulated: MomentsAccumulator, random: np.random.RandomState
+    ) -> None:
+        n = accumulated.images.n
+        if n < 2:
             raise InvalidValueError(
-                f"MahalanobisVFM: {collected.images.n} image to fit on has no covariance. Give at "
-                "least 4; some are held back for calibration."
+                f"MahalanobisVFM: {n} image to fit on has no covariance. Give at least 4; some "
+                "are held back for calibration."
             )
         try:
-            patches = Gaussian(self.shrinkage).fit_moments(collected.patches)
-            images = Gaussian(self.shrinkage).fit_moments(collected.images)
+            patches = Gaussian(self.shrinkage).fit_moments(accumulated.patches)
+            images = Gaussian(self.shrinkage).fit_moments(accumulated.images)
         except InvalidValueError as error:
             raise InvalidValueError(
-                f"MahalanobisVFM: the {collected.images.n} images to fit on are too few or too "
-                f"much alike for shrinkage={self.shrinkage!r}. Give more that differ, or "
-                "shrinkage=0.1."
+                f"MahalanobisVFM: the {n} images to fit on are too few or too much alike for "
+                f"shrinkage={self.shrinkage!r}. Give more that differ, or shrinkage=0.1."
             ) from error
         self.patches_, self.images_ = patches, images
 
-    def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._distances(E, self.patches_, self.images_)
-
-    def _distances(
-        self, E: np.ndarray, patches: Gaussian, images: Gaussian
+    def _score_patches(
+        self, E: np.ndarray, gaussians: tuple[Gaussian, Gaussian] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        X, G = split_summary(E, bool(self.normalize))
+        patches, images = gaussians or (self.patches_, self.images_)
+        X, G = split_patches_and_image(E, bool(self.normalize))
         unit = X.shape[1] ** -0.5
         patch_scores = np.asarray(patches.mahalanobis(X) * unit, np.float32).reshape(E.shape[:3])
         if self.attention_guided:
@@ -339,21 +342,21 @@ class MahalanobisVFM(BaseDetector):
             patch_scores, self.image_score
         )
 
-    def _score_left_out(self, E: Embeddings) -> np.ndarray:
+    def _score_left_out(self, E: Embeddings, fitted: None) -> np.ndarray:
         if len(E) < 4:
             return np.empty(0, np.float32)
+        patches, images = self.patches_.moments_, self.images_.moments_
+        n_features = len(patches.mean)
+        empty = MomentsAccumulator(Moments(n_features), Moments(n_features), bool(self.normalize))
         scores = np.empty(len(E), np.float32)
         for i in range(len(E)):
             grid = E[i][None]
-            mine = MomentsCollector(grid.shape[3] // 2, bool(self.normalize))
-            mine.add(grid, i)
-            patches = self.patches_.moments_.without(mine.patches)
-            images = self.images_.moments_.without(mine.images)
-            scores[i] = self._distances(
-                grid,
-                Gaussian(self.shrinkage).fit_moments(patches),
-                Gaussian(self.shrinkage).fit_moments(images),
-            )[1][0]
+            own = empty.accumulate(grid, i)
+            others = (
+                Gaussian(self.shrinkage).fit_moments(patches.without(own.patches)),
+                Gaussian(self.shrinkage).fit_moments(images.without(own.images)),
+            )
+            scores[i] = self._score_patches(grid, others)[1][0]
         return scores
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -377,6 +380,52 @@ class MahalanobisVFM(BaseDetector):
                     raise ValueError(f"{name}.{part} has shape {array.shape}")
                 setattr(moments, part, array)
             setattr(self, f"{name}_", Gaussian(self.shrinkage).fit_moments(moments))
+
+
+class MomentsAccumulator(Accumulator):
+    """Moments of patches and of whole images.
+
+    Parameters
+    ----------
+    patches, images : Moments
+        Moments to which those of the shards are added.
+    normalize : bool
+        Whether features are divided by their length.
+    """
+
+    images_per_shard = 32  # images whose embeddings are in memory, if no budget says how many
+
+    def __init__(self, patches: Moments, images: Moments, normalize: bool) -> None:
+        self.patches, self.images, self.normalize = patches, images, normalize
+
+    def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
+        """Return an accumulator of the moments of the shard alone."""
+        shard, n_features = copy.copy(self), len(self.patches.mean)
+        shard.patches, shard.images = Moments(n_features), Moments(n_features)
+        # Together if they have one size: each sum of moments costs d x d numbers.
+        for block in [E] if isinstance(E, np.ndarray) else [grid[None] for grid in E]:
+            X, G = split_patches_and_image(block, self.normalize)
+            shard.patches.add(X)
+            shard.images.add(G)
+        return shard
+
+    def merge(self, other: Self) -> None:
+        """Add the moments of the other."""
+        self.patches = self.patches.with_(other.patches)
+        self.images = self.images.with_(other.images)
+
+
+def split_patches_and_image(E: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Split embeddings (B, h, w, 2 d) into patches (B h w, d) and whole images (B, d).
+
+    With ``normalize`` each has length 1. The attention, which may come last, is left out.
+    """
+    n_features = E.shape[3] // 2
+    X = E[..., :n_features].reshape(-1, n_features)
+    G = E[:, 0, 0, n_features : 2 * n_features]
+    if normalize:
+        X, G = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (X, G))
+    return X, G
 
 
 def _check_bool(name: str, value: object) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 
 from anomalib_lite._validation import check_choice, check_int, check_memory, check_number
 from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores
-from anomalib_lite.detectors._patch_accumulator import Collector
 from anomalib_lite.detectors.base import BaseDetector
+from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.embeddings import Embeddings
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import GaussianGrid
@@ -20,45 +20,48 @@ from anomalib_lite.gaussian import GaussianGrid
 __all__ = ["PaDiM"]
 
 REDUCTIONS = ("random", "semi_orthogonal")
-# Images whose embeddings are in memory at a time, where no budget says how many.
+# Images whose embeddings are in memory at a time, if no budget says how many.
 _SHARD_IMAGES = 32
 
 
 class PaDiM(BaseDetector):
-    """Patches unlike the normal ones at the same place of the image are anomalous.
+    """Calls patches anomalous that are unlike the normal ones at the same place of the image.
 
-    For parts that always lie in the same place. All images must come out at one size: give
+    Meant for parts that always lie in the same place. All images must come out at one size: give
     ``image_size`` as a pair, unless all have one aspect.
 
     Parameters
     ----------
     backbone : str or torch.nn.Module, default="efficientnet_lite0"
-        As in :class:`~anomalib_lite.PatchCore`, and so are ``weights``, ``image_size``,
+        As in :class:`~anomalib_lite.PatchCore`; so are ``weights``, ``image_size``,
         ``smoothing``, ``false_alarm_rate``, ``device``, ``dtype``, ``engine``, ``batch_size``,
         ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``.
     layers : sequence of str or int, optional
         Layers to use; by default those of stride 4, 8 and 16.
     fusion : {"nearest", "concat"}, default="nearest"
-        How layers become one embedding a patch; see :mod:`~anomalib_lite.fusion`.
+        How the maps of several layers become one embedding a patch; see
+        :mod:`~anomalib_lite.fusion`.
     n_components : int, optional
-        d, the length to which embeddings are reduced; all if there are no more. By default 100,
-        or 550 of more than 1,000, as the paper has it for ResNet-18 and WideResNet-50.
+        d, the length to which embeddings are reduced; shorter embeddings stay as they are. By
+        default 100, or 550 if they have more than 1,000 channels, as in the paper for ResNet-18
+        and WideResNet-50.
     reduction : {"random", "semi_orthogonal"}, default="random"
-        Some channels, drawn at random, as in the paper; or a random projection onto orthogonal
-        directions [2]_.
+        How embeddings are reduced: to some channels, drawn at random, as in the paper; or by a
+        random projection onto orthogonal directions [2]_.
     ridge : float, default=0.01
-        Epsilon: added to the diagonal of each covariance.
+        Epsilon, which is added to the diagonal of each covariance.
     image_score : {"smoothed", "max", "top1%"}, default="smoothed"
-        Largest patch score after smoothing over neighbours (a Gaussian of one patch, which is
-        the paper's 4 pixels at stride 4); largest patch score; mean of the largest 1 %.
+        How the patch scores of an image become one: the largest after smoothing over neighbours
+        (a Gaussian of one patch, which is the paper's 4 pixels at stride 4); the largest; or the
+        mean of the largest 1 %.
     calibration : {"split", "leave_one_out"}, default="split"
         ``"split"`` holds images back (as many as the rate needs, a fifth to half of all) and
         takes the threshold from their scores, with a finite-sample guarantee; they are not
-        fitted on. ``"leave_one_out"`` fits on all and scores each as if it had been left out;
-        it keeps the reduced embeddings of all until then, and its rate is only approximate.
+        fitted on. ``"leave_one_out"`` fits on all images and scores each as if it had been left
+        out; it keeps the reduced embeddings of all until then, and its rate is only approximate.
     memory_budget : int or str, optional
         Most memory that :meth:`fit` may take above the idle process, such as "2GB". Embeddings
-        are never kept anyway, so this only bounds how many images are under way at a time. Not
+        are never kept anyway, so this only bounds how many images are processed at a time. Not
         with ``calibration="leave_one_out"``.
     random_state : int, RandomState or None, default=0
         Seed of the channels and of the choice of calibration images.
@@ -167,42 +170,35 @@ class PaDiM(BaseDetector):
                 "0.01."
             )
 
-    def _in_shards(self) -> bool:
+    def _fits_in_shards(self) -> bool:
         return True
 
-    def _collector(
+    def _make_accumulator(
         self,
         shape: tuple[int, ...],
         n_images: int | None,
         in_flight: int,
         random: np.random.RandomState,
-    ) -> GridCollector:
+    ) -> GridAccumulator:
         height, width, n_features = shape
         known: GaussianGrid | None = getattr(self, "gaussians_", None)
-        if known is None:
-            self.n_features_, self.components_ = n_features, self._draw(n_features, random)
-            self._channels = _channels_of(self.components_)
+        components = self._draw_components(n_features, random) if not known else self.components_
         at_once = _SHARD_IMAGES
         if self.memory_budget is not None:
             budget = check_memory("memory_budget", self.memory_budget, "PaDiM")
-            reduced = height * width * self.components_.shape[-1]
-            fixed = in_flight + 4 * reduced * self.components_.shape[-1] * (1 if not known else 2)
+            reduced = height * width * components.shape[-1]
+            fixed = in_flight + 4 * reduced * components.shape[-1] * (1 if not known else 2)
             per_image = 4 * height * width * n_features + 8 * reduced
             if budget < fixed + per_image:
-                raise InvalidValueError(
-                    f"PaDiM: memory_budget={budget:,} bytes is too small: the covariances of "
-                    f"{height}x{width} positions and the images under way take "
-                    f"{fixed + per_image:,}. Raise it, or lower n_components, image_size or "
-                    "batch_size."
-                )
+                what = f"the covariances of {height}x{width} positions and the images under way"
+                refuse_budget("PaDiM", budget, fixed + per_image, what, lower="n_components, ")
             at_once = min((budget - fixed) // per_image, at_once)
         grid = known.shape[:2] if known else (height, width)
-        collector = GridCollector(grid, self.components_, float(self.ridge), at_once, known)
-        collector.kept = [] if self.calibration == "leave_one_out" else None
-        return collector
+        keep = self.calibration == "leave_one_out"
+        return GridAccumulator(grid, components, float(self.ridge), at_once, known, keep)
 
-    def _draw(self, n_features: int, random: np.random.RandomState) -> np.ndarray:
-        """The channels to keep, or the projection."""
+    def _draw_components(self, n_features: int, random: np.random.RandomState) -> np.ndarray:
+        """Draw the channels to keep, or the projection."""
         wanted = self.n_components or (100 if n_features <= 1000 else 550)
         n_kept = min(wanted, n_features)
         if self.reduction == "random":
@@ -211,29 +207,33 @@ class PaDiM(BaseDetector):
         # With these signs, each such matrix is as likely as any other.
         return np.asarray(q * np.sign(np.diag(r)), np.float32)
 
-    def _fit_collected(self, collected: GridCollector, random: np.random.RandomState) -> None:
-        assert collected.gaussians is not None
-        if collected.gaussians.n < 2:
+    def _fit_accumulated(
+        self, accumulated: GridAccumulator, random: np.random.RandomState
+    ) -> np.ndarray:
+        """Take over the Gaussians; return the scores of the images left out, one at a time."""
+        gaussians = accumulated.gaussians
+        assert gaussians is not None
+        if gaussians.n < 2:
             raise InvalidValueError(
                 "PaDiM: 1 image to fit on has no covariance. Give at least 4; some are held back "
                 "for calibration."
             )
-        self.gaussians_ = collected.gaussians
-        if collected.kept is not None:
-            self._left_out = np.empty(0, np.float32)
-            if self.gaussians_.n > 2:  # two others, or they would have no covariance
-                patch_scores = self.gaussians_.left_out(collected.kept)
-                self._left_out = image_scores(patch_scores, self.image_score)
-        self.gaussians_.factor()
+        self.gaussians_, self.components_ = gaussians, accumulated.components
+        self._channels = accumulated.channels
+        left_out = np.empty(0, np.float32)
+        # With one other image alone there would be no covariance. Factors come after this.
+        if accumulated.kept is not None and gaussians.n > 2:
+            left_out = image_scores(gaussians.left_out(accumulated.kept), self.image_score)
+        gaussians.factor()
+        return left_out
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _check_grid(E.shape[1:3], self.gaussians_.shape[:2])
         patch_scores = self.gaussians_.mahalanobis(_reduced(E, self.components_))
         return patch_scores, image_scores(patch_scores, self.image_score)
 
-    def _score_left_out(self, E: Embeddings) -> np.ndarray:
-        left_out: np.ndarray = self.__dict__.pop("_left_out")
-        return left_out
+    def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
+        return fitted
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         grid = self.gaussians_
@@ -252,8 +252,24 @@ class PaDiM(BaseDetector):
         self.gaussians_.restore(int(state["n_images"]), arrays["mean"], arrays["factors"])
 
 
-class GridCollector(Collector):
-    """Reduced embeddings of one shard; or, once others were merged, the moments of all these."""
+class GridAccumulator(Accumulator):
+    """Reduced embeddings of one shard; after a merge, the moments of all shards merged.
+
+    Parameters
+    ----------
+    grid : (h, w)
+        Number of positions.
+    components : ndarray of shape (d,), int64, or (D, d), float32
+        The channels kept, or the projection.
+    ridge : float
+        Epsilon, which is added to the diagonal of each covariance.
+    images_per_shard : int
+        Number of images whose embeddings are in memory at a time.
+    known : GaussianGrid or None
+        Moments of the images that were fitted on before.
+    keep : bool
+        Whether all reduced embeddings are kept as well.
+    """
 
     def __init__(
         self,
@@ -262,27 +278,30 @@ class GridCollector(Collector):
         ridge: float,
         images_per_shard: int,
         known: GaussianGrid | None,
+        keep: bool,
     ) -> None:
         self.grid, self.components, self.ridge = grid, components, ridge
         self.channels = _channels_of(components)
         self.images_per_shard = images_per_shard
         self.gaussians = known
-        self._is_own = False  # what was known may still be needed as it is
-        self.kept: list[np.ndarray] | None = None  # all reduced embeddings, if they are needed
+        self._owns_gaussians = False  # those known may still be needed as they are
+        self.kept: list[np.ndarray] | None = [] if keep else None
         self.E = np.empty((0, *grid, components.shape[-1]), np.float32)
 
-    def add(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> None:
-        """Keep the shard's embeddings, reduced."""
+    def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
+        """Return an accumulator of the shard's embeddings, reduced."""
         for one in E:
             _check_grid(one.shape[:2], self.grid)
-        self.E = _reduced(np.asarray(E), self.components)
+        shard = copy.copy(self)
+        shard.E = _reduced(np.asarray(E), self.components)
+        return shard
 
     def merge(self, other: Self) -> None:
-        """Let the other's embeddings join the moments."""
-        if not self._is_own:
+        """Add the other's embeddings to the moments."""
+        if not self._owns_gaussians:
             new = GaussianGrid((self.grid[0], self.grid[1], self.E.shape[-1]), self.ridge)
             self.gaussians = copy.deepcopy(self.gaussians) if self.gaussians else new
-            self._is_own = True
+            self._owns_gaussians = True
         assert self.gaussians is not None
         if self.kept is not None:
             self.kept = [*self.kept, other.E]
@@ -291,20 +310,21 @@ class GridCollector(Collector):
 
 
 def _channels_of(components: np.ndarray) -> np.ndarray | None:
-    """What the backbone may leave out all others of; nothing of the kind for a projection."""
+    """Return the channels that the backbone must give; None for a projection, which needs all."""
     return components if components.ndim == 1 else None
 
 
 def _reduced(E: np.ndarray, components: np.ndarray) -> np.ndarray:
-    """(..., D) -> (..., d)."""
+    """Reduce embeddings (..., D) to (..., d)."""
     if components.ndim == 1:
-        if E.shape[-1] == len(components):  # the backbone was asked for these alone
+        if E.shape[-1] == len(components):  # the backbone gave these alone
             return E
-        return np.take(E, components, axis=-1, mode="clip")  # checking each index takes longer
+        return np.take(E, components, axis=-1, mode="clip")  # to check each index takes longer
     return np.asarray(E @ components)
 
 
 def _check_grid(got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise unless an image gives as many patches as the others."""
     if tuple(got) != tuple(expected):
         raise InvalidValueError(
             f"PaDiM: every image must give {expected[0]}x{expected[1]} patches, got "

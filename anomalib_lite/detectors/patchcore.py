@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from anomalib_lite._validation import check_choice, check_int, check_memory, check_number
 from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores, reweight
 from anomalib_lite.coreset import METHODS, coreset_size, select_coreset
-from anomalib_lite.detectors._patch_accumulator import PatchCollector, plan_patches
+from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.embeddings import Embeddings
+from anomalib_lite.detectors.fitting import Accumulator
+from anomalib_lite.embeddings import Embeddings, patch_rows
 from anomalib_lite.engines import device_of
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
@@ -26,7 +28,7 @@ _SUPPORT_SIZE = 9
 
 
 class PatchCore(BaseDetector):
-    """Patches far from all normal patches are anomalous.
+    """Calls patches anomalous that are far from all normal patches.
 
     Parameters
     ----------
@@ -38,56 +40,59 @@ class PatchCore(BaseDetector):
     layers : sequence of str or int, optional
         Layers to use; by default strides 8 and 16, or two blocks of a vision transformer.
     fusion : {"concat"}, default="concat"
-        How layers become one embedding a patch.
+        How the maps of several layers become one embedding a patch.
     image_size : int or (int, int), default=256
-        An int is the shorter side in pixels, the aspect is kept; a pair (H, W) is exact.
+        Size at which images go through the backbone. An int is the shorter side in pixels, the
+        aspect is kept; a pair (H, W) is exact.
     coreset_ratio : float, default=0.1
         Share of all patches kept in the bank, in (0, 1].
     coreset : {"greedy", "random", "kmeans"}, default="greedy"
-        How they are chosen.
+        How the patches to keep are chosen.
     n_neighbors : int, default=1
-        A patch's score is its mean distance to so many nearest patches of the bank.
+        Number of nearest patches of the bank; their mean distance is a patch's score.
     image_score : {"max", "top1%", "smoothed", "reweighted"}, default="max"
-        Largest patch score; mean of the largest 1 %; largest of the smoothed patch scores; or
-        Equation 7 of the paper (b = 9), which needs ``n_neighbors=1``.
+        How the patch scores of an image become one: the largest; the mean of the largest 1 %; the
+        largest after smoothing; or Equation 7 of the paper (b = 9), which needs
+        ``n_neighbors=1``.
     index : str, default="flat"
         ``"flat"`` for exact search, or a FAISS index-factory string.
     nprobe, ef_search : int, optional
-        How much of an index ``"IVF..."`` or ``"HNSW..."`` a search looks at; see
+        How much of an index ``"IVF..."`` or ``"HNSW..."`` is searched; see
         :class:`~anomalib_lite.MemoryBank`.
     smoothing : float, default=4.0
         Standard deviation of the Gaussian that smooths heatmaps, in pixels of ``image_size``.
     false_alarm_rate : float, default=0.01
         Share of future normal images that may be called anomalous, in (0, 1).
     calibration : {"split", "leave_one_out"}, default="split"
-        ``"split"`` holds images back (as many as the rate needs, a fifth to half of all), takes
-        the threshold from their scores with a finite-sample guarantee, and then adds their
-        patches to the bank where that can only lower scores (greedy or not, ``index="flat"``,
-        not ``"reweighted"``), which keeps the guarantee. ``"leave_one_out"`` holds nothing back
+        ``"split"`` holds images back (as many as the rate needs, a fifth to half of all) and takes
+        the threshold from their scores, with a finite-sample guarantee. Then it adds their patches
+        to the bank if that can only lower scores (any coreset, ``index="flat"``, not
+        ``"reweighted"``), which keeps the guarantee. ``"leave_one_out"`` holds nothing back
         and scores each image against the bank without its own patches: the threshold is
         tighter, and its rate only approximate.
     device : {"auto", "cpu", "cuda", "mps"}, default="auto"
+        Device of the backbone and of the search.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
-        Number type of the backbone; what "auto" chose is in ``dtype_``.
+        Number type of the backbone; the choice of "auto" is in ``dtype_``.
     engine : {"auto", "torch", "openvino", "onnxruntime"}, default="auto"
-        What runs the backbone: "auto" is OpenVINO on a CPU where it is installed and the network
-        converts, else torch; what it chose is in ``engine_``.
+        What runs the backbone. "auto" is OpenVINO on a CPU if it is installed and the network
+        converts, else torch; its choice is in ``engine_``.
     batch_size : int, default=32
         Images decoded and embedded at a time.
     memory_budget : int or str, optional
         Most memory that :meth:`fit` may take above the idle process, in bytes or as "512MB",
-        "2GB" or "1GiB", whatever the number of images. Where not all patches fit, the images
-        are gone through in shards, of each of which ``coreset_ratio`` is kept; see Notes. Not
-        with ``calibration="leave_one_out"``.
+        "2GB" or "1GiB", for any number of images. If not all patches fit, the images are taken in
+        shards, and ``coreset_ratio`` of the patches of each shard is kept; see Notes. Not with
+        ``calibration="leave_one_out"``.
     n_jobs : int, optional
-        Workers among which :meth:`fit` shares out the images, through joblib: processes of this
-        machine (-1: one a core), or what ``joblib.parallel_config("dask")`` and the like say.
-        The result is the same for any number. ``memory_budget`` holds for each process.
+        Number of workers that embed the images of :meth:`fit`, through joblib: processes of this
+        machine (-1: one a core), or a cluster set by ``joblib.parallel_config("dask")`` and the
+        like. The result is the same for any number. ``memory_budget`` holds for each process.
     on_error : {"raise", "skip"}, default="raise"
         What to do about an image that cannot be read: raise, or leave it out and list it in
         ``skipped_`` (or in ``Detections.skipped``).
     max_pixels : int, default=100_000_000
-        Larger images are refused before they are decoded.
+        Pixels of the largest image allowed; a larger one is refused before it is decoded.
     random_state : int, RandomState or None, default=0
         Seed of the coreset's first centre and of the choice of calibration images.
     verbose : int, default=0
@@ -98,16 +103,19 @@ class PatchCore(BaseDetector):
     memory_bank_ : MemoryBank
         The normal patches kept.
     threshold_ : float
-        An image with a larger score is called anomalous. Assign to it to set your own.
+        Score above which an image is called anomalous. Assign to it to set your own.
     calibration_scores_ : ndarray of shape (n,), float32
         Scores of the normal images that the threshold was taken from;
-        ``conformal_threshold(detector.calibration_scores_, rate)`` gives that for another rate.
+        ``conformal_threshold(detector.calibration_scores_, rate)`` gives the threshold for
+        another rate.
     n_features_ : int
         D, the length of an embedding.
     n_absorbed_ : int
-        Patches of calibration images: the last so many rows of the bank.
+        Number of patches that come from calibration images: the last rows of the bank.
     backbone_ : Backbone or CompiledBackbone
+        The network that embeds images.
     dtype_, engine_ : str
+        Number type and engine of the backbone.
     skipped_ : list of (str, str)
         Name and reason of each training image left out.
 
@@ -115,20 +123,20 @@ class PatchCore(BaseDetector):
     -----
     Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022
     (arXiv:2106.08265): patch score :math:`\\min_{m \\in M} \\|x - m\\|`, Euclidean and rooted,
-    over a greedy coreset M of all normal patches. We deviate where the paper's choices cost
-    more than they give: no random projection before the coreset (it is fast enough without),
+    over a greedy coreset M of all normal patches. We deviate where a choice of the paper costs
+    more than it gives: no random projection before the coreset (it is fast enough without),
     no centre crop, aspect kept, and the plain maximum as image score (Equation 7 is
     ``image_score="reweighted"``).
 
-    With ``memory_budget``, a shard's coreset has at most twice the covering radius that any
-    choice of as many of its patches could have (Gonzalez 1985), and a union of coresets covers
-    all that they cover, at the largest of their radii (composable core-sets: Malkomes et al.,
+    With ``memory_budget``, a shard's coreset has at most twice the covering radius of the best
+    choice of as many of its patches (Gonzalez 1985). A union of coresets covers all that each of
+    them covers, at the largest of their radii (composable core-sets: Malkomes et al.,
     "Fast Distributed k-Center Clustering with Outliers on Massive Data", NeurIPS 2015;
     Ceccarello et al., "Solving k-center Clustering (with Outliers) in MapReduce and Streaming,
-    almost as Accurately as Sequentially", PVLDB 2019). That is
-    ``memory_bank_.covering_radius_``: an upper bound then, and the radius itself where all
-    patches fit. Theirs, within a constant of the best, would need as many patches from each
-    shard as the whole bank has.
+    almost as Accurately as Sequentially", PVLDB 2019). That largest
+    radius is ``memory_bank_.covering_radius_``: an upper bound then, and the radius itself if all
+    patches fit. The bounds of those papers, within a constant of the best, would need as many
+    patches from each shard as the whole bank has.
 
     Examples
     --------
@@ -218,66 +226,71 @@ class PatchCore(BaseDetector):
                 f"got {self.index!r}. Use calibration='split'."
             )
 
-    def _collector(
+    def _make_accumulator(
         self,
         shape: tuple[int, ...],
         n_images: int | None,
         in_flight: int,
         random: np.random.RandomState,
-    ) -> PatchCollector:
-        ratio, plan, seed = float(self.coreset_ratio), None, 0
-        if self.memory_budget is not None:
-            height, width, n_features = shape
-            plan = plan_patches(
-                check_memory("memory_budget", self.memory_budget, "PatchCore"),
-                patches=height * width,
-                n_features=n_features,
-                ratio=ratio,
-                n_images=n_images,
-                in_flight=in_flight,
-                present=self._n_present(),
-            )
-            seed = int(copy.deepcopy(random).randint(2**31))  # with or without: the same draws
-        return PatchCollector(shape[-1], self.coreset, ratio, seed, plan)
+    ) -> AllPatches | PatchAccumulator:
+        if self.memory_budget is None:
+            return AllPatches()
+        height, width, n_features = shape
+        bank, ratio = getattr(self, "memory_bank_", None), float(self.coreset_ratio)
+        plan = plan_patches(
+            check_memory("memory_budget", self.memory_budget, "PatchCore"),
+            patches=height * width,
+            n_features=n_features,
+            ratio=ratio,
+            n_images=n_images,
+            in_flight=in_flight,
+            present=0 if bank is None else len(bank.embeddings_),
+        )
+        seed = int(copy.deepcopy(random).randint(2**31))  # with a budget or without: the same draws
+        return PatchAccumulator(n_features, self.coreset, ratio, seed, plan)
 
-    def _fit_collected(self, collected: PatchCollector, random: np.random.RandomState) -> None:
-        old = getattr(self, "memory_bank_", None)
-        n_there = 0 if old is None else len(old.embeddings_)
-        if old is None:
-            coreset_size(float(self.coreset_ratio), collected.n_seen, "coreset_ratio", "PatchCore")
-        rows, radius = self._choose(collected, random)
-        if n_there + len(rows) < self.n_neighbors:
+    def _fit_accumulated(
+        self, accumulated: AllPatches | PatchAccumulator, random: np.random.RandomState
+    ) -> np.ndarray | None:
+        """Add a coreset of the patches to the bank; return which of them were kept, if known."""
+        bank, ratio = getattr(self, "memory_bank_", None), float(self.coreset_ratio)
+        parameters, kept = self._bank_parameters(), None
+        if accumulated.thinned:
+            rows = accumulated.rows.copy()  # without the room that was kept for more
+            radius = accumulated.radius
+        else:
+            coreset = select_coreset(
+                accumulated.rows,
+                max(1, round(ratio * len(accumulated.rows))),
+                method=self.coreset,
+                random_state=random,
+                existing=None if bank is None else self._existing_patches(),
+                device=parameters["device"],
+                progress=bool(self.verbose),
+            )
+            kept, radius = coreset.indices, coreset.covering_radius
+            rows = accumulated.rows[kept]
+        if bank is not None:
+            self._extend(rows, radius)
+            return kept
+        coreset_size(ratio, accumulated.n_seen, "coreset_ratio", "PatchCore")  # at least 1
+        if len(rows) < self.n_neighbors:
             raise InvalidValueError(
                 f"PatchCore: n_neighbors={self.n_neighbors} is more than the {len(rows)} patches "
                 f"that coreset_ratio={self.coreset_ratio:g} keeps."
             )
-        if old is None:
-            self.memory_bank_ = MemoryBank(**self._bank_parameters()).fit(rows)
-            self.memory_bank_.covering_radius_ = radius
-            self.n_absorbed_ = 0
-        else:
-            self._extend(rows, radius)
-        self.n_features_ = rows.shape[1]
+        self.memory_bank_ = MemoryBank(**parameters).fit(rows)
+        self.memory_bank_.covering_radius_ = radius
+        self.n_absorbed_ = 0
+        return kept
 
-    def _choose(
-        self, collected: PatchCollector, random: np.random.RandomState
-    ) -> tuple[np.ndarray, float]:
-        """The rows to add to the bank, and how far any patch collected is from the nearest."""
-        rows = collected.rows
-        if collected.thinned:
-            return rows.copy(), collected.radius  # without the room that was kept for more
-        kept = select_coreset(
-            rows,
-            max(1, round(float(self.coreset_ratio) * len(rows))),
-            method=self.coreset,
-            random_state=random,
-            existing=self._known_rows(),
-            device=self._bank_parameters()["device"],
-            progress=bool(self.verbose),
-        )
-        if self.calibration == "leave_one_out":
-            self._picked = kept.indices
-        return rows[kept.indices], kept.covering_radius
+    def _extend(self, rows: np.ndarray, radius: float) -> None:
+        old = self.memory_bank_
+        bank = copy.copy(old)  # the old one may still be needed
+        bank.index_ = copy.deepcopy(old.index_)
+        bank.add(rows)
+        bank.covering_radius_ = max(old.covering_radius_, radius)
+        self.memory_bank_ = bank
 
     def _bank_parameters(self) -> dict[str, Any]:
         device = device_of(self.device, "PatchCore")
@@ -289,27 +302,15 @@ class PatchCore(BaseDetector):
             "device": device if device.startswith("cuda") else "cpu",
         }
 
-    def _n_present(self) -> int:
-        """Rows in memory that stay there: of the bank, and of those set aside for an update."""
-        if not hasattr(self, "memory_bank_"):
-            return 0
-        return len(self.memory_bank_.embeddings_) + len(getattr(self, "_set_aside", ()))
+    def _existing_patches(self) -> np.ndarray | None:
+        return self.memory_bank_.embeddings_ if self.coreset == "greedy" else None
 
-    def _known_rows(self) -> np.ndarray | None:
-        bank = getattr(self, "memory_bank_", None)
-        return bank.embeddings_ if bank is not None and self.coreset == "greedy" else None
-
-    def _extend(self, rows: np.ndarray, radius: float) -> None:
-        old = self.memory_bank_
-        bank = copy.copy(old)  # the old one may still be needed
-        bank.index_ = copy.deepcopy(old.index_)
-        bank.add(rows)
-        bank.covering_radius_ = max(old.covering_radius_, radius)
-        self.memory_bank_ = bank
-
-    def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _score_patches(
+        self, E: np.ndarray, bank: MemoryBank | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        bank = self.memory_bank_ if bank is None else bank
         rows = E.reshape(-1, E.shape[-1])
-        distances, neighbors = self.memory_bank_.search(rows, self.n_neighbors)
+        distances, neighbors = bank.search(rows, self.n_neighbors)
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
         if self.image_score != "reweighted":
             scores = image_scores(patch_scores, self.image_score)
@@ -317,58 +318,48 @@ class PatchCore(BaseDetector):
             scores = image_scores(patch_scores, "max")
             worst = patch_scores.reshape(len(E), -1).argmax(axis=1)
             worst += np.arange(len(E)) * (E.shape[1] * E.shape[2])
-            scores = self._reweight(scores, rows[worst], neighbors[worst, 0])
+            scores = _reweight(scores, rows[worst], neighbors[worst, 0], bank)
         return patch_scores, scores
 
-    def _reweight(self, scores: np.ndarray, patches: np.ndarray, nearest: np.ndarray) -> np.ndarray:
-        """Equation 7, for each image's most anomalous patch (B, D) and its neighbour (B,)."""
-        bank = self.memory_bank_
-        size = min(_SUPPORT_SIZE, len(bank.embeddings_))
-        _, support = bank.search(bank.embeddings_[nearest], size)  # (B, b)
-        # A twin of the nearest bank point may come first: put the point itself there.
-        order = np.argsort(support != nearest[:, None], axis=1, kind="stable")
-        support = np.take_along_axis(support, order, axis=1)
-        difference = bank.embeddings_[support] - patches[:, None]
-        return reweight(scores, np.linalg.norm(difference, axis=2))
-
-    def _score_left_out(self, E: Embeddings) -> np.ndarray:
-        whole, patches = self.memory_bank_, [grid.shape[0] * grid.shape[1] for grid in E]
-        owners = np.repeat(np.arange(len(E)), patches)[self.__dict__.pop("_picked")]
+    def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
+        patches = [grid.shape[0] * grid.shape[1] for grid in E]
+        images = np.repeat(np.arange(len(E)), patches)[fitted]  # of each row of the bank
         scores = np.empty(len(E), np.float32)
-        try:
-            for i in range(len(E)):
-                others = whole.embeddings_[owners != i]
-                if len(others) < self.n_neighbors:
-                    return scores[:0]  # no bank without this image: nothing to calibrate with
-                self.memory_bank_ = MemoryBank(_SUPPORT_SIZE).fit(others)
-                scores[i] = self._score_patches(E[i][None])[1][0]
-        finally:
-            self.memory_bank_ = whole
+        for i in range(len(E)):
+            others = self.memory_bank_.embeddings_[images != i]
+            if len(others) < self.n_neighbors:
+                return scores[:0]  # no bank without this image: nothing to calibrate with
+            bank = MemoryBank(_SUPPORT_SIZE).fit(others)
+            scores[i] = self._score_patches(E[i][None], bank)[1][0]
         return scores
 
-    def _scores_only_fall(self) -> bool:
+    def _scores_are_monotone(self) -> bool:
         # With more patches in the bank every exact distance stays or falls, so no score of a
         # future normal image rises above the threshold by it. Equation 7 and approximate
         # indexes do not have this property.
         return self.index == "flat" and self.image_score != "reweighted"
 
-    def _absorb(self, collected: PatchCollector, random: np.random.RandomState) -> None:
-        n_fitted = len(self.memory_bank_.embeddings_)
-        set_aside = self.__dict__.pop("_set_aside", None)
-        if set_aside is not None:
-            self._extend(set_aside, 0.0)
-        if collected.n_seen:
-            self._extend(*self._choose(collected, random))
-        self.n_absorbed_ = len(self.memory_bank_.embeddings_) - n_fitted
-
-    def _begin_update(self) -> None:
-        # Those held back now are scored by what those held back before were scored by, and what
-        # is fitted on since: no score then depends on which image was held back when.
+    def _remove_calibration_patches(self) -> np.ndarray:
+        # Images held back now are scored by the same patches as those held back before, and by
+        # those fitted on since: no score then depends on which image was held back when.
         bank, n = self.memory_bank_, len(self.memory_bank_.embeddings_) - self.n_absorbed_
         if self.n_absorbed_:
-            self._set_aside = bank.embeddings_[n:]
             self.memory_bank_ = copy.copy(bank)
             self.memory_bank_.embeddings_ = bank.embeddings_[:n]
+        return bank.embeddings_[n:]
+
+    def _add_calibration_patches(
+        self,
+        removed: np.ndarray | None,
+        accumulated: AllPatches | PatchAccumulator,
+        random: np.random.RandomState,
+    ) -> None:
+        n_fitted = len(self.memory_bank_.embeddings_)
+        if removed is not None and len(removed):
+            self._extend(removed, 0.0)
+        if accumulated.n_seen:
+            self._fit_accumulated(accumulated, random)
+        self.n_absorbed_ = len(self.memory_bank_.embeddings_) - n_fitted
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         bank = self.memory_bank_
@@ -384,3 +375,39 @@ class PatchCore(BaseDetector):
         self.memory_bank_.covering_radius_ = float(state["covering_radius"])
         self.n_absorbed_ = int(state.get("n_absorbed", 0))  # files of 0.1.0 may not say
         self.n_features_ = self.memory_bank_.n_features_in_
+
+
+@dataclass
+class AllPatches(Accumulator):
+    """All patches of all images; they come in one shard."""
+
+    rows: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    n_seen: int = 0
+    radius: float = 0.0
+    thinned: bool = False
+
+    def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
+        """Return an accumulator of the shard's patches."""
+        rows = patch_rows(E)
+        return replace(self, rows=rows, n_seen=len(rows))
+
+    def merge(self, other: Self) -> None:
+        """Take over the patches of the other; or append them, if there are some already."""
+        self.rows = np.concatenate([self.rows, other.rows]) if self.n_seen else other.rows
+        self.n_seen += other.n_seen
+
+
+def _reweight(
+    scores: np.ndarray, patches: np.ndarray, nearest: np.ndarray, bank: MemoryBank
+) -> np.ndarray:
+    """Reweight the score of each image by Equation 7.
+
+    ``patches`` (B, D) are the most anomalous ones, ``nearest`` (B,) their neighbours in the bank.
+    """
+    size = min(_SUPPORT_SIZE, len(bank.embeddings_))
+    _, support = bank.search(bank.embeddings_[nearest], size)  # (B, b)
+    # A twin of the nearest bank point may come first: put the point itself there.
+    order = np.argsort(support != nearest[:, None], axis=1, kind="stable")
+    support = np.take_along_axis(support, order, axis=1)
+    difference = bank.embeddings_[support] - patches[:, None]
+    return reweight(scores, np.linalg.norm(difference, axis=2))

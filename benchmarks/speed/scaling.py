@@ -21,7 +21,7 @@ import numpy as np
 from anomalib_lite import PatchCore
 from anomalib_lite._threads import n_cores
 from anomalib_lite.coreset import select_coreset
-from anomalib_lite.detectors._patch_accumulator import plan_patches
+from anomalib_lite.detectors import plan_patches
 
 SIDE = 32  # patches of an image: 32 x 32, as of 256 x 256 pixels
 PATCHES = SIDE * SIDE

@@ -1,8 +1,39 @@
-"""How a detector learns from images that may not fit into memory."""
+"""How a detector fits on images that may not all be in memory."""
 
-from anomalib_lite.detectors.fitting.shards import learn_embeddings, learn_images
+from anomalib_lite.detectors.fitting.model import (
+    Accumulator,
+    EmbeddingModel,
+    InMemory,
+    ShardResult,
+    ShardSource,
+    ShardTask,
+    refuse_budget,
+)
+from anomalib_lite.detectors.fitting.shards import (
+    Distribute,
+    EmbeddingStream,
+    ImageShards,
+    Indexed,
+    embed_elsewhere,
+    iter_grids,
+    none_usable,
+)
+from anomalib_lite.detectors.fitting.workers import distribute
 
 __all__ = [
-    "learn_embeddings",
-    "learn_images",
+    "Accumulator",
+    "Distribute",
+    "EmbeddingModel",
+    "EmbeddingStream",
+    "ImageShards",
+    "InMemory",
+    "Indexed",
+    "ShardResult",
+    "ShardSource",
+    "ShardTask",
+    "distribute",
+    "embed_elsewhere",
+    "iter_grids",
+    "none_usable",
+    "refuse_budget",
 ]

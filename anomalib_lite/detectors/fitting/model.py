@@ -1,0 +1,251 @@
+"""What a detector fills in to fit on patch embeddings, and to score them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from abc import ABC, ABCMeta, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator
+
+from anomalib_lite.embeddings import Embeddings, contiguous
+from anomalib_lite.errors import InvalidValueError
+
+__all__ = [
+    "Accumulator",
+    "EmbeddingModel",
+    "InMemory",
+    "ShardResult",
+    "ShardSource",
+    "ShardTask",
+    "refuse_budget",
+]
+
+
+class Accumulator(ABC):
+    """What is kept of embeddings that pass by, until a model is fitted on it.
+
+    A model makes an empty one. Each shard of images is accumulated by itself, perhaps in another
+    process, and the results are merged in the order of the shards. So the outcome depends on the
+    shards, which are fixed, and not on who computed them.
+    """
+
+    images_per_shard: int = sys.maxsize  # images whose embeddings are in memory at a time
+    channels: np.ndarray | None = None  # channels of the embeddings that are used; None for all
+
+    @abstractmethod
+    def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
+        """Return an accumulator like this one that holds one shard alone.
+
+        Parameters
+        ----------
+        E : Embeddings
+            Of the images of the shard.
+        position : int
+            Position of the first of them among all images.
+        existing : array of shape (M, D), float32, optional
+            Patches that the model has already.
+        """
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Add what another accumulator holds of the images that follow."""
+
+
+class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
+    """Fits on patch embeddings and scores them.
+
+    A subclass must supply the abstract methods: an accumulator, how to fit on it, how to score
+    patches, and its state. It may supply the others.
+    """
+
+    calibration: str
+    memory_budget: Any
+    batch_size: int
+    n_features_: int
+    _channels: np.ndarray | None = None  # channels of the embeddings that are used; None for all
+
+    # --- A subclass must supply these ---------------------------------------------------------
+
+    @abstractmethod
+    def _make_accumulator(
+        self,
+        shape: tuple[int, ...],
+        n_images: int | None,
+        in_flight: int,
+        random: np.random.RandomState,
+    ) -> Accumulator:
+        """Return an empty accumulator; the model itself stays as it is.
+
+        Parameters
+        ----------
+        shape : (h, w, D)
+            Shape of the embeddings of the first image.
+        n_images : int or None
+            Number of images; None if it is not known before the end.
+        in_flight : int
+            Bytes that are taken beside the embeddings of a shard.
+        random : RandomState
+        """
+
+    @abstractmethod
+    def _fit_accumulated(self, accumulated: Any, random: np.random.RandomState) -> Any:
+        """Fit on what was accumulated, beside what was fitted before.
+
+        Return what :meth:`_score_left_out` needs to know of it, if anything.
+        """
+
+    @abstractmethod
+    def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Score patches (B, h, w) and images (B,), both float32, from embeddings (B, h, w, D)."""
+
+    @abstractmethod
+    def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return what scoring needs beside the parameters and the threshold: arrays, JSON."""
+
+    @abstractmethod
+    def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        """Become fitted from what :meth:`_get_state` gave; ValueError if it does not fit."""
+
+    # --- A subclass may supply these ----------------------------------------------------------
+
+    def _fits_in_shards(self) -> bool:
+        """Whether embeddings pass by shard by shard, so that they are never all in memory."""
+        return self.memory_budget is not None
+
+    def _score_left_out(self, E: Embeddings, fitted: Any) -> np.ndarray:
+        """Score (N,) each image that was fitted on as if it had been left out.
+
+        ``fitted`` is what :meth:`_fit_accumulated` returned.
+        """
+        raise InvalidValueError(
+            f"{type(self).__name__}: this detector cannot leave one image out. Use "
+            "calibration='split'."
+        )
+
+    def _scores_are_monotone(self) -> bool:
+        """Whether fitting on more images can only lower scores.
+
+        If so, the calibration images are added to the model in the end, and old calibration
+        scores still count after an update.
+        """
+        return False
+
+    def _existing_patches(self) -> np.ndarray | None:
+        """Return the patches that the model holds, if a coreset must take them into account."""
+        return None
+
+    def _remove_calibration_patches(self) -> Any:
+        """Undo :meth:`_add_calibration_patches` before an update; return what was removed."""
+
+    def _add_calibration_patches(
+        self, removed: Any, accumulated: Any, random: np.random.RandomState
+    ) -> None:
+        """Add the calibration images: what was removed before an update, and the new ones."""
+
+    # --- This follows -------------------------------------------------------------------------
+
+    def _image_scores(self, E: Embeddings) -> np.ndarray:
+        # A few at a time: the search makes arrays of its own.
+        step = self.batch_size if isinstance(E, np.ndarray) else 1
+        scores = [
+            self._score_patches(np.ascontiguousarray(E[i : i + step]))[1]
+            for i in range(0, len(E), step)
+        ]
+        return np.concatenate([np.empty(0, np.float32), *scores])
+
+
+@dataclass
+class ShardResult:
+    """What became of the images of one shard."""
+
+    accumulated: Any = None
+    scores: np.ndarray | None = None
+    embeddings: Embeddings | None = None  # only if there was no task
+    skipped: Sequence[tuple[int, str]] = ()  # position in the shard, reason
+    error: tuple[str, str] | None = None  # class and message: not all backends can send the object
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What to do with the embeddings of a shard: accumulate them, score them, or both."""
+
+    empty: Accumulator | None = None  # accumulate the embeddings as this one does
+    model: EmbeddingModel | None = None  # what is fitted so far
+    score: bool = False  # score the images with the model
+
+    @property
+    def channels(self) -> np.ndarray | None:
+        """Channels of the embeddings that are used; None for all."""
+        if self.empty is not None:
+            return self.empty.channels
+        return None if self.model is None else self.model._channels
+
+    def __call__(self, E: Embeddings, position: int) -> ShardResult:
+        """Carry it out; ``position`` is that of the shard's first image."""
+        result = ShardResult()
+        if len(E) == 0:
+            return result
+        if self.model is not None and self.score:
+            result.scores = self.model._image_scores(E)
+        if self.empty is not None:
+            existing = None if self.model is None else self.model._existing_patches()
+            result.accumulated = self.empty.accumulate(E, position, existing)
+        return result
+
+
+class ShardSource(ABC):
+    """Normal images in the order of fitting; those to be held back for calibration come last."""
+
+    shape: tuple[int, ...]  # (h, w, D) of the first image
+    n_images: int | None  # None if it is not known before the end
+    in_flight = 0  # bytes that are taken beside the embeddings of a shard
+    embeddings: Embeddings = []  # noqa: RUF012  # of the images to fit on, if all are in memory
+
+    @abstractmethod
+    def to_fit(self, task: ShardTask) -> Iterator[ShardResult]:
+        """Carry out the task on the images to fit on; yield the result of each shard."""
+
+    @abstractmethod
+    def held_back(self, task: ShardTask) -> Iterator[ShardResult]:
+        """Carry out the task on the images held back; yield the result of each shard."""
+
+
+class InMemory(ShardSource):
+    """Embeddings that are all in memory: one shard to fit on, one held back."""
+
+    def __init__(self, E: Embeddings, n_held_back: int) -> None:
+        self.n_images, self.shape = len(E), E[0].shape
+        n_to_fit = len(E) - n_held_back
+        held: Any = E[n_to_fit:]
+        if isinstance(E, list):  # moved, so that nothing is in memory twice
+            del E[n_to_fit:]
+            E, held = contiguous(E), contiguous(held)
+        else:
+            E = E[:n_to_fit]
+        self.embeddings, self._held_back = E, held
+
+    def to_fit(self, task: ShardTask) -> Iterator[ShardResult]:
+        yield task(self.embeddings, 0)
+
+    def held_back(self, task: ShardTask) -> Iterator[ShardResult]:
+        if len(self._held_back):
+            yield task(self._held_back, len(self.embeddings))
+
+
+def refuse_budget(
+    where: str, budget: int, needed: int, for_what: str, *, lower: str = ""
+) -> NoReturn:
+    """Raise InvalidValueError for a ``memory_budget`` that is too small, naming one that would do.
+
+    ``lower`` names the parameters that take less memory when lowered, beside ``image_size`` and
+    ``batch_size``.
+    """
+    raise InvalidValueError(
+        f"{where}: memory_budget={budget:,} bytes is too small: {for_what} take {needed:,} bytes. "
+        f"Raise it to {math.ceil(needed / 1e6):,}MB, or lower {lower}image_size or batch_size."
+    )
