@@ -22,9 +22,9 @@ from anomalib_lite import GatedCascade, MahalanobisVFM, PatchCore, load
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.cascade import _finetuning
 from anomalib_lite.cascade._finetuning import FinetuningResult, finetune_gate
-from anomalib_lite.cascade.gate import Extractor, LinearHead, NetworkEncoder, SavedGate
+from anomalib_lite.cascade.gate import LinearHead, NetworkEncoder, SavedGate
 from anomalib_lite.errors import InvalidValueError, ModelFileError
-from anomalib_lite.images import ImageSource
+from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.metrics import auroc
 from anomalib_lite.synthetic import SyntheticAnomalies
 
@@ -87,8 +87,7 @@ def tune(
 
 def features(network: Backbone, images: Any) -> np.ndarray:
     """What the gate sees of images by a network that was finetuned."""
-    extractor = Extractor(network, image_size=64, batch_size=32, on_error="raise", verbose=0)
-    return NetworkEncoder(extractor, None)(ImageSource(images))[0]
+    return NetworkEncoder(Extractor(network, image_size=64), None)(ImageSource(images))[0]
 
 
 def stripes(n: int, seed: int, *, defect: bool) -> np.ndarray:

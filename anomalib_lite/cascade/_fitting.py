@@ -16,7 +16,6 @@ from anomalib_lite._validation import check_image_size
 from anomalib_lite.cascade._holding_out import Split, Subset, Subsets
 from anomalib_lite.cascade.gate import (
     DetectorEncoder,
-    Extractor,
     Gate,
     LinearHead,
     NetworkEncoder,
@@ -28,7 +27,7 @@ from anomalib_lite.detectors import BaseDetector
 from anomalib_lite.engines import AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError
 from anomalib_lite.gaussian import Moments
-from anomalib_lite.images import ImageSource
+from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.synthetic import SyntheticAnomalies
 
 if TYPE_CHECKING:  # it imports torch
@@ -83,7 +82,14 @@ class GateTraining:
 
     def extractor(self, backbone: AnyBackbone) -> Extractor:
         """Return what embeds images by this backbone."""
-        return Extractor(backbone, self.image_size, self.batch_size, self.on_error, self.verbose)
+        return Extractor(
+            backbone,
+            self.image_size,
+            self.batch_size,
+            self.on_error,
+            self.verbose,
+            name="the gate's backbone",
+        )
 
     def fit(
         self, source: ImageSource, split: Split, random: np.random.RandomState
@@ -98,7 +104,7 @@ class GateTraining:
             n_synthetic = int(np.clip(2 * len(subsets.head_normal), *_FOR_HEAD))
         history: list[dict[str, float]] = []
         if isinstance(encoder, NetworkEncoder) and self.training == "finetune":
-            device = encoder.extractor.backbone.device
+            device = encoder.backbone.device
             tuned = self._finetune(subsets, n_synthetic, device, random)
             backbone = self.open_backbone(state=tuned.state, sha256=tuned.sha256)
             encoder = NetworkEncoder(self.extractor(backbone), None)
@@ -177,7 +183,7 @@ def _fit_whitening(extractor: Extractor, normal: ImageSource) -> Whitening:
     """Fit the whitening to the patches of all images that can be used."""
     moments: Moments | None = None
     skipped: list[tuple[int, str]] = []
-    for _, E in extractor.batches(normal, skipped):
+    for _, E in extractor.embed_batches(normal, skipped=skipped, progress="gate"):
         moments = moments or Moments(E.shape[3])
         moments.add(E.reshape(-1, E.shape[3]))
     if moments is None:

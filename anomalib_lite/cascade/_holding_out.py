@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from anomalib_lite._validation import normal_indices
+from anomalib_lite._validation import normal_indices, refuse_labelled
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.cascade.routing import min_anomalies
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
@@ -25,11 +25,9 @@ def positions_by_class(images: Any, y: Any, n: int) -> tuple[np.ndarray, np.ndar
     normal = np.arange(n)
     if y is not None:
         normal = normal_indices(y, n, _WHERE)
-    elif isinstance(images, list | tuple) and any(getattr(item, "label", 0) for item in images):
-        raise InvalidValueError(
-            f"{_WHERE}: images holds samples labelled anomalous. Pass their labels, "
-            "y=[sample.label for sample in samples]."
-        )
+    else:
+        remedy = "Pass their labels, y=[sample.label for sample in samples]."
+        refuse_labelled(images, _WHERE, remedy)
     return normal, np.setdiff1d(np.arange(n), normal)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -13,19 +13,17 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
-from tqdm import tqdm
 
 from anomalib_lite._validation import check_choice
 from anomalib_lite.detectors import BaseDetector
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.gaussian import Gaussian, Moments
-from anomalib_lite.images import ImageSource, iter_batches
+from anomalib_lite.images import Extractor, ImageSource
 
 __all__ = [
     "PROBABILITY_CALIBRATIONS",
     "DetectorEncoder",
-    "Extractor",
     "Gate",
     "LinearHead",
     "NetworkEncoder",
@@ -44,59 +42,6 @@ _C = 0.01
 _LOGISTIC_SHARE = 1e-3
 # Share of an image's patches that count as its farthest.
 _FARTHEST = 0.05
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """A backbone, and how images reach it.
-
-    Attributes
-    ----------
-    backbone : Backbone or CompiledBackbone
-    image_size : int or (int, int)
-    batch_size : int
-    on_error : {"raise", "skip"}
-    verbose : int
-        Above 0, a progress bar in a terminal.
-    """
-
-    backbone: AnyBackbone
-    image_size: int | tuple[int, int]
-    batch_size: int
-    on_error: str
-    verbose: int
-
-    def batches(
-        self, source: ImageSource, skipped: list[tuple[int, str]]
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Yield positions of B images and their patch embeddings (B, h, w, D), batch by batch.
-
-        Position and reason of each image that cannot be used are added to ``skipped``.
-
-        Raises
-        ------
-        AnomalibLiteError
-            For an image that cannot be used, unless it is skipped; for embeddings that are not
-            finite.
-        """
-        quiet = None if self.verbose else True  # None: in a terminal only
-        with tqdm(total=len(source), desc="gate", unit="image", leave=False, disable=quiet) as bar:
-            for batch in iter_batches(
-                source,
-                image_size=self.image_size,
-                stride=self.backbone.stride,
-                batch_size=self.batch_size,
-                on_error=self.on_error,
-                skipped=skipped,
-            ):
-                E = self.backbone.embed(batch.pixels)
-                if not np.isfinite(E).all():
-                    raise InvalidValueError(
-                        f"{source.where}: the gate's backbone gives NaN or infinity in "
-                        f"{self.backbone.dtype}. Use dtype='float32'."
-                    )
-                yield batch.indices, E
-                bar.update(len(E))
 
 
 @dataclass(frozen=True)
@@ -334,15 +279,21 @@ class NetworkEncoder:
     extractor: Extractor
     whitening: Whitening | None
 
+    @property
+    def backbone(self) -> AnyBackbone:
+        """The network itself."""
+        return cast("AnyBackbone", self.extractor.backbone)
+
     def __call__(self, source: ImageSource) -> Encoded:
         """Return features (N, d), float32, and which images were skipped."""
         found: np.ndarray | None = None
         skipped: list[tuple[int, str]] = []
-        for indices, E in self.extractor.batches(source, skipped):
+        batches = self.extractor.embed_batches(source, skipped=skipped, progress="gate")
+        for batch, E in batches:
             rows = mean_max_pool(E) if self.whitening is None else self.whitening.summaries(E)
             if found is None:
                 found = np.full((len(source), rows.shape[1]), np.nan, np.float32)
-            found[indices] = rows
+            found[batch.indices] = rows
         if found is None:  # no image could be used, so d is not known
             found = np.full((len(source), 1), np.nan, np.float32)
         return found, skipped
@@ -382,7 +333,7 @@ class Gate:
     @property
     def backbone(self) -> AnyBackbone | None:
         """The network that looks at images; None if a detector does."""
-        return self.encoder.extractor.backbone if isinstance(self.encoder, NetworkEncoder) else None
+        return self.encoder.backbone if isinstance(self.encoder, NetworkEncoder) else None
 
     @property
     def detector(self) -> BaseDetector | None:

@@ -15,11 +15,9 @@ from sklearn.utils import check_random_state
 
 from anomalib_lite._validation import (
     check_choice,
-    check_image_size,
     check_int,
     check_labels,
     check_number,
-    check_seed,
 )
 from anomalib_lite.cascade._fitting import (
     GateTraining,
@@ -50,7 +48,7 @@ from anomalib_lite.cascade.routing import (
 from anomalib_lite.cascade.sweep import Sweep, sweep_routings, threshold_pairs
 from anomalib_lite.detectors import BaseDetector, Detections, DetectorMixin, PatchCore
 from anomalib_lite.embeddings import stack
-from anomalib_lite.engines import ENGINES, AnyBackbone
+from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import (
     CalibrationWarning,
     InvalidTypeError,
@@ -477,9 +475,9 @@ class GatedCascade(DetectorMixin, BaseEstimator):
     def _check_parameters(self) -> None:
         """Raise for the first constructor argument that cannot be used."""
         self._check_models()
+        self._check_image_parameters()
         check_thresholds(self.t_low, self.t_high)
         check_number("max_missed", self.max_missed, _WHERE, "(0, 1)")
-        check_number("false_alarm_rate", self.false_alarm_rate, _WHERE, "(0, 1)")
         check_choice("training", self.training, ("head", "finetune"), _WHERE)
         if self.training == "finetune" and isinstance(self.gate, BaseDetector):
             raise InvalidValueError(
@@ -490,12 +488,6 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         check_choice("calibration", self.calibration, PROBABILITY_CALIBRATIONS, _WHERE)
         check_class_weight(self.class_weight, _WHERE)
         check_choice("maps", self.maps, MAPS, _WHERE)
-        check_choice("engine", self.engine, ENGINES, _WHERE)
-        check_choice("on_error", self.on_error, ("raise", "skip"), _WHERE)
-        check_int("batch_size", self.batch_size, _WHERE, low=1)
-        check_int("max_pixels", self.max_pixels, _WHERE, low=1)
-        check_image_size(self.image_size, _WHERE)
-        check_seed(self.random_state, _WHERE)
         for model in (self.gate, self.detector):
             if isinstance(model, BaseDetector):
                 model._check_parameters()  # before the gate is fitted, which takes time
@@ -534,7 +526,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         """Ask the gate for features, by the parameters as they are now."""
         gate = self.gate_
         if isinstance(gate.encoder, NetworkEncoder):
-            extractor = self._gate_training().extractor(gate.encoder.extractor.backbone)
+            extractor = self._gate_training().extractor(gate.encoder.backbone)
             gate = replace(gate, encoder=replace(gate.encoder, extractor=extractor))
         return gate.features(source)
 
