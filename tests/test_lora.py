@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ from anomalib_lite.lora import Adapter, adaptive_rank, train_adapter
 
 SIZE = (64, 96)
 LAYERS = ["blocks.2", "blocks.3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """For networks this small, threads that wait for each other take longer than the work."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 def good(n: int, seed: int = 0) -> np.ndarray:
@@ -88,26 +98,84 @@ def test_only_the_attention_up_to_the_last_layer_changes(weights: Path, adapter:
         assert torch.equal(tensor, before[name])
 
 
-def test_it_learns_to_tell_anomalies(weights: Path) -> None:
-    history = train(weights, n=40, epochs=6).history
-    areas = [h["validation_auroc"] for h in history]
-    assert "train_loss" not in history[0]  # before anything is learned
-    assert max(areas[1:]) > areas[0]
-    assert history[-1]["train_loss"] < history[1]["train_loss"]
+class Blind(torch.nn.Module):
+    """An attention's layer that sees the texture of a patch, but not how bright it is.
+
+    A network of random weights learns next to nothing that holds on other images, and whether its
+    AUROC rises is luck. This one has something to learn, which each seed has to find.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn((3 * 16 * 16, 16), generator=generator)
+        bright = torch.ones((3 * 16 * 16, 1))
+        weight = torch.linalg.qr(torch.cat([bright, directions], dim=1)).Q[:, 1:].T
+        self.attn = torch.nn.Module()
+        self.attn.qkv = torch.nn.Linear(3 * 16 * 16, 16, bias=False)
+        self.attn.qkv.weight.data.copy_(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = torch.pixel_unshuffle(x, 16).permute(0, 2, 3, 1)
+        return self.attn.qkv(patches).permute(0, 3, 1, 2)
 
 
-def test_features_of_normal_images_stay(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def blind(seed: int, adapter: Adapter | None = None) -> Backbone:
+    return Backbone(Blind(seed), fusion="summary", device="cpu", dtype="float32", adapter=adapter)
+
+
+def flat(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(108, 133, (n, *SIZE, 3), dtype=np.uint8)
+
+
+def dark_patches(images: Any, n: int, random: np.random.RandomState) -> Iterator[Example]:
+    """Defects of one kind: a patch that is darker."""
+    for i in range(n):
+        pixels, mask = images[i % len(images)].copy(), np.zeros(SIZE, bool)
+        y, x = 16 * random.randint(4), 16 * random.randint(6)
+        pixels[y : y + 16, x : x + 16] -= 20
+        mask[y : y + 16, x : x + 16] = True
+        yield Example(pixels, mask)
+
+
+def train_blind(seed: int, **options: Any) -> Adapter:
+    random = np.random.RandomState(seed)
+    options = {"image_size": SIZE, "random": random} | options
+    return train_adapter(blind(seed), ImageSource(flat(20, seed)), **options)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_learns_to_tell_anomalies(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "_anomalies", dark_patches)
+    monkeypatch.setattr(lora, "SHARE", 1.0)
+    learned = train_blind(seed, epochs=8, learning_rate=3e-3)
+    areas = [h["validation_auroc"] for h in learned.history]
+    assert "train_loss" not in learned.history[0]  # before anything is learned
+    assert max(areas[1:]) > areas[0] + 0.1
+    assert learned.history[-1]["train_loss"] < learned.history[1]["train_loss"]
+    normal = [Example.normal(image) for image in flat(20, seed)]
+    new = flat(40, seed + 100)
+    to_tell = [Example.normal(image) for image in new]
+    to_tell += dark_patches(new, 80, np.random.RandomState(seed + 100))
+    before, after = (
+        Task(blind(seed, adapter), [], normal).validate(normal, to_tell)
+        for adapter in (None, learned)
+    )
+    assert after > before + 0.1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_features_of_normal_images_stay(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     always_better(monkeypatch)
+    monkeypatch.setattr(lora, "_anomalies", dark_patches)
     moved = []
-    for keep in (0.0, 10.0):
+    for keep in (0.0, 100.0):
         monkeypatch.setattr(_lora_task, "KEEP", keep)
-        learned, images = train(weights, learning_rate=3e-3), good(8, 5)
-        before, after = (
-            backbone(weights, adapter=a).embed(images)[..., :128] for a in (None, learned)
-        )
+        learned, images = train_blind(seed, epochs=6, learning_rate=1e-3), flat(8, seed + 100)
+        before, after = (blind(seed, a).embed(images)[..., :16] for a in (None, learned))
         units = [E / np.linalg.norm(E, axis=3, keepdims=True) for E in (before, after)]
         moved.append(np.square(units[0] - units[1]).sum(axis=3).mean())
-    assert 0 < moved[1] < 0.5 * moved[0]
+    assert 0 < moved[1] < 0.2 * moved[0]
 
 
 def test_seeds_give_the_same(
