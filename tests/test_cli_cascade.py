@@ -20,7 +20,8 @@ from cli_fixtures import Refused, read, save, scratched
 from PIL import Image
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, cli, load
-from anomalib_lite.cli._fit import _FOR_BOTH, make_detector
+from anomalib_lite.cascade import SHARED_PARAMETERS
+from anomalib_lite.cli._fit import make_detector
 from anomalib_lite.cli._main import make_parser
 from anomalib_lite.cli._options import ALL_FIT_OPTIONS, CASCADE_OPTIONS, CASCADE_PARAMETERS
 from anomalib_lite.cli._predictions import predict_to
@@ -165,7 +166,7 @@ class TestFit:
         of_cascade = set(inspect.signature(GatedCascade).parameters)
         common = set(ALL_FIT_OPTIONS) & of_cascade - set(CASCADE_OPTIONS)
         of_each = {"weights", "image_size", "calibration", "false_alarm_rate", "epochs"}
-        assert common == {*_FOR_BOTH, *of_each}
+        assert common == {*SHARED_PARAMETERS, *of_each}
 
     @pytest.mark.parametrize(
         ("name", "cls"),

@@ -57,12 +57,20 @@ from anomalib_lite.errors import (
 )
 from anomalib_lite.images import ImageSource
 
-__all__ = ["CascadeDetections", "GatedCascade"]
+__all__ = ["SHARED_PARAMETERS", "CascadeDetections", "GatedCascade"]
 
 MAPS = ("escalated", "always")
 _WHERE = "GatedCascade"
 # Parameters of the cascade that the default heatmap model gets too.
-_SHARED = ("device", "dtype", "engine", "batch_size", "on_error", "max_pixels", "random_state")
+SHARED_PARAMETERS = (
+    "device",
+    "dtype",
+    "engine",
+    "batch_size",
+    "on_error",
+    "max_pixels",
+    "random_state",
+)
 # Fitted attributes about held-out images: a file has them under these names without the "_".
 _HELD_OUT = (
     "calibration_probabilities_",
@@ -516,7 +524,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         if self.detector is not None:
             given: BaseDetector = self.detector
             return given
-        return PatchCore(**{name: getattr(self, name) for name in _SHARED})
+        return PatchCore(**{name: getattr(self, name) for name in SHARED_PARAMETERS})
 
     def _gate_training(self) -> GateTraining:
         """Return how a gate is made, by the parameters as they are now."""

@@ -19,9 +19,6 @@ from anomalib_lite.cli._options import (
 )
 from anomalib_lite.cli._parser import UsageError
 
-# Options that a cascade passes on to its heatmap model.
-_FOR_BOTH = ("device", "dtype", "engine", "batch_size", "on_error", "max_pixels", "random_state")
-
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
@@ -112,12 +109,12 @@ def _make(name: str, given: Mapping[str, Any], option: str) -> Any:
 
 
 def _make_cascade(given: dict[str, Any], heatmap_model: str | None) -> Any:
-    from anomalib_lite import GatedCascade
+    from anomalib_lite.cascade import SHARED_PARAMETERS, GatedCascade
 
     own = {CASCADE_PARAMETERS.get(n, n): given.pop(n) for n in CASCADE_OPTIONS if n in given}
     if "false_alarm_rate" in given:
         own["false_alarm_rate"] = given.pop("false_alarm_rate")
-    own |= {name: given[name] for name in _FOR_BOTH if name in given}
+    own |= {name: given[name] for name in SHARED_PARAMETERS if name in given}
     name = heatmap_model or "patchcore"
     if name != "patchcore":
         # The cascade does not use this threshold, so no images should be held back for it.
