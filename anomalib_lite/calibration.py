@@ -14,20 +14,20 @@ __all__ = ["calibration_size", "conformal_threshold", "threshold_and_shortfall"]
 
 
 def conformal_threshold(scores: np.ndarray, false_alarm_rate: float) -> float:
-    r"""Return the threshold that at most ``false_alarm_rate`` of future normal images exceed.
+    r"""Compute the threshold that at most ``false_alarm_rate`` of future normal images exceed.
 
     Parameters
     ----------
     scores : array of shape (n,)
         Scores of normal images that the detector was *not* fitted on.
     false_alarm_rate : float
-        The rate asked for, in (0, 1).
+        The rate to guarantee, in (0, 1).
 
     Returns
     -------
     float
-        An image is called anomalous if its score is larger than this. With no score at all
-        it is infinite: nothing is then ever called anomalous.
+        Score above which an image is called anomalous. Without any scores it is infinite, so that
+        nothing is called anomalous.
 
     Raises
     ------
@@ -37,18 +37,17 @@ def conformal_threshold(scores: np.ndarray, false_alarm_rate: float) -> float:
     Warns
     -----
     CalibrationWarning
-        With fewer than ``1 / false_alarm_rate - 1`` scores no finite threshold can guarantee
-        the rate. The largest score seen is returned then, which guarantees ``1 / (n + 1)``.
+        If there are fewer than ``1 / false_alarm_rate - 1`` scores: no finite threshold can
+        guarantee the rate then. The largest score is returned, which guarantees ``1 / (n + 1)``.
 
     Notes
     -----
     Split-conformal calibration [1]_: with :math:`k = \lceil (n + 1)(1 - \alpha) \rceil` the
-    k-th smallest of the n scores is exceeded by the score of a further normal image with
-    probability at most :math:`\alpha`, whatever the distribution, as long as that image and
-    the n are exchangeable (same line, same camera, same lighting). This is an average over
-    the draw of the n images: for one draw the rate that follows is distributed as
-    Beta(n + 1 - k, k) (for scores without ties), so with n = 99 and :math:`\alpha` = 1 % it
-    has mean 1 %, and lies below 3 % in 95 % of all draws.
+    score of a further normal image exceeds the k-th smallest of the n scores with probability
+    at most :math:`\alpha`, for any distribution, if that image and the n are exchangeable (same
+    line, same camera, same lighting). This is an average over draws of the n images. For one draw
+    the rate is distributed as Beta(n + 1 - k, k) (if no scores are equal), so with n = 99 and
+    :math:`\alpha` = 1 % it has mean 1 %, and lies below 3 % in 95 % of all draws.
 
     References
     ----------
@@ -86,29 +85,40 @@ def threshold_and_shortfall(
     return float(ordered[_rank(n, false_alarm_rate) - 1]), None
 
 
-def calibration_size(false_alarm_rate: float) -> int:
-    """Return the smallest number of normal images that can guarantee ``false_alarm_rate``.
+def calibration_size(false_alarm_rate: float, n_images: int | None = None, n_known: int = 0) -> int:
+    """Number of normal images to hold back for calibration.
 
     Parameters
     ----------
     false_alarm_rate : float
-        In (0, 1).
+        The rate to guarantee, in (0, 1).
+    n_images : int, optional
+        Number of images at hand: at least a fifth and at most half of them are held back.
+        Without it, only the rate counts.
+    n_known : int, default=0
+        Number of calibration scores that there are already; so many images fewer are needed.
 
     Returns
     -------
     int
-        The least n with ``(n + 1) (1 - rate) <= n``, that is ``1 / rate - 1`` rounded up.
+        For the rate, the least n with ``(n + 1) (1 - rate) <= n``: ``1 / rate - 1`` rounded up.
 
     Examples
     --------
     >>> calibration_size(0.01), calibration_size(0.05)
     (99, 19)
+    >>> calibration_size(0.01, 120), calibration_size(0.05, 60), calibration_size(0.05, 200)
+    (60, 19, 40)
     """
-    # 1e-9: 1 / 0.01 - 1 is 99, not 100, whatever binary fractions make of it.
-    return max(1, math.ceil(1 / false_alarm_rate - 1 - 1e-9))
+    # 1e-9: 1 / 0.01 - 1 is 99, not 100, although binary fractions make it a little more.
+    needed = max(1, math.ceil(1 / false_alarm_rate - 1 - 1e-9)) - n_known
+    if n_images is None:
+        return max(1, needed)
+    return min(max(needed, n_images // 5), n_images // 2)
 
 
 def _rank(n: int, false_alarm_rate: float) -> int:
+    """Return k, the rank of the threshold among n scores."""
     return math.ceil((n + 1) * (1 - false_alarm_rate) - 1e-9)
 
 

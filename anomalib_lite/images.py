@@ -513,7 +513,7 @@ class Extractor:
     ...     def embed(self, pixels, channels=None):
     ...         return pixels[:, ::8, ::8].mean(axis=3, keepdims=True, dtype="float32")
     >>> extractor = Extractor(Gray(), image_size=32)
-    >>> for batch, E in extractor.embed_batches(ImageSource(np.zeros((5, 40, 60), np.uint8))):
+    >>> for batch, E in extractor.embed_batches(ImageSource(np.zeros((5, 40, 60, 3)))):
     ...     print(batch.indices, E.shape)
     [0, 1, 2, 3, 4] (5, 4, 6, 1)
     """

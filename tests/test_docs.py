@@ -254,9 +254,8 @@ def test_numbers_of_images() -> None:
         rate, held_back, images, leave_one_out = (float(cell) for cell in row[:4])
         n = calibration_size(rate)
         assert held_back == leave_one_out == n
-        detector = PatchCore(false_alarm_rate=rate)
-        assert detector._n_held_back(int(images)) == n
-        assert detector._n_held_back(int(images) - 1) < n
+        assert calibration_size(rate, int(images)) == n
+        assert calibration_size(rate, int(images) - 1) < n
         # The rate that follows is Beta(n + 1 - k, k) with k = n: see conformal_threshold.
         percent = float(row[4].removesuffix("%"))
         digits = len(row[4].removesuffix("%").strip().partition(".")[2])

@@ -1,11 +1,11 @@
-"""What a reader opens on the way of an image: from score to the search, from fit to the coreset."""
+"""How much a reader opens from ``score`` to the search, and from ``fit`` to the coreset."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -20,128 +20,138 @@ from anomalib_lite import PatchCore
 from anomalib_lite.detectors import patchcore
 
 PACKAGE = str(Path(anomalib_lite.__file__).parent)
-# Doors on the way of fit, each with a way of its own behind it: a reader need not open them.
-DOORS = (
-    "open_backbone",
-    "embed",
-    "_check_parameters",
-    "_check_image_parameters",
-    "refuse_labelled",
-)
-
-
-def is_ours(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(PACKAGE)
-
-
-def stack_of(frame: FrameType | None) -> list[FrameType]:
-    """Our frames, the innermost first."""
-    frames = []
-    while frame is not None:
-        if is_ours(frame):
-            frames.append(frame)
-        frame = frame.f_back
-    return frames
+MOST_FILES = 6
+MOST_FUNCTIONS = 15
+MOST_FILES_OF_FIT = 9
 
 
 class Journey:
-    """Our functions, in the order in which they were first entered, in all threads."""
+    """Our functions, in the order in which they were first entered, in all threads.
 
-    def __init__(self, doors: tuple[str, ...] = ()) -> None:
-        self.doors = doors
+    A leaf counts as one function, and whatever it calls does not count. All of ``_validation`` is
+    part of the leaf ``_check_parameters``.
+    """
+
+    def __init__(self, *leaves: str) -> None:
         self.entered: dict[CodeType, None] = {}
-        self.returns: set[str] = set()
-        self.arrived = False
+        self.returns: set[str] = set()  # stacks that come back to a file by way of another
+        self.leaves, self.arrived = leaves, False
+        self.thread = threading.get_ident()
 
     def watch(self, frame: FrameType, event: str, arg: Any) -> None:
-        if event != "call" or self.arrived or not is_ours(frame):
+        code = frame.f_code
+        if event != "call" or self.arrived or not code.co_filename.startswith(PACKAGE):
             return
-        stack = stack_of(frame)
-        if any(f.f_code.co_name in self.doors for f in stack[bool(self.doors) :]):
-            return  # behind a door
-        if not frame.f_code.co_name.startswith("<") and frame.f_code.co_name not in self.doors:
-            self.entered[frame.f_code] = None
-            self._look_for_returns(stack)
+        stack = [code]
+        while (caller := frame.f_back) is not None:
+            frame = caller
+            if frame.f_code.co_filename.startswith(PACKAGE):
+                stack.append(frame.f_code)
+        above = {c.co_name for c in stack[1:]}
+        if threading.get_ident() != self.thread:
+            above.add("embed_batches")  # which alone starts threads
+        if above & set(self.leaves) or (self.leaves and place(code) == "_validation.py"):
+            return
+        if not code.co_name.startswith("<"):
+            self.entered[code] = None
+        if code.co_name not in self.leaves:
+            self.note_return([place(c) for c in stack])
 
-    def _look_for_returns(self, stack: list[FrameType]) -> None:
-        """Note a file that is entered again from a file that it has called."""
-        files = [f.f_code.co_filename for f in stack]
-        blocks = [file for i, file in enumerate(files) if i == 0 or file != files[i - 1]]
-        if len(set(blocks)) < len(blocks):
-            self.returns.add(" <- ".join(Path(f).relative_to(PACKAGE).as_posix() for f in blocks))
+    def note_return(self, files: list[str]) -> None:
+        passed = [f for i, f in enumerate(files) if i == 0 or f != files[i - 1]]
+        if len(set(passed)) < len(passed):
+            self.returns.add(" <- ".join(passed))
 
-    @property
-    def files(self) -> set[str]:
-        return {code.co_filename for code in self.entered}
+    def __str__(self) -> str:
+        return "\n".join(f"{place(code)}: {code.co_qualname}" for code in self.entered)
 
-    @property
-    def report(self) -> str:
-        return "\n".join(
-            f"{Path(code.co_filename).relative_to(PACKAGE)}: {code.co_qualname}"
-            for code in self.entered
-        )
-
-
-@contextmanager
-def watching(journey: Journey) -> Iterator[None]:
-    profiled, threads_profiled = sys.getprofile(), threading.getprofile()
-    threading.setprofile(journey.watch)
-    sys.setprofile(journey.watch)
-    try:
-        yield
-    finally:
-        sys.setprofile(profiled)
-        threading.setprofile(threads_profiled)  # type: ignore[arg-type]
+    def follow(self, go: Callable[[], Any]) -> None:
+        profiled, threads_profiled = sys.getprofile(), threading.getprofile()
+        threading.setprofile(self.watch)
+        sys.setprofile(self.watch)
+        try:
+            go()
+        finally:
+            sys.setprofile(profiled)
+            threading.setprofile(threads_profiled)  # type: ignore[arg-type]
+        assert self.arrived
 
 
-def ending(journey: Journey, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which ends the journey when it is called."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        journey.arrived = True
-        return function(*args, **kwargs)
-
-    return call
+def place(code: CodeType) -> str:
+    return str(Path(code.co_filename).relative_to(PACKAGE))
 
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
     pixels = np.random.default_rng(0).integers(90, 140, (6, 48, 80, 3)).astype(np.uint8)
-    files = [tmp_path / f"{i}.png" for i in range(6)]
-    for path, image in zip(files, pixels, strict=True):
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for path, image in zip(paths, pixels, strict=True):
         Image.fromarray(image).save(path)
-    return files
+    return paths
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
-def test_score_to_search_is_six_files_and_fifteen_functions(
+def test_six_files_and_fifteen_functions(
     engine: str, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector = PatchCore(image_size=48, false_alarm_rate=0.5, engine=engine).fit(paths)
-    journey = Journey()
-    monkeypatch.setattr(faiss, "knn", ending(journey, faiss.knn))
-    with watching(journey):
-        detector.score(paths)
-    assert journey.arrived
+    journey, search = Journey(), faiss.knn
+
+    def knn(*args: Any, **kwargs: Any) -> Any:
+        journey.arrived = True
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(faiss, "knn", knn)
+    journey.follow(lambda: detector.score(paths))
+    report = str(journey)
     # The watch is awake in this thread, in those that decode, and up to the end.
     for landmark in ("DetectorMixin.score", "ImageSource.decode", "MemoryBank.search"):
-        assert landmark in journey.report
-    assert len(journey.files) <= 6, journey.report
-    assert len(journey.entered) <= 15, journey.report
+        assert landmark in report
+    assert len({code.co_filename for code in journey.entered}) <= MOST_FILES, report
+    assert len(journey.entered) <= MOST_FUNCTIONS, report
 
 
+@pytest.mark.parametrize(
+    ("leaves", "most_functions"),
+    [
+        # What embeds images is on the way of score too, which is held above.
+        (("_check_parameters", "_open_to_fit", "embed_batches", "device_of"), 22),
+        (("_check_parameters", "open_backbone", "embed", "device_of"), 29),
+    ],
+)
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
-def test_fit_to_coreset_is_nine_files_and_enters_none_twice(
-    engine: str, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_from_fit_to_the_coreset(
+    engine: str,
+    leaves: tuple[str, ...],
+    most_functions: int,
+    paths: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    detector = PatchCore(image_size=48, false_alarm_rate=0.5, engine=engine)
-    journey = Journey(DOORS)
-    monkeypatch.setattr(patchcore, "select_coreset", ending(journey, patchcore.select_coreset))
-    with watching(journey):
-        detector.fit(paths)
-    assert journey.arrived
-    for landmark in ("BaseDetector._fit_shards", "ImageSource.decode", "_fit_accumulated"):
-        assert landmark in journey.report
-    assert journey.returns == set()
-    assert len(journey.files) <= 9, journey.report
-    assert len(journey.entered) <= 25, journey.report
+    parameters: dict[str, Any] = {"image_size": 48, "false_alarm_rate": 0.5, "engine": engine}
+    PatchCore(**parameters).fit(paths)  # so that the graph of the engine is there
+    journey, select, detector = Journey(*leaves), patchcore.select_coreset, PatchCore(**parameters)
+
+    def select_coreset(*args: Any, **kwargs: Any) -> Any:
+        journey.arrived = True
+        return select(*args, **kwargs)
+
+    monkeypatch.setattr(patchcore, "select_coreset", select_coreset)
+    journey.follow(lambda: detector.fit(paths))
+    report = str(journey)
+    for landmark in ("BaseDetector.fit", "embed_batches", "InMemory.to_fit", "_fit_accumulated"):
+        assert landmark in report
+    assert not journey.returns
+    assert len({code.co_filename for code in journey.entered}) <= MOST_FILES_OF_FIT, report
+    assert len(journey.entered) <= most_functions, report
+
+
+def test_a_detector_loads_neither_the_cascade_nor_what_its_gate_needs() -> None:
+    others = "'anomalib_lite.cascade', 'sklearn.isotonic', 'sklearn.linear_model'"
+    code = f"""
+import sys
+from anomalib_lite import PatchCore
+PatchCore()
+found = [name for name in sys.modules if name.startswith(({others}))]
+sys.exit(str(found) if found else 0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(PACKAGE).parent)

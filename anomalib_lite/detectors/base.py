@@ -41,7 +41,7 @@ from anomalib_lite.detectors.fitting import (
     iter_grids,
     none_usable,
 )
-from anomalib_lite.embeddings import embed_all, stack, take
+from anomalib_lite.embeddings import Embeddings, embed_all, stack, take
 from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
 from anomalib_lite.images import Extractor, ImageSource
@@ -542,8 +542,8 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             source = source.take(normal_indices(y, len(source), where))
         else:
             refuse_labelled(images, where, _NORMAL_ONLY)
-        n = len(source.items)
-        order = np.arange(n) if self.calibration == "leave_one_out" else random.permutation(n)
+        n, leave_one_out = len(source.items), self.calibration == "leave_one_out"
+        order = np.arange(n) if leave_one_out else random.permutation(n)
         in_order = source.take(order)
         backbone = self.backbone_ if update else self._open_to_fit(in_order, random)
         extractor = Extractor(
@@ -551,19 +551,23 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         )
         # To go on with a detector is for a few images: this process has the backbone.
         elsewhere = None if self.n_jobs is None or update else self._elsewhere(backbone, extractor)
-        shards: ShardSource
+        E: Embeddings | None = None
         skipped: list[tuple[int, str]] = []
-        if self._fits_in_shards():
-            n_held_back = self._n_held_back(n, update)
-            shards = ImageShards(extractor, in_order, n_held_back, skipped, elsewhere)
-        else:
+        if not self._fits_in_shards():
             if elsewhere is None:
                 E, skipped = embed_all(extractor, in_order, progress="fit")
             else:
                 E, skipped = embed_elsewhere(in_order, elsewhere, self.verbose)
-            if len(E) == 0:
+            n = len(E)
+            if n == 0:
                 raise none_usable(in_order, skipped)
-            shards = InMemory(E, self._n_held_back(len(E), update))
+        known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
+        n_held_back = 0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known)
+        shards: ShardSource
+        if E is not None:
+            shards = InMemory(E, n_held_back)
+        else:
+            shards = ImageShards(extractor, in_order, n_held_back, skipped, elsewhere)
         self._fit_shards(shards, random, update)
         self._take_backbone(backbone)
         named = [(source.names[i], r) for i, r in sorted((order[i], r) for i, r in skipped)]
@@ -577,17 +581,19 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         in_shards, n_features = self._fits_in_shards(), self.n_features_ if update else None
         by_number = isinstance(E, list | tuple) or getattr(E, "ndim", 0) > 0
         one_by_one = isinstance(E, Iterable) and not by_number and not hasattr(E, "ndim")
+        stream = one_by_one and in_shards and not leave_one_out
+        indexed = by_number and in_shards and len(E) > 0
+        if not stream and not indexed:
+            given = list(iter_grids(E, where)) if one_by_one else E
+            E = check_embeddings(given, where, n_features)
+        n = None if stream else len(E)
+        known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
+        n_held_back = 0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known)
         shards: ShardSource
-        if one_by_one and in_shards and not leave_one_out:
-            n_held_back = self._n_held_back(None, update)
+        if n is None:
             shards = EmbeddingStream(E, n_held_back, random, n_features, where)
         else:
-            indexed = in_shards and by_number and len(E) > 0
-            if not indexed:
-                given = list(iter_grids(E, where)) if one_by_one else E
-                E = check_embeddings(given, where, n_features)
-            n_held_back = self._n_held_back(len(E), update)
-            order = np.arange(len(E)) if leave_one_out else random.permutation(len(E))
+            order = np.arange(n) if leave_one_out else random.permutation(n)
             if indexed:
                 shards = Indexed(E, order, n_held_back, n_features, where)
             else:
@@ -597,18 +603,6 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             for fitted_on_images in _FITTED_ON_IMAGES:
                 self.__dict__.pop(fitted_on_images, None)
         return self
-
-    def _n_held_back(self, n: int | None, update: bool = False) -> int:
-        """Return how many of ``n`` images to hold back for calibration.
-
-        As many as the rate needs, at least a fifth and at most half; of a stream (None) as many
-        as the rate needs.
-        """
-        if self.calibration == "leave_one_out":
-            return 0
-        known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
-        needed = calibration_size(self.false_alarm_rate) - known
-        return max(1, needed) if n is None else min(max(needed, n // 5), n // 2)
 
     def _check_parameters(self) -> None:
         """Raise for the first parameter that cannot be used."""
@@ -649,10 +643,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
 
     def _open_backbone(self, **instead: Any) -> AnyBackbone:
         """Open the backbone that the parameters describe, with other options ``instead``."""
-        return open_backbone(self.backbone, **(self._backbone_options() | instead))
-
-    def _backbone_options(self) -> dict[str, Any]:
-        return {
+        options = {
             "weights": self.weights,
             "layers": self.layers,
             "strides": self._strides,
@@ -662,17 +653,22 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             "engine": self.engine,
             "where": type(self).__name__,
         }
+        return open_backbone(self.backbone, **(options | instead))
 
     def _elsewhere(self, backbone: AnyBackbone, extractor: Extractor) -> Distribute:
         """Return what embeds shards of images where joblib's backend decides."""
-        # Engine and type as here, whatever "auto" would become there: one bank needs embeddings
-        # of one kind.
-        same = {"engine": backbone.engine, "dtype": _name(backbone.dtype)}
-        options = self._backbone_options() | same | {"adapter": backbone.adapter}
+        unfitted = type(self)(**self.get_params(deep=False))
         return partial(
             distribute,
             backbone=backbone,
-            reopen=partial(open_backbone, self.backbone, **options),
+            # Engine and type as here, whatever "auto" would become there: one bank needs
+            # embeddings of one kind.
+            reopen=partial(
+                unfitted._open_backbone,
+                engine=backbone.engine,
+                dtype=_name(backbone.dtype),
+                adapter=backbone.adapter,
+            ),
             extractor=extractor,
             n_jobs=self.n_jobs,
             where=type(self).__name__,

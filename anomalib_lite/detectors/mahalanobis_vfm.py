@@ -18,6 +18,7 @@ from anomalib_lite._validation import (
     check_number,
 )
 from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores
+from anomalib_lite.calibration import calibration_size
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.embeddings import Embeddings
@@ -234,9 +235,10 @@ class MahalanobisVFM(BaseDetector):
             )
         return super()._fit_embeddings(E, update)
 
-    def _backbone_options(self) -> dict[str, Any]:
+    def _open_backbone(self, **instead: Any) -> AnyBackbone:
         scales = (0.25, 0.5, 1.0) if self.multi_scale else (1.0,)
-        return super()._backbone_options() | {"scales": scales, "attention": self.attention_guided}
+        options = {"scales": scales, "attention": self.attention_guided}
+        return super()._open_backbone(**(options | instead))
 
     def _open_to_fit(self, images: ImageSource, random: np.random.RandomState) -> AnyBackbone:
         if self.adapt is None:
@@ -247,7 +249,8 @@ class MahalanobisVFM(BaseDetector):
         plain = {"scales": (1.0,), "attention": False}
         network: Any = self._open_backbone(engine="torch", dtype="float32", **plain)
         check_image_size(self.image_size, "MahalanobisVFM", stride=network.stride)
-        to_fit = images.take(range(len(images) - self._n_held_back(len(images))))
+        n = len(images)
+        to_fit = images.take(range(n - calibration_size(self.false_alarm_rate, n)))
         adapter = train_adapter(
             network,
             to_fit,

@@ -254,7 +254,7 @@ class PatchCore(BaseDetector):
     ) -> np.ndarray | None:
         """Add a coreset of the patches to the bank; return which of them were kept, if known."""
         bank, ratio = getattr(self, "memory_bank_", None), float(self.coreset_ratio)
-        parameters, kept = self._bank_parameters(), None
+        device, kept = device_of(self.device, "PatchCore"), None
         if accumulated.thinned:
             rows = accumulated.rows.copy()  # without the room that was kept for more
             radius = accumulated.radius
@@ -265,7 +265,7 @@ class PatchCore(BaseDetector):
                 method=self.coreset,
                 random_state=random,
                 existing=None if bank is None else self._existing_patches(),
-                device=parameters["device"],
+                device=device if device.startswith("cuda") else "cpu",
                 progress=bool(self.verbose),
             )
             kept, radius = coreset.indices, coreset.covering_radius
@@ -279,7 +279,7 @@ class PatchCore(BaseDetector):
                 f"PatchCore: n_neighbors={self.n_neighbors} is more than the {len(rows)} patches "
                 f"that coreset_ratio={self.coreset_ratio:g} keeps."
             )
-        self.memory_bank_ = MemoryBank(**parameters).fit(rows)
+        self.memory_bank_ = MemoryBank(**self._bank_parameters(device)).fit(rows)
         self.memory_bank_.covering_radius_ = radius
         self.n_absorbed_ = 0
         return kept
@@ -292,8 +292,7 @@ class PatchCore(BaseDetector):
         bank.covering_radius_ = max(old.covering_radius_, radius)
         self.memory_bank_ = bank
 
-    def _bank_parameters(self) -> dict[str, Any]:
-        device = device_of(self.device, "PatchCore")
+    def _bank_parameters(self, device: str) -> dict[str, Any]:
         return {
             "n_neighbors": _SUPPORT_SIZE,
             "index": self.index,
@@ -373,8 +372,9 @@ class PatchCore(BaseDetector):
         return arrays, {"covering_radius": bank.covering_radius_, "n_absorbed": self.n_absorbed_}
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        parameters = self._bank_parameters(device_of(self.device, "PatchCore"))
         self.memory_bank_ = MemoryBank.restore(
-            arrays["embeddings"], arrays.get("index"), **self._bank_parameters()
+            arrays["embeddings"], arrays.get("index"), **parameters
         )
         self.memory_bank_.covering_radius_ = float(state["covering_radius"])
         self.n_absorbed_ = int(state.get("n_absorbed", 0))  # files of 0.1.0 may not say
