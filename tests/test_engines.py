@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import anomalib_lite
 from anomalib_lite import PatchCore, _cache, load
-from anomalib_lite._runtimes import OpenVinoGraph, n_threads
+from anomalib_lite._runtimes import OpenVinoGraph, import_openvino, n_threads
 from anomalib_lite.datasets import MVTecAD
 from anomalib_lite.engines import FUSIONS, CompiledBackbone, open_backbone
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingDependencyError
@@ -40,6 +40,11 @@ def pixels(n: int, height: int = 64, width: int = 96, seed: int = 0) -> np.ndarr
 
 def open_cpu(backbone: Any = LITE0, engine: str = "openvino", **options: Any) -> Any:
     return open_backbone(backbone, engine=engine, **({"device": "cpu"} | options))
+
+
+def capabilities() -> list[str]:
+    """What OpenVINO says that this processor has units for."""
+    return list(import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 @pytest.fixture
@@ -218,7 +223,11 @@ def test_sizes_that_come_often_get_their_own_graph_and_not_without_end() -> None
     for size in sizes:
         compiled.embed(pixels(80, *size))
     own = [size for (size, _), queue in runtime._queues.items() if size and queue]
-    assert 0 < len(own) <= 4
+    assert len(own) <= 4
+    # Which kernels a graph of one size has, and so whether it is used, is up to the processor.
+    other = [size for (size, _), queue in runtime._queues.items() if size and queue is None]
+    if other:
+        pytest.skip(f"on this processor, graphs of the sizes {other} alone give other bits")
     assert sizes[-1] in own
 
 
@@ -271,14 +280,29 @@ def test_auto() -> None:
     detector = PatchCore(image_size=32, false_alarm_rate=0.4, device="cpu").fit(pixels(8))
     assert (detector.engine_, detector.dtype_) == ("openvino", "float32")  # depthwise
     assert isinstance(detector.backbone_, CompiledBackbone)
-    # What this CPU has no units for, torch can do nonetheless.
-    assert open_cpu(engine="auto", dtype="float16").engine in ("torch", "openvino")
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [("bfloat16", "BF16"), ("float16", "FP16")])
+def test_number_types_are_those_that_the_processor_has(dtype: str, unit: str) -> None:
+    """OpenVINO asked by name computes in that type or refuses, and torch stands in for "auto"."""
+    able = unit in capabilities()
+    opened = open_cpu(engine="auto", dtype=dtype)
+    assert opened.engine == ("openvino" if able else "torch")
+    assert str(opened.dtype).removeprefix("torch.") == dtype
+    if able:
+        expected = open_cpu(dtype="float32").embed(pixels(2))
+        got = open_cpu(dtype=dtype).embed(pixels(2))
+        error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+        assert 1e-5 < error < 0.15  # this network's convolutions are depthwise
+    else:
+        with pytest.raises(InvalidValueError, match=f"cannot compute in {dtype} on this processor"):
+            open_cpu(dtype=dtype)
 
 
 def test_bfloat16_for_networks_without_depthwise_convolutions(weights: dict[str, Path]) -> None:
     file = weights["test_resnet"]
     half, full = (open_cpu("test_resnet", weights=file, dtype=d) for d in ("auto", "float32"))
-    able = "BF16" in half._runtime._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = "BF16" in capabilities()
     assert half.dtype == ("bfloat16" if able else "float32")
     expected = full.embed(pixels(2))
     error = np.linalg.norm(half.embed(pixels(2)) - expected) / np.linalg.norm(expected)
