@@ -17,6 +17,12 @@ __all__ = ["broken", "data_dir", "model", "refused", "wall"]
 _CACHE = tempfile.TemporaryDirectory(prefix="anomalib-lite-", ignore_cleanup_errors=True)
 os.environ["ANOMALIB_LITE_CACHE"] = _CACHE.name
 
+# device="auto" is the CPU for all tests, docstrings and pages, also where there is a GPU: what they
+# compare is computed in float32, and on the CPU. Those that ask for "cuda" by name are run with
+# ANOMALIB_LITE_TEST_GPU=1 pytest -k cuda, and are skipped without.
+if not os.environ.get("ANOMALIB_LITE_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 _DEFAULT = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
 

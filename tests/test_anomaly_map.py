@@ -10,7 +10,9 @@ from scipy.ndimage import center_of_mass, gaussian_filter
 from anomalib_lite.anomaly_map import anomaly_maps, image_scores, reweight
 from anomalib_lite.errors import InvalidValueError
 
-RNG = np.random.default_rng(0)
+
+def patch_scores(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).random(shape, dtype=np.float32)
 
 
 def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -49,7 +51,7 @@ def naive_maps(
 def test_maps_are_upsampled_smoothed_and_resized(
     grid: tuple[int, int], input_size: tuple[int, int], size: tuple[int, int], smoothing: float
 ) -> None:
-    scores = RNG.random((3, *grid), dtype=np.float32)
+    scores = patch_scores(3, *grid)
     got = anomaly_maps(scores, input_size, [size] * 3, smoothing)
     assert [m.shape for m in got] == [size] * 3
     assert all(m.dtype == np.float32 for m in got)
@@ -58,7 +60,7 @@ def test_maps_are_upsampled_smoothed_and_resized(
 
 
 def test_each_image_has_its_own_size() -> None:
-    scores = RNG.random((3, 4, 6), dtype=np.float32)
+    scores = patch_scores(3, 4, 6)
     sizes = [(64, 96), (30, 41), (111, 150)]
     for i, heatmap in enumerate(anomaly_maps(scores, (64, 96), sizes, 4.0)):
         assert heatmap.shape == sizes[i]
@@ -87,7 +89,7 @@ def test_a_flat_map_stays_flat_up_to_the_border() -> None:
 
 
 def test_maps_stay_within_the_patch_scores() -> None:
-    scores = RNG.random((1, 8, 12), dtype=np.float32)
+    scores = patch_scores(1, 8, 12)
     (heatmap,) = anomaly_maps(scores, (64, 96), [(97, 210)], 4.0)
     assert scores.min() <= heatmap.min()
     assert heatmap.max() <= scores.max()
@@ -97,7 +99,7 @@ def test_maps_stay_within_the_patch_scores() -> None:
 
 
 def test_max_is_the_largest_patch_score() -> None:
-    scores = RNG.random((4, 7, 11), dtype=np.float32)
+    scores = patch_scores(4, 7, 11)
     expected = [max(float(v) for v in image.ravel()) for image in scores]
     got = image_scores(scores, "max")
     assert got.dtype == np.float32
@@ -106,7 +108,7 @@ def test_max_is_the_largest_patch_score() -> None:
 
 @pytest.mark.parametrize("grid", [(10, 20), (28, 41), (5, 7), (1, 1)])
 def test_top_percent_is_the_mean_of_the_largest_hundredth(grid: tuple[int, int]) -> None:
-    scores = RNG.random((4, *grid), dtype=np.float32)
+    scores = patch_scores(4, *grid)
     n = max(1, round(grid[0] * grid[1] / 100))
     expected = [np.mean(sorted(image.ravel(), reverse=True)[:n]) for image in scores]
     got = image_scores(scores, "top1%")
@@ -116,7 +118,7 @@ def test_top_percent_is_the_mean_of_the_largest_hundredth(grid: tuple[int, int])
 
 @pytest.mark.parametrize("spread", [1.0, 30.0, 1000.0])
 def test_reweighting_is_equation_7(spread: float) -> None:
-    distances = np.sort(RNG.random((5, 9)), axis=1).astype(np.float32) * np.float32(spread)
+    distances = np.sort(patch_scores(5, 9), axis=1) * np.float32(spread)
     scores = distances[:, 0].copy()
     expected = []
     for s, row in zip(scores.astype(float), distances.astype(float), strict=True):

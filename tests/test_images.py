@@ -34,6 +34,7 @@ GRAY = RNG.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
 ALPHA = RNG.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
 DEEP = RNG.integers(0, 65536, (HEIGHT, WIDTH), dtype=np.uint16)
 UNIT = RNG.random((HEIGHT, WIDTH, 3), dtype=np.float32)
+del RNG  # no test draws from it: what one sees depends on no other
 
 
 def three(gray: np.ndarray) -> np.ndarray:
@@ -109,7 +110,7 @@ def palette() -> tuple[Image.Image, np.ndarray]:
 
 def ink() -> tuple[Image.Image, np.ndarray]:
     """CMYK: each colour is what is left of white after the ink and after the black."""
-    cmyk = RNG.integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
+    cmyk = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
     left = 1 - cmyk.astype(np.float64) / 255
     return Image.fromarray(cmyk, "CMYK"), 255 * left[..., :3] * left[..., 3:]
 
@@ -386,7 +387,7 @@ def test_leaving_early_ends_the_decoding() -> None:
 
 
 def test_one_lazily_opened_image_may_occur_many_times(tmp_path: Path) -> None:
-    pixels = RNG.integers(0, 256, (300, 450, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(1).integers(0, 256, (300, 450, 3), dtype=np.uint8)
     path = png(tmp_path / "a.png", pixels)
     for _ in range(8):
         image = Image.open(path)  # decodes when first looked at, here by several threads
