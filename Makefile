@@ -1,9 +1,9 @@
-# make demo | make test | make lint | make nightly: each does its own set-up in .venv
+# make demo | make test | make test-processors | make lint | make nightly: each sets up .venv itself
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint nightly bench-peers bench-speed bench-vfm bench-cascade clean
+.PHONY: demo test test-processors lint nightly bench-peers bench-speed bench-vfm bench-cascade clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anomalib-lite demo -o demo-output
@@ -11,11 +11,16 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
+# The tests whose numbers depend on the processor, as other processors would run them.
+test-processors: $(VENV)/.test
+	tests/processors.sh $(BIN)/python
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-# The tests, and the whole comparison with anomalib: about an hour on two cores.
-nightly: test bench-peers
+# The tests, those as other processors, and the whole comparison with anomalib: about an hour and a
+# half on two cores.
+nightly: test test-processors bench-peers
 
 # The coreset and the search against FAISS, anomalib (in the environment of bench-peers, made if it
 # is not there) and others; benchmarks/speed/README.md has the options.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,24 @@ if not os.environ.get("ANOMALIB_LITE_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 _DEFAULT = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each, shuffled"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shuffle if asked to. A file stays together, so that its fixtures are made once."""
+    seed = config.getoption("--shuffle")
+    if seed is None:
+        return
+    shuffled = random.Random(seed)
+    files = sorted({item.path for item in items})
+    place = dict(zip(files, shuffled.sample(range(len(files)), len(files)), strict=True))
+    shuffled.shuffle(items)
+    items.sort(key=lambda item: place[item.path])
 
 
 @pytest.fixture(scope="session")
