@@ -272,7 +272,7 @@ def test_rank_by_participation_ratio(weights: Path, monkeypatch: pytest.MonkeyPa
         X[..., :directions] = torch.randn((1, 4, 500, directions), generator=generator)
         return X, X[:, 0, 0]
 
-    monkeypatch.setattr(_training, "features_of", features)
+    monkeypatch.setattr(_training, "split_patches_and_image", features)
     for directions, expected in ((1, 4), (8, 8), (30, 32), (120, 64)):  # noqa: B007, it is nonlocal
         assert adaptive_rank(backbone(weights), good(3)) == expected
 

@@ -21,7 +21,7 @@ from anomalib_lite.fusion import patch_embeddings
 from anomalib_lite.gaussian import Gaussian, Moments
 from anomalib_lite.images import by_size
 
-__all__ = ["Example", "Task", "batches_of", "features_of"]
+__all__ = ["Example", "Task", "batches_of", "split_patches_and_image"]
 
 # Divisor of the logits, so that the loss asks for a larger margin.
 TEMPERATURE = 2.0
@@ -116,7 +116,9 @@ class Task(nn.Module):
         masks = torch.from_numpy(np.stack([e.mask for e in batch])).to(self._backbone.device)
         is_normal = ~masks.flatten(1).any(dim=1)
         with self._autocast():
-            X, G = (f.float() for f in features_of(self._backbone, pixels, self._normalize))
+            X, G = (
+                f.float() for f in split_patches_and_image(self._backbone, pixels, self._normalize)
+            )
         targets, counts = targets_of(masks, (X.shape[1], X.shape[2]))
         X, G = self.patches.whiten(X), self.images.whiten(G)
         losses = [_balanced(z[counts], targets[counts]) for z in self.patches(X)]
@@ -167,7 +169,7 @@ class Task(nn.Module):
     def _features(self, batch: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
         with self._autocast():
             pixels = np.stack([e.pixels for e in batch])
-            X, G = features_of(self._backbone, pixels, self._normalize)
+            X, G = split_patches_and_image(self._backbone, pixels, self._normalize)
         return X.float().cpu().numpy(), G.float().cpu().numpy()
 
     @torch.no_grad()
@@ -177,7 +179,10 @@ class Task(nn.Module):
             layer.enable_adapters(False)
         try:
             with self._autocast():
-                X, G = (f.float() for f in features_of(self._backbone, pixels, self._normalize))
+                X, G = (
+                    f.float()
+                    for f in split_patches_and_image(self._backbone, pixels, self._normalize)
+                )
         finally:
             for layer in self._adapted:
                 layer.enable_adapters(True)
@@ -203,7 +208,7 @@ def targets_of(masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return targets, (share == 0) | (targets > 0)
 
 
-def features_of(
+def split_patches_and_image(
     backbone: Backbone, pixels: np.ndarray, normalize: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Return features of patches (B, h, w, d) and of images (B, d), with gradients.

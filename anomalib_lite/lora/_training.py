@@ -28,7 +28,7 @@ from anomalib_lite.errors import InvalidValueError, MissingDependencyError
 from anomalib_lite.gaussian import Moments
 from anomalib_lite.images import ImageSource, load_all
 from anomalib_lite.lora._epochs import early_best
-from anomalib_lite.lora._task import Example, Task, batches_of, features_of
+from anomalib_lite.lora._task import Example, Task, batches_of, split_patches_and_image
 from anomalib_lite.synthetic import SyntheticAnomalies
 
 __all__ = ["Adapter", "adaptive_rank", "train_adapter"]
@@ -249,7 +249,7 @@ def adaptive_rank(backbone: Backbone, images: Sequence[np.ndarray]) -> int:
     moments: Moments | None = None
     with torch.no_grad():
         for image in images:
-            X = features_of(backbone, image[None])[0].flatten(0, 2).cpu().numpy()
+            X = split_patches_and_image(backbone, image[None])[0].flatten(0, 2).cpu().numpy()
             moments = moments or Moments(X.shape[1])
             moments.add(X)
     assert moments is not None
