@@ -37,7 +37,7 @@ from anomalib_lite.detectors.fitting import (
     ShardSource,
     ShardTask,
     distribute,
-    embed_elsewhere,
+    embed_distributed,
     iter_grids,
     none_usable,
 )
@@ -494,7 +494,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
     def _fit_shards(
         self, shards: ShardSource, random: np.random.RandomState, update: bool = False
     ) -> None:
-        """Fit, hold back, calibrate, absorb: the order in which every detector learns.
+        """Fit, calibrate with the images held back, and absorb these: so every detector learns.
 
         A copy learns; what was fitted before stays until all has gone well.
         """
@@ -549,15 +549,16 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         extractor = Extractor(
             backbone, self.image_size, self.batch_size, self.on_error, self.verbose
         )
-        # To go on with a detector is for a few images: this process has the backbone.
-        elsewhere = None if self.n_jobs is None or update else self._elsewhere(backbone, extractor)
+        distributor = None
+        if self.n_jobs is not None and not update:  # an update is for a few images
+            distributor = self._distributor(backbone, extractor)
         E: Embeddings | None = None
         skipped: list[tuple[int, str]] = []
         if not self._fits_in_shards():
-            if elsewhere is None:
+            if distributor is None:
                 E, skipped = embed_all(extractor, in_order, progress="fit")
             else:
-                E, skipped = embed_elsewhere(in_order, elsewhere, self.verbose)
+                E, skipped = embed_distributed(in_order, distributor, self.verbose)
             n = len(E)
             if n == 0:
                 raise none_usable(in_order, skipped)
@@ -567,7 +568,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         if E is not None:
             shards = InMemory(E, n_held_back)
         else:
-            shards = ImageShards(extractor, in_order, n_held_back, skipped, elsewhere)
+            shards = ImageShards(extractor, in_order, n_held_back, skipped, distributor)
         self._fit_shards(shards, random, update)
         self._take_backbone(backbone)
         named = [(source.names[i], r) for i, r in sorted((order[i], r) for i, r in skipped)]
@@ -655,7 +656,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         }
         return open_backbone(self.backbone, **(options | instead))
 
-    def _elsewhere(self, backbone: AnyBackbone, extractor: Extractor) -> Distribute:
+    def _distributor(self, backbone: AnyBackbone, extractor: Extractor) -> Distribute:
         """Return what embeds shards of images where joblib's backend decides."""
         unfitted = type(self)(**self.get_params(deep=False))
         return partial(

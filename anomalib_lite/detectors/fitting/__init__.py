@@ -14,7 +14,7 @@ from anomalib_lite.detectors.fitting.shards import (
     EmbeddingStream,
     ImageShards,
     Indexed,
-    embed_elsewhere,
+    embed_distributed,
     iter_grids,
     none_usable,
 )
@@ -32,7 +32,7 @@ __all__ = [
     "ShardSource",
     "ShardTask",
     "distribute",
-    "embed_elsewhere",
+    "embed_distributed",
     "iter_grids",
     "none_usable",
     "refuse_budget",

@@ -21,7 +21,7 @@ __all__ = [
     "EmbeddingStream",
     "ImageShards",
     "Indexed",
-    "embed_elsewhere",
+    "embed_distributed",
     "iter_grids",
     "none_usable",
 ]
@@ -172,7 +172,7 @@ class EmbeddingStream(ShardSource):
 
 
 class ImageShards(_Sharded):
-    """Images that go through a backbone shard by shard, in this process or elsewhere.
+    """Images that go through a backbone shard by shard, in this process or in workers.
 
     Parameters
     ----------
@@ -183,7 +183,7 @@ class ImageShards(_Sharded):
     skipped : list
         Is given ``(index, reason)`` for every image left out.
     distribute : callable, optional
-        Carries out the task on shards elsewhere; see
+        Carries out the task on shards in workers; see
         :func:`~anomalib_lite.detectors.fitting.workers.distribute`. By default this process does.
 
     Raises
@@ -248,7 +248,7 @@ class ImageShards(_Sharded):
         return result
 
 
-def embed_elsewhere(
+def embed_distributed(
     source: ImageSource, distribute: Distribute, verbose: int
 ) -> tuple[Embeddings, list[tuple[int, str]]]:
     """Embed all images at once where joblib's backend decides.
