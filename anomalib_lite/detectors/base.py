@@ -575,8 +575,13 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         self.skipped_ = [*self.skipped_, *named] if update else named
         return self
 
+    def _check_fit_on_embeddings(self) -> None:
+        """Raise if a parameter needs images."""
+
     def _fit_embeddings(self, E: Any, update: bool = False) -> Self:
         """Learn from embeddings, in whatever form they come."""
+        if not update:
+            self._check_fit_on_embeddings()
         where, random = type(self).__name__, check_random_state(self.random_state)
         leave_one_out = self.calibration == "leave_one_out"
         in_shards, n_features = self._fits_in_shards(), self.n_features_ if update else None

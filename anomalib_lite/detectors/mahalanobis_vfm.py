@@ -227,13 +227,12 @@ class MahalanobisVFM(BaseDetector):
                 "which no memory_budget bounds. Use adapt=None, or no memory_budget."
             )
 
-    def _fit_embeddings(self, E: Any, update: bool = False) -> Self:
-        if self.adapt is not None and not update:
+    def _check_fit_on_embeddings(self) -> None:
+        if self.adapt is not None:
             raise InvalidValueError(
                 "MahalanobisVFM: adapt='lora' needs images to adapt to, got embeddings. Call "
                 "fit(images), or set adapt=None."
             )
-        return super()._fit_embeddings(E, update)
 
     def _open_backbone(self, **instead: Any) -> AnyBackbone:
         scales = (0.25, 0.5, 1.0) if self.multi_scale else (1.0,)
