@@ -1,4 +1,4 @@
-"""Every page runs, says what is printed, links to what is there, and names all that there is."""
+"""Every page runs, shows the true output, has valid links, and lists all public names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PACKAGE, DOCS, EXAMPLES = ROOT / "anomalib_lite", ROOT / "docs", ROOT / "example
 README = ROOT / "README.md"
 PAGES = [*sorted(DOCS.glob("*.md")), *([README] if README.exists() else [])]
 
-# What is told on the page of another module.
+# Modules that are described on the page of another module.
 TOLD_ELSEWHERE = {
     "adapter": "lora",
     "cascade": "gated_cascade",
@@ -56,7 +56,7 @@ NOT_RUN = re.compile(r"<!-- not run: [^>]+ -->$")  # above a block of Python, wi
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """For images this small, threads that wait for each other take longer than the work."""
+    """Use one thread: with images this small, threads wait longer than they work."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,21 +67,21 @@ def _one_thread() -> Iterator[None]:
 
 
 def blocks(text: str) -> list[tuple[str, str, int]]:
-    """Language, content, and the line before its first, of each fenced block."""
+    """Return language, content, and the line before the first, of each fenced block."""
     return [(m[1], m[2], text.count("\n", 0, m.start(2))) for m in FENCE.finditer(text)]
 
 
 class Page:
-    """Runs the Python blocks of a page in one namespace and keeps what each print says."""
+    """Runs the Python blocks of a page in one namespace and checks the output of each print."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines = path.read_text(encoding="utf-8").splitlines()
         self.namespace = {"__name__": "__main__", "print": self.print}
-        self.output = ""  # of the block run last
+        self.output = ""  # output of the block that ran last
 
     def run(self, code: str, offset: int) -> None:
-        # With the lines before it a traceback names the line of the page.
+        # The empty lines before it let a traceback name the line of the page.
         compiled = compile("\n" * offset + code, self.path.name, "exec")
         with redirect_stdout(io.StringIO()) as output:
             exec(compiled, self.namespace)
@@ -119,9 +119,9 @@ def check_output(expected: str, printed: str, place: str) -> None:
 
 
 def says(said: str, printed: str) -> bool:
-    """Whether a comment gives what is printed: all of it, its beginning, or rounded.
+    """Tell whether a comment gives the output: all of it, its beginning, or rounded.
 
-    ``...`` stands for anything, and words after ``": "`` may explain.
+    ``...`` stands for any text, and words after ``": "`` are an explanation.
     """
     said, printed = " ".join(said.split()), " ".join(printed.split())
     for text in (said, said.split(": ")[0]):
@@ -143,10 +143,10 @@ def test_page(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         if language == "python":
             page.run(content, offset)
             python_ends = offset + content.count("\n") + 1
-        elif language == "text" and offset == python_ends + 2:  # directly below, so its output
+        elif language == "text" and offset == python_ends + 2:  # directly below code: its output
             check_output(content, page.output, place)
         elif language == "py":
-            assert NOT_RUN.search(page.lines[offset - 2]), f"{place} does not run: why?"
+            assert NOT_RUN.search(page.lines[offset - 2]), f"{place}: no reason why it is not run"
         else:
             assert language in NOT_EXECUTED, f"{place}: block of {language!r}"
             run_commands(content, place)
@@ -193,7 +193,7 @@ def test_links(path: Path) -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """Those that GitHub makes of a page's headings."""
+    """Return the anchors that GitHub makes from a page's headings."""
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
@@ -212,7 +212,7 @@ def test_each_module_has_its_page() -> None:
     no_module = {"index", "quickstart", "scaling", "speed"}
     pages = {path.stem for path in DOCS.glob("*.md")} - no_module
     assert public - pages == set()
-    assert pages - public == set(), "a page of no module"
+    assert pages - public == set(), "a page without a module"
 
 
 def test_index_lists_each_page_once() -> None:
@@ -222,11 +222,11 @@ def test_index_lists_each_page_once() -> None:
     assert sorted(rows) == sorted(pages)
 
 
-# --- what pages say of the code ---------------------------------------------------------------
+# --- what pages say about the code ------------------------------------------------------------
 
 
 def table(page: str, first_cell: str) -> list[list[str]]:
-    """The rows of the table whose head begins with this cell, without marks of code."""
+    """Return the rows of the table whose head begins with this cell, without backquotes."""
     lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_cell} |"))
     rows = []
@@ -240,7 +240,7 @@ def table(page: str, first_cell: str) -> list[list[str]]:
 
 def test_default_layers() -> None:
     for name, layers, n_features, pixels in table("backbones.md", "backbone"):
-        with torch.device("meta"):  # the structure alone
+        with torch.device("meta"):  # only the structure
             network = timm.create_model(EMBEDDED.get(name, (name,))[0], features_only=True)
         info = network.feature_info.info
         chosen = [stage for stage in info if stage["module"] in default_layers(info, (8, 16))]
@@ -312,7 +312,7 @@ def test_every_option_is_explained() -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_command_is_understood(path: Path) -> None:
-    """Also those that are not run, since they need images of the reader's or an extra package."""
+    """Check also commands that are not run, as they need the reader's images or an extra."""
     for language, content, _ in blocks(path.read_text(encoding="utf-8")):
         if language in {"bash", "console"}:
             for line in re.findall(r"^(?:\$ |\S*/)?anomalib-lite (.+)$", content, re.MULTILINE):
@@ -330,7 +330,7 @@ WORDS = {
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Any]]]:
-    """All examples at once, each in a process and an empty directory of its own."""
+    """Start all examples at once, each in its own process and empty directory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     processes = {}
@@ -343,7 +343,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tupl
         )
         processes[name] = directory, process
     yield processes
-    for _, process in processes.values():  # those that no test waited for
+    for _, process in processes.values():  # processes that no test waited for
         process.kill()
         process.communicate()
 

@@ -1,4 +1,4 @@
-"""What run.py wrote -> results.csv, performance_summary.txt and four pictures.
+"""Results of run.py -> results.csv, performance_summary.txt and four pictures.
 
 python benchmarks/mahalanobis_vfm/report.py mahalanobis_vfm-output
 """
@@ -99,7 +99,7 @@ def heading(options: dict[str, Any]) -> list[str]:
 
 
 def table(runs: list[dict[str, Any]], names: list[str], variants: list[str]) -> list[str]:
-    """A row a data set and variant."""
+    """Make one row per data set and variant."""
     rows = [["", "", *HEADINGS.values(), "fit s", "test ms"]]
     for name in names:
         for variant in variants:
@@ -117,10 +117,10 @@ def table(runs: list[dict[str, Any]], names: list[str], variants: list[str]) -> 
 
 
 def against_none(runs: list[dict[str, Any]], names: list[str], variants: list[str]) -> list[str]:
-    """Each variant less no adaptation, seed by seed: the same images, the same split."""
+    """List the gain of each variant over no adaptation; a seed has the same images and split."""
     if "none" not in variants or len(variants) < 2:
         return []
-    lines = ["", "Image AUROC less that without adaptation, pair by pair (mean, then each seed):"]
+    lines = ["", "Gain of image AUROC over no adaptation, same seed (mean, then each seed):"]
     for variant in [v for v in variants if v != "none"]:
         parts, every = [], []
         for name in names:
@@ -137,7 +137,7 @@ def against_none(runs: list[dict[str, Any]], names: list[str], variants: list[st
 
 
 def beside_reported(runs: list[dict[str, Any]], names: list[str]) -> list[str]:
-    """The figures of the source's report, for the categories that they are of."""
+    """List the figures of the source's report, each beside ours for that category."""
     lines = ["", "Reported by the source for MVTec AD 2 (image AUROC; not measured here):"]
     lines.append("  means: " + ", ".join(f"{LABELS[v]} {x:.4f}" for v, x in REPORTED_MEANS.items()))
     for name, reported in REPORTED.items():
@@ -200,7 +200,7 @@ def roc_curves(
 
 
 def feature_analysis(path: Path, arrays: dict[str, Any], variants: list[str]) -> None:
-    """Distance of the whole image against that of its farthest patch."""
+    """Plot the distance of the whole image against that of its farthest patch."""
     figure, axes = _grid(len(arrays), len(variants), (2.6, 2.4))
     for row, (name, data) in zip(axes, arrays.items(), strict=True):
         for axis, variant in zip(row, variants, strict=True):
@@ -224,7 +224,7 @@ def feature_analysis(path: Path, arrays: dict[str, Any], variants: list[str]) ->
 
 
 def sample_detections(path: Path, arrays: dict[str, Any], variants: list[str]) -> None:
-    """Images as they are (with the outline of their mask), and the maps of each variant."""
+    """Show images (with the outline of their mask) and the maps of each variant."""
     rows = [(name, data, place) for name, data in arrays.items() for place in _few(data)]
     figure, axes = _grid(len(rows), 1 + len(variants), (1.7, 1.7))
     for row, (name, data, place) in zip(axes, rows, strict=True):
@@ -252,7 +252,7 @@ _KIND = {0: "normal", 1: "anomalous"}
 
 
 def _few(data: Any) -> list[int]:
-    """Three anomalous images and the normal one."""
+    """Choose three anomalous images and the normal one."""
     n = len(data["shown"])
     return [*range(min(3, n - 1)), n - 1]
 

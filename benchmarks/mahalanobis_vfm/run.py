@@ -1,4 +1,4 @@
-"""Does it pay to adapt a foundation model? MahalanobisVFM in five variants, on several data sets.
+"""Does it help to adapt a foundation model? MahalanobisVFM in five variants on several data sets.
 
     python benchmarks/mahalanobis_vfm/run.py --weights dinov2_vits14_saliency.safetensors
     python benchmarks/mahalanobis_vfm/run.py --root /path/to/mvtec_ad_2 --full
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"
-# The source's versions, and what their parameters are here.
+# The source's versions, and their parameters here.
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {},
     "lora": {"adapt": "lora"},
@@ -35,12 +35,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Small, so that all is measured on two cores in an hour; textile's defects are some ten pixels of
 # 250 wide.
 SIZES = {"magnetic_tile": 126, "textile": 182, "solar_cells": 126}
-# Shown closely in the pictures.
+# Number of images in the pictures.
 N_SHOWN = 6
 
 
 def measure(options: dict[str, Any], name: str, seed: int, out: Path) -> None:
-    """All variants on one data set with one seed: figures as JSON, arrays for the pictures."""
+    """Measure all variants on one data set with one seed: figures as JSON, arrays for pictures."""
     from sources import open_source
 
     from anomalib_lite import MahalanobisVFM
@@ -56,7 +56,7 @@ def measure(options: dict[str, Any], name: str, seed: int, out: Path) -> None:
             weights = options["weights"]
             shares = adapted is not None and variant in ("multi_scale", "attention_guided")
             if shares:
-                # What would be learned is to the bit what "lora" has learned from this seed.
+                # The adaptation would equal, to the bit, that of "lora" with this seed.
                 del parameters["adapt"]
                 weights = str(adapted)
             detector = MahalanobisVFM(
@@ -94,7 +94,7 @@ def measure(options: dict[str, Any], name: str, seed: int, out: Path) -> None:
 
 
 def judge(detector: Any, source: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures of a fitted detector, and what the pictures show of it."""
+    """Return the figures of a fitted detector, and the arrays for its pictures."""
     import numpy as np
 
     from anomalib_lite.metrics import aupro, auroc, pixel_auroc, seg_f1
@@ -133,13 +133,13 @@ def judge(detector: Any, source: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def shown(labels: Any) -> list[int]:
-    """Which test images the pictures show: anomalous ones, and one that is normal."""
+    """Choose the test images in the pictures: anomalous ones, and one normal one."""
     normal = [i for i, y in enumerate(labels) if y == 0][:1]
     return [i for i, y in enumerate(labels) if y == 1][: N_SHOWN - 1] + normal
 
 
 def distances(detector: Any, samples: list[Any]) -> tuple[Any, Any]:
-    """Of each image: the distance of the whole, and the largest of its patches."""
+    """Compute for each image the distance of the whole, and the largest of its patches."""
     import copy
 
     import numpy as np
@@ -159,7 +159,7 @@ def mask_of(sample: Any) -> Any:
 
 
 def write_adapted(detector: Any, options: dict[str, Any], path: Path) -> None:
-    """The backbone's weights with what LoRA has added to them."""
+    """Save the backbone's weights with the LoRA update added to them."""
     from safetensors.torch import save_file
 
     from anomalib_lite.backbones import Backbone
@@ -240,7 +240,7 @@ def main() -> None:
 
 
 def is_done(out: Path, name: str, seed: int, options: dict[str, Any]) -> bool:
-    """Whether an earlier run with the same options has left its figures."""
+    """Tell whether the figures of an earlier run with the same options exist."""
     path = out / f"{name}-{seed}.json"
     if not path.exists():
         return False
@@ -249,7 +249,7 @@ def is_done(out: Path, name: str, seed: int, options: dict[str, Any]) -> bool:
 
 
 def run_all(jobs: list[tuple[str, int]], n_at_once: int) -> None:
-    """Each data set and seed in a process of one thread, some at a time."""
+    """Run each data set and seed in a process of one thread, ``n_at_once`` at a time."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     waiting = list(jobs)
     running: list[subprocess.Popen[bytes]] = []

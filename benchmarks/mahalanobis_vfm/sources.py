@@ -16,7 +16,7 @@ from anomalib_lite.errors import MissingDependencyError, MissingPathError
 
 DATA = Path(os.environ.get("ANOMALIB_LITE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
-# Measured here; the eight categories of MVTec AD 2 are read with --root.
+# Measured by default; --root measures the eight categories of MVTec AD 2.
 NAMES = ("magnetic_tile", "textile", "solar_cells")
 
 
@@ -41,7 +41,7 @@ def open_source(
     dataset = _open(name, root)
     validation = list(getattr(dataset, "validation", ()))
     train = _draw(dataset.train, None, seed)
-    if not validation:  # MVTec AD 2 has some of its own
+    if not validation:  # MVTec AD 2 has its own
         n = max(2, len(train[:n_train]) // 5)
         validation, train = train[:n], train[n:]
     return Source(name, train[:n_train], validation, _draw(dataset.test, n_test, 0))

@@ -1,6 +1,6 @@
-"""anomalib's PatchCore and PaDiM with the backbone, weights and preprocessing that ours has too.
+"""anomalib's PatchCore and PaDiM with the same backbone, weights and preprocessing as ours.
 
-Runs under anomalib's environment; importing this module imports nothing of anomalib yet.
+Runs in anomalib's environment; importing this module does not import anomalib.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def load_batch(transform: Compose, paths: list[str]) -> torch.Tensor:
 
 
 def make_transform(job: dict[str, Any]) -> Compose:
-    """What anomalib's pre-processor is given: the same size, mean and deviation as ours."""
+    """Make the transform of anomalib's pre-processor: size, mean and deviation as ours."""
     from torchvision.transforms.v2 import Compose, Normalize, Resize
 
     return Compose([Resize(tuple(job["image_size"]), antialias=True), Normalize(MEAN, STD)])
@@ -50,7 +50,7 @@ def start_torch(job: dict[str, Any]) -> None:
 
 
 def build_model(job: dict[str, Any]) -> Patchcore | Padim:
-    """anomalib's defaults but for backbone, image size, and coreset ratio or channels kept."""
+    """Build the model; only backbone, size, coreset ratio and channels are not defaults."""
     from anomalib.models import Padim, Patchcore
     from anomalib.pre_processing import PreProcessor
 
@@ -74,7 +74,7 @@ def build_model(job: dict[str, Any]) -> Patchcore | Padim:
 
 
 def load_by_position(path: str) -> nn.Module:
-    """timm's whole network with the parameters of the file, which stand in the same order."""
+    """Load timm's whole network with the parameters of the file, which have the same order."""
     import timm
     import torch
 

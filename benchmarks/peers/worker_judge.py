@@ -1,7 +1,7 @@
-"""One and the same judge for every contender, in a process of its own.
+"""Metrics of both sides, computed in a process of its own.
 
 ``worker_judge.py job.json``. Tasks: ``metrics`` (image AUROC, pixel AUROC, AUPRO), ``radius``
-(covering radius of a coreset) and ``agreement`` (are our bank's rows the peer's embeddings?).
+(covering radius of a coreset) and ``agreement`` (our bank's rows against the peer's embeddings).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def judge_metrics(job: dict[str, Any]) -> dict[str, Any]:
-    """Image metrics on the raw scores, pixel metrics at the size of each mask."""
+    """Compute image metrics on raw scores, pixel metrics at the size of each mask."""
     from anomalib_lite.metrics import aupro, auroc, pixel_auroc
 
     scores, maps, _ = load_predictions(job["predictions"])
@@ -36,7 +36,7 @@ def judge_metrics(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_mask(image: str, mask: str | None) -> np.ndarray:
-    """Ground truth (H, W) bool at the image's own size; a good image has an empty one."""
+    """Read the mask (H, W) bool at the image's own size; a good image has an empty one."""
     from PIL import Image
 
     with Image.open(image) as photograph:
@@ -48,7 +48,7 @@ def read_mask(image: str, mask: str | None) -> np.ndarray:
 
 
 def resize(anomaly_map: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Bilinear, half-pixel centres; a map that already has the shape is returned as it is."""
+    """Resize bilinearly with half-pixel centres; a map of this shape is returned unchanged."""
     if anomaly_map.shape == shape:
         return anomaly_map
     import torch
@@ -59,7 +59,7 @@ def resize(anomaly_map: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def judge_radius(job: dict[str, Any]) -> dict[str, Any]:
-    """Largest distance of any row to its nearest pick, in float64 in the original space."""
+    """Compute the largest distance of a row to its nearest pick, in float64, unprojected."""
     X = np.load(job["embeddings"])[: job["n_rows"]]
     picks = np.asarray(job["picks"])
     nearest = nearest_rows(X, X[picks])
@@ -73,10 +73,10 @@ def judge_radius(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def judge_agreement(job: dict[str, Any]) -> dict[str, Any]:
-    """Distance of each row of our bank to the nearest embedding the peer made of the same images.
+    """Compute how far each row of our bank is from the peer's embeddings of the same images.
 
-    Relative to the row's norm: about 1e-6 means that the same pixels went through the same network
-    in float32; rounding the resized pixels to 8 bits alone makes it about 3e-2.
+    Distances are relative to the row's norm. About 1e-6 means the same pixels and the same network
+    in float32; rounding the resized pixels to 8 bits alone gives about 3e-2.
     """
     _, _, bank = load_predictions(job["predictions"])
     X = np.load(job["embeddings"])
@@ -90,7 +90,7 @@ def judge_agreement(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def nearest_rows(Q: np.ndarray, X: np.ndarray, block: int = 1024) -> np.ndarray:
-    """Index of the row of X nearest to each row of Q; float64, so ties are the only doubt."""
+    """Return the index of the row of X nearest to each row of Q, computed in float64."""
     X = X.astype(np.float64)
     sq_norms = (X**2).sum(axis=1)
     found = [

@@ -1,8 +1,8 @@
 """One run of anomalib-lite in a process of its own: ``worker_ours.py job.json``.
 
-Tasks: ``patchcore`` (fit and test), ``coreset`` (greedy k-centre alone), ``store`` (keep a fitted
-detector for the next two), ``latency`` (single images and batches) and ``start`` (from nothing to
-the first score). torch is not imported here: the library does so where it needs it.
+Tasks: ``patchcore`` (fit and test), ``coreset`` (greedy k-centre alone), ``store`` (save a fitted
+detector for the next two), ``latency`` (single images and batches) and ``start`` (from the start of
+the process to the first score). torch is not imported here: the library does so when it needs it.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def run_patchcore(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameters(job: dict[str, Any]) -> dict[str, Any]:
-    """How the detector is made; all else is as it comes."""
+    """Return the arguments of the detector; all others are defaults."""
     own = {"coreset_ratio": job["coreset_ratio"]}
-    if job["method"] == "padim":  # fitted on all images, as the peer's
+    if job["method"] == "padim":  # fits on all images, as the peer does
         own = {"n_components": job["n_components"], "calibration": "leave_one_out"}
     return own | {
         "backbone": "efficientnet_lite0",
@@ -94,7 +94,7 @@ def parameters(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def detect_all(detector: Any, job: dict[str, Any]) -> Iterator[tuple[range, Any]]:
-    """Scores and maps of the test images, two batches to a call, so that few are in memory."""
+    """Yield scores and maps of the test images, two batches per call, so few are in memory."""
     test = job["test"]
     for start in range(0, len(test), 2 * job["batch_size"]):
         positions = range(start, min(start + 2 * job["batch_size"], len(test)))
@@ -102,7 +102,7 @@ def detect_all(detector: Any, job: dict[str, Any]) -> Iterator[tuple[range, Any]
 
 
 def settings(detector: Any) -> dict[str, Any]:
-    """Every parameter of the detector, and what ``auto`` became."""
+    """Return every parameter of the detector, and the values chosen for ``auto``."""
     chosen = dict(detector.get_params(deep=False))
     for name in ("dtype_", "engine_"):
         if hasattr(detector, name):
@@ -130,7 +130,7 @@ def run_coreset(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_store(job: dict[str, Any]) -> dict[str, Any]:
-    """Fit and save."""
+    """Fit and save a detector."""
     from anomalib_lite import PatchCore
 
     detector = PatchCore(**parameters(job)).fit(job["train"])

@@ -1,10 +1,10 @@
-"""What a memory budget costs: a million rows of 384 numbers under 512 MB, and without a bound.
+"""Cost of a memory budget: a million rows of 384 numbers within 512 MB, and without a budget.
 
     export ANOMALIB_LITE_DATA=...          # the folder that holds magnetic_tile/, weights beside it
     python benchmarks/speed/budget.py
 
-The rows are those of a hundred images, ten times over with a little noise, as from a line that
-makes the same part again and again; they are made as they are asked for. Linux; takes a minute.
+The rows are those of a hundred images, each about ten times with a little noise, as from a line
+that makes the same part many times. They are computed when needed. Linux; takes a minute.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BUDGET = "512MB"
 
 
 def images(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Embeddings (1, 32, 32, D), image after image, always the same."""
+    """Yield embeddings (1, 32, 32, D), one image at a time, always the same."""
     n_there = len(rows) // PATCHES
     for i in range(IMAGES):
         random = np.random.default_rng(i)
@@ -39,19 +39,19 @@ def images(rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def anonymous_mb() -> float:
-    """Memory of this process that no file backs."""
+    """Return the anonymous memory (not backed by a file) of this process, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("RssAnon"))
 
 
 def watched(peak: list[float], stop: threading.Event) -> None:
-    """Note the highest memory until told to stop."""
+    """Record the highest memory until ``stop`` is set."""
     while not stop.wait(0.01):
         peak[0] = max(peak[0], anonymous_mb())
 
 
 def main() -> None:
-    """Fit within the budget and without, and print what each took."""
+    """Fit with the budget and without, and print time, memory and radius."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/anomalib-lite-speed")
     folder = parser.parse_args().folder
@@ -77,7 +77,8 @@ def main() -> None:
     start = time.perf_counter()
     unbounded = select_coreset(X, len(bank), random_state=0).covering_radius
     seconds = time.perf_counter() - start
-    print(f"without a bound: {seconds:.0f} s, radius {unbounded:.3f}; {true / unbounded:.2f} times")
+    ratio = true / unbounded
+    print(f"without a budget: {seconds:.0f} s, radius {unbounded:.3f}; {ratio:.2f} times")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Real patch embeddings to measure with, made once and kept in a folder.
+"""Real patch embeddings for the measurements, computed once and kept in a folder.
 
 ``cnn``: EfficientNet-Lite0 (ImageNet weights), strides 8 and 16, D = 152, images at 384 pixels: a
 million patches of the 446 normal magnetic tiles. ``vit``: a ViT-S/14 (DINOv2, fine-tuned for
@@ -22,7 +22,7 @@ COLUMNS = {152: slice(None), 384: slice(768, 1152), 1152: slice(384, 1536), 1536
 
 
 def load(data: Path, folder: Path, d: int, n: int, *, test: bool = False) -> np.ndarray:
-    """``n`` embeddings of ``d`` dimensions, chosen at random with a fixed seed: (n, d) float32."""
+    """Load ``n`` embeddings of ``d`` dimensions, drawn with a fixed seed: (n, d) float32."""
     network = "cnn" if d == 152 else "vit"
     file = folder / f"{network}_{'test' if test else 'train'}.npy"
     if not file.exists():

@@ -1,4 +1,4 @@
-"""Seconds that anomalib's coreset takes; runs in anomalib's environment.
+"""Time of anomalib's coreset in seconds; runs in anomalib's environment.
 
     python peer_coreset.py embeddings.npy 100 500
 
@@ -17,7 +17,7 @@ from anomalib.models.components import KCenterGreedy
 
 
 def main() -> None:
-    """Time two sizes; the difference is free of what is done once."""
+    """Time two sizes; their difference does not contain the one-time work."""
     X = torch.from_numpy(np.load(sys.argv[1]))
     KCenterGreedy(X[:1000].clone(), 0.01).select_coreset_idxs()
     seconds = []

@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-# What each ratio should be at least; below 1: at most.
+# The ratios to reach.
 TARGETS = "Targets: coreset of 10 % at D = 152 at least 200 times faster than anomalib's, 20 times\
  faster than the projected greedy, and at most 0.7 of the product; search at least 3 times faster\
  than FAISS for k = 1 and 2 times for k = 9 at D = 384 and 1,536."
 
 
 def write_report(results: dict[str, Any], page: Path, plots: Path) -> None:
-    """A table for each case, and the plots."""
+    """Write a table for each case, and the plots."""
     parts = [
         "# How fast the coreset and the search are\n",
         "Written by `benchmarks/speed/run.py`; README.md in this folder says what is measured. "
-        "Seconds are medians; every ratio is of one run.\n",
+        "Seconds are medians; both sides of a ratio are from one run.\n",
         TARGETS + "\n",
     ]
     tables = {"coreset": coreset, "knn": knn, "index": index, "growth": growth}
@@ -39,7 +39,7 @@ def machine(of: dict[str, Any]) -> str:
 
 
 def ratio(row: dict[str, Any], name: str, of: str = "ours") -> float | None:
-    """Median of the ratios of each round: how many times slower ``name`` is."""
+    """Return how many times slower ``name`` is: the median of the ratios of each round."""
     if name not in row["seconds"]:
         return None
     a, b = row["seconds"][name], row["seconds"][of]
@@ -48,13 +48,13 @@ def ratio(row: dict[str, Any], name: str, of: str = "ours") -> float | None:
 
 
 def table(head: list[str], lines: list[list[Any]]) -> str:
-    """In Markdown."""
+    """Make a table in Markdown."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(map(show, row)) + " |" for row in rows) + "\n"
 
 
 def show(value: Any) -> str:
-    """A figure in three digits."""
+    """Format a figure with three digits."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -65,7 +65,7 @@ def show(value: Any) -> str:
 
 
 def coreset(rows: list[dict[str, Any]]) -> str:
-    """Ours against the product and the peers."""
+    """Compare ours with the product and with other libraries."""
     head = ["D", "kept", "ours, s", "of the product", "without 8 bits", "of the product"]
     head += ["plain", "projected", "anomalib", "radius", "without 8 bits", "same picks", "as plain"]
     lines = [
@@ -88,19 +88,20 @@ def coreset(rows: list[dict[str, Any]]) -> str:
     ]
     title = "## Coreset of 100,000 rows: how many times faster than\n\n"
     note = (
-        "\n*same picks*: share, in order, equal to those without 8 bits; *as plain*: of the first "
-        "500, to those of the plain greedy. A dash: not measured in that run.\n"
+        "\n*same picks*: share of picks equal, rank by rank, to those without 8 bits; *as plain*: "
+        "share of the first 500 equal to those of the plain greedy. A dash: not measured in that "
+        "run.\n"
     )
     return title + table(head, lines) + note
 
 
 def times(value: float | None) -> str:
-    """Such as 12x."""
+    """Format a ratio, for example as 12x."""
     return "" if value is None else f"{value:,.0f}x" if value >= 10 else f"{value:.1f}x"
 
 
 def knn(rows: list[dict[str, Any]]) -> str:
-    """Ours against FAISS and scikit-learn."""
+    """Compare ours with FAISS and scikit-learn."""
     head = ["D", "bank", "k", "ours, s", "prepare, s", "FAISS flat", "scikit-learn", "by"]
     head += ["same neighbours", "farther by", "distances off by"]
     lines = [
@@ -121,17 +122,17 @@ def knn(rows: list[dict[str, Any]]) -> str:
     ]
     title = "## Exact search, 8,192 queries: how many times faster than\n\n"
     note = (
-        "\n*prepare*: what a bank's first such search takes besides, once (the 8-bit copy). *same "
-        "neighbours*: share equal to FAISS's, rank by rank. *farther by*: by how much our "
-        "neighbours are truly farther than FAISS's, relatively and at most over queries and ranks: "
-        "both sorted by their distances in float64; 0: nowhere. *distances off by*: ours against "
-        "float64. A dash: not measured in that run.\n"
+        "\n*prepare*: additional time of a bank's first such search (for the 8-bit copy). *same "
+        "neighbours*: share equal to FAISS's, rank by rank. *farther by*: how much farther our "
+        "neighbours are than FAISS's, relatively and at most over queries and ranks, with both "
+        "sorted by their distances in float64; 0: none is farther. *distances off by*: largest "
+        "relative error against float64. A dash: not measured in that run.\n"
     )
     return title + table(head, lines) + note
 
 
 def index(rows: list[dict[str, Any]]) -> str:
-    """Time against recall."""
+    """Compare time and recall."""
     flat = float(np.median(rows[0]["seconds"]["search"]))
     head = ["index", "nprobe", "ef_search", "built, s", "search, s", "of flat", "recall"]
     lines = [
@@ -150,7 +151,7 @@ def index(rows: list[dict[str, Any]]) -> str:
 
 
 def growth(rows: list[dict[str, Any]]) -> str:
-    """Times, and the slopes of their logarithms."""
+    """List times, and the slopes of their logarithms."""
     head = ["N", "kept", "ours, s", "of the product"]
     lines = [
         [
@@ -163,14 +164,14 @@ def growth(rows: list[dict[str, Any]]) -> str:
     ]
     slopes = {key: slope(rows, key) for key in ("N", "kept")}
     note = (
-        f"\nSlope of log time against log N: {slopes['N']:.2f} (1,000 kept); against log of what "
-        f"is kept: {slopes['kept']:.2f} (of 100,000). 1 is proportional.\n"
+        f"\nSlope of log time against log N: {slopes['N']:.2f} (1,000 kept); against log of "
+        f"rows kept: {slopes['kept']:.2f} (of 100,000). 1 is proportional.\n"
     )
     return "## How the coreset's cost grows, D = 152\n\n" + table(head, lines) + note
 
 
 def series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in which only ``key`` varies: its values and the seconds."""
+    """Return the values of ``key`` and the seconds of rows in which only ``key`` varies."""
     fixed = {"N": ("kept", 1000), "kept": ("N", 100_000)}[key]
     chosen = sorted(
         (r[key], np.median(r["seconds"]["ours"])) for r in rows if r[fixed[0]] == fixed[1]
@@ -180,13 +181,13 @@ def series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray
 
 
 def slope(rows: list[dict[str, Any]], key: str) -> float:
-    """Of the straight line through the logarithms."""
+    """Return the slope of the straight line through the logarithms."""
     x, y = series(rows, key)
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def plot_growth(rows: list[dict[str, Any]], path: Path) -> None:
-    """Two log-log plots."""
+    """Draw two log-log plots."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
@@ -204,7 +205,7 @@ def plot_growth(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_ratios(coresets: list[dict[str, Any]], searches: list[dict[str, Any]], path: Path) -> None:
-    """Bars: how many times faster."""
+    """Draw bars: how many times faster."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
@@ -224,7 +225,7 @@ def plot_ratios(coresets: list[dict[str, Any]], searches: list[dict[str, Any]], 
 
 
 def save(figure: Any, path: Path) -> None:
-    """As PNG."""
+    """Write a PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -1,10 +1,10 @@
-"""The coreset and the search against their peers, in one run, in turns, as ratios.
+"""The coreset and the search against other libraries, alternately in one run, as ratios.
 
     export ANOMALIB_LITE_DATA=...          # the folder that holds magnetic_tile/
     python benchmarks/speed/run.py
 
 Writes results/speed.json, RESULTS.md and the plots in docs/speed/. See README.md beside this file.
-anomalib is that of benchmarks/peers/.venv-anomalib, which is made on the first run.
+anomalib is installed in benchmarks/peers/.venv-anomalib, which is made on the first run.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
 
 @cache
 def peers() -> Any:
-    """Of benchmarks/peers, the module that finds anomalib's environment, or makes it."""
+    """Import the module of benchmarks/peers that finds anomalib's environment, or makes it."""
     sys.path.append(str(ROOT / "benchmarks" / "peers"))
     import surroundings
 
@@ -70,7 +70,7 @@ def peers() -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """Describe the machine and the versions."""
     return {
         "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -83,7 +83,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """As the system gives it."""
+    """Return the processor's name as the system gives it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -93,14 +93,14 @@ def cpu_name() -> str:
 
 
 def timed(job: Callable[..., Any], *args: Any, **options: Any) -> tuple[float, Any]:
-    """Seconds of a call, and what it gave."""
+    """Return the seconds of a call, and its result."""
     start = time.perf_counter()
     result = job(*args, **options)
     return time.perf_counter() - start, result
 
 
 def alternate(repeats: int, **jobs: Callable[[], Any]) -> dict[str, list[float]]:
-    """Seconds of every job, one after the other, again and again."""
+    """Time the jobs one after the other, ``repeats`` times; return the seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, job in jobs.items():
@@ -109,7 +109,7 @@ def alternate(repeats: int, **jobs: Callable[[], Any]) -> dict[str, list[float]]
 
 
 def median(values: list[float]) -> float:
-    """Of the seconds."""
+    """Return the median of seconds."""
     return float(np.median(values))
 
 
@@ -117,19 +117,19 @@ def median(values: list[float]) -> float:
 
 
 def float32_greedy(X: np.ndarray, n: int, first: int) -> tuple[np.ndarray, float]:
-    """Ours, without 8-bit products."""
+    """Run our greedy coreset without 8-bit products."""
     return _k_center.greedy(X, n, first, None, tqdm(disable=True), int8=False)
 
 
 def product(X: np.ndarray, n: int) -> None:
-    """The bare float32 product of (N, D) and (D, n), in blocks, by numpy's BLAS."""
+    """Compute the float32 product of (N, D) and (D, n) alone, in blocks, by numpy's BLAS."""
     c = np.ascontiguousarray(X[:n].T)
     for start in range(0, len(X), 4096):
         X[start : start + 4096] @ c
 
 
 def plain_greedy(X: np.ndarray, n: int, first: int) -> np.ndarray:
-    """Exact greedy, one matrix-vector product a pick, by torch."""
+    """Run exact greedy, one matrix-vector product per pick, by torch."""
     x = torch.from_numpy(X)
     x = x - x.mean(dim=0)
     norms = (x * x).sum(dim=1)
@@ -145,9 +145,10 @@ def plain_greedy(X: np.ndarray, n: int, first: int) -> np.ndarray:
 
 
 def projected_greedy(X: np.ndarray, n: int, n_starts: int = 10) -> None:
-    """The approximate greedy of amazon-science's patchcore: a random projection to 128
-    dimensions, ten random starts, then one pass over all rows a pick. Written from its
-    description, in its leanest form.
+    """Run the approximate greedy of amazon-science's patchcore.
+
+    A random projection to 128 dimensions, ten random starts, then one pass over all rows per pick.
+    Written from its description, in its simplest form.
     """
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(X.shape[1], 128, generator=generator) / X.shape[1] ** 0.5
@@ -164,23 +165,23 @@ def projected_greedy(X: np.ndarray, n: int, n_starts: int = 10) -> None:
         torch.minimum(nearest, distances(int(nearest.argmax())), out=nearest)
 
 
-_FEW, _MORE = 100, 500  # picks of the slower ones
+_FEW, _MORE = 100, 500  # picks of the slower methods
 
 
 def extrapolated(job: Callable[..., Any], X: np.ndarray, n: int, *args: Any) -> tuple[float, Any]:
-    """Seconds for ``n`` picks, from two smaller numbers, and what the larger of them gave."""
+    """Extrapolate the seconds for ``n`` picks; also return the result of ``_MORE`` picks."""
     few, _ = timed(job, X, _FEW, *args)
     more, result = timed(job, X, _MORE, *args)
     return line_through(few, more, n), result
 
 
 def line_through(few: float, more: float, n: int) -> float:
-    """Seconds for ``n`` picks: the time is linear in them."""
+    """Return the seconds for ``n`` picks; time is linear in their number."""
     return few + (more - few) / (_MORE - _FEW) * (n - _FEW)
 
 
 def anomalib_seconds(python: Path, file: Path, n: int) -> float:
-    """Of anomalib's KCenterGreedy, in its own environment."""
+    """Time anomalib's KCenterGreedy in its own environment."""
     script = Path(__file__).parent / "peer_coreset.py"
     command = [str(python), str(script), str(file), str(_FEW), str(_MORE)]
     options: dict[str, Any] = {"capture_output": True, "env": peers().environment_of_peer()}
@@ -189,7 +190,7 @@ def anomalib_seconds(python: Path, file: Path, n: int) -> float:
 
 
 def coreset(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """100,000 rows, 1 % and 10 % of them kept."""
+    """Measure coresets of 1 % and 10 % of 100,000 rows."""
     rows = []
     for d in args.dims:
         X = embeddings.load(data, args.folder, d, 100_000)
@@ -230,7 +231,7 @@ def coreset(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def knn(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """8,192 queries to a flat index."""
+    """Measure 8,192 queries of a flat index."""
     rows = []
     for d in args.dims:
         Q = embeddings.load(data, args.folder, d, N_QUERIES, test=True)
@@ -270,7 +271,7 @@ def knn(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def prepare_seconds(bank: MemoryBank, repeats: int) -> float:
-    """Of what the bank's first large search has made and keeps; 0 where that is nothing."""
+    """Time the making of the index that a bank's first large search keeps; 0 if there is none."""
     if bank._fast_index is None:
         return 0.0
     kind = type(bank._fast_index)
@@ -278,7 +279,7 @@ def prepare_seconds(bank: MemoryBank, repeats: int) -> float:
 
 
 def true_distances(X: np.ndarray, Q: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """In float64, (Q, k)."""
+    """Compute distances (Q, k) in float64."""
     out = np.empty(indices.shape)
     for i in range(0, len(Q), 512):
         difference = X[indices[i : i + 512]].astype(np.float64) - Q[i : i + 512, None]
@@ -287,16 +288,16 @@ def true_distances(X: np.ndarray, Q: np.ndarray, indices: np.ndarray) -> np.ndar
 
 
 def farther_by(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """How much farther our neighbours are than theirs, at most and relatively; 0 if nowhere.
+    """Return how much farther our neighbours are, relatively and at most; 0 if none is farther.
 
-    Of true distances (Q, k), sorted: rounding puts neighbours that are nearly as far in any order.
+    True distances (Q, k) are sorted, since rounding may swap neighbours of nearly equal distance.
     """
     a, b = np.sort(ours, axis=1), np.sort(theirs, axis=1)
     return float(np.divide(a - b, b, out=np.zeros_like(a), where=a > b).max())
 
 
 def index(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Approximate indexes: 100,000 rows of 152 dimensions, 8,192 queries, nearest neighbour."""
+    """Measure approximate indexes: 100,000 x 152, 8,192 queries, nearest neighbour."""
     X = embeddings.load(data, args.folder, 152, 100_000)
     Q = embeddings.load(data, args.folder, 152, N_QUERIES, test=True)
     kinds: list[dict[str, Any]] = [
@@ -321,7 +322,7 @@ def index(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def growth(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """How time and memory grow with N (1,000 kept) and with what is kept (of 100,000)."""
+    """Measure the time for growing N (1,000 kept), and for growing coresets of 100,000."""
     rows = []
     sizes = [(n, 1000) for n in (10_000, 30_000, 100_000, 300_000, 1_000_000)]
     sizes += [(100_000, m) for m in (100, 300, 3000, 10_000, 30_000)]
@@ -339,7 +340,7 @@ def growth(data: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def say(case: str, row: dict[str, Any]) -> None:
-    """One line as soon as it is known."""
+    """Print one row as soon as it is measured."""
     seconds = {k: round(median(v), 4) for k, v in row["seconds"].items()}
     print(case, row | {"seconds": seconds}, flush=True)
 

@@ -1,9 +1,9 @@
-"""Time and memory of a fit by the model of docs/scaling.md, beside what is measured here.
+"""Time and memory of a fit by the model of docs/scaling.md, beside the measured values.
 
     python benchmarks/speed/scaling.py
 
-How fast the coreset multiplies is measured first. Each case then runs in a process of its own, on
-embeddings that are made as they are asked for. Prints the lines that stand in docs/scaling.md.
+The speed of the coreset's products is measured first. Each case then runs in its own process, on
+embeddings that are computed when needed. Prints the lines that are in docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from anomalib_lite._threads import n_cores
 from anomalib_lite.coreset import select_coreset
 from anomalib_lite.detectors import plan_patches
 
-SIDE = 32  # patches of an image: 32 x 32, as of 256 x 256 pixels
+SIDE = 32  # an image has 32 x 32 patches, as with 256 x 256 pixels
 PATCHES = SIDE * SIDE
-RATE = 0.1  # so few images are held back: a fifth
+RATE = 0.1  # needs few images for calibration, so a fifth is held back
 
 CASES = [
     {"images": images, "D": D, "ratio": 0.01, "budget": budget}
@@ -36,9 +36,9 @@ CASES = [
 
 
 class Made:
-    """Embeddings (n, 32, 32, D): ``E[i]`` is computed when asked for, always the same.
+    """Embeddings (n, 32, 32, D): ``E[i]`` is computed when needed, always the same.
 
-    ``seconds`` says how long that took, all in all.
+    ``seconds`` is the total time of that.
     """
 
     ndim = 4
@@ -64,16 +64,16 @@ class Made:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at the most so far. Linux only."""
+    """Return this process's bytes in memory: "VmRSS" now, "VmHWM" the peak. Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def run_case(images: int, D: int, ratio: float, budget: str | None) -> dict[str, float]:
-    """Fit in this process: seconds without those of making the embeddings, bytes above idle.
+    """Fit in this process; return seconds (without making the embeddings) and bytes above idle.
 
-    Without a budget the embeddings are an array that is there before, and count among the bytes.
-    A small fit comes first, so that what is loaded or started once does not count.
+    Without a budget the embeddings are an array made before, and its bytes are added. A small fit
+    comes first, so that one-time loading and starting is not measured.
     """
     made = Made(images, D)
     small = np.stack([made[i] for i in range(20)])[:, ::4]
@@ -82,7 +82,7 @@ def run_case(images: int, D: int, ratio: float, budget: str | None) -> dict[str,
     E: Any = made if budget else np.stack([made[i] for i in range(images)])
     there = 0 if budget else E.nbytes
     made.seconds = 0.0
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = resident("VmRSS"), time.perf_counter()
     detector.fit_embeddings(E)
     seconds = time.perf_counter() - start - made.seconds
@@ -90,7 +90,7 @@ def run_case(images: int, D: int, ratio: float, budget: str | None) -> dict[str,
 
 
 def gigaflops(D: int) -> float:
-    """How fast the coreset multiplies, by one of 500 of 50,000 rows."""
+    """Measure the speed of the coreset's products, by a coreset of 500 of 50,000 rows."""
     made = Made(50, D)
     rows = np.stack([made[i] for i in range(50)]).reshape(-1, D)
     times = []
@@ -104,14 +104,14 @@ def gigaflops(D: int) -> float:
 def model(
     images: int, D: int, ratio: float, budget: str | None, rate: float
 ) -> tuple[float, float]:
-    """Seconds and bytes, as docs/scaling.md has them; of a budget that thins the shards out."""
+    """Return seconds and bytes by docs/scaling.md; a budget is one that thins the shards out."""
     n_rows, row, work = images * PATCHES, 4 * D, 2 * D + 32
     n_held = n_rows // 5
     bank = ratio * n_rows
     search = 2 * n_held * 0.8 * bank * D
     if budget is None:
         choose = 2 * (n_rows - n_held) * 0.8 * bank * D + 2 * n_held * bank * D
-        n_bytes = 2.0 * n_rows * row + 0.8 * n_rows * work  # as they came, and in their order
+        n_bytes = 2.0 * n_rows * row + 0.8 * n_rows * work  # as passed, and in the order of fitting
     else:
         plan = plan_patches(
             int(budget.removesuffix("MB")) * 10**6,
@@ -127,7 +127,7 @@ def model(
 
 
 def main() -> None:
-    """Print the rates and the table; with a case in JSON, run that one and print what it took."""
+    """Print the rates and the table; with a case in JSON, run that one and print its result."""
     if len(sys.argv) > 1:
         print(json.dumps(run_case(**json.loads(sys.argv[1]))))
         return
