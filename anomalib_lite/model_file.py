@@ -21,6 +21,7 @@ __all__ = [
     "BACKBONE",
     "FORMAT_VERSION",
     "VERSIONS",
+    "describe_backbone",
     "is_of_torch",
     "read_model",
     "select",
@@ -120,6 +121,25 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def select(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
     """Select the tensors whose names begin with ``prefix``, and take it off the names."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def describe_backbone(
+    backbone: Any, include_weights: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a file holds of a backbone: tensors by name, and its part of the header.
+
+    ``include_weights`` puts its weights among the tensors; an adapter's always are.
+    """
+    names = ("layers", "stride", "mean", "std", "engine", "sha256")
+    header = {key: getattr(backbone, key) for key in names}
+    header["dtype"] = str(backbone.dtype).removeprefix("torch.")
+    tensors: dict[str, Any] = {}
+    if backbone.adapter is not None:
+        factors, header["adapter"] = backbone.adapter.to_arrays()
+        tensors |= {ADAPTER + k: v for k, v in factors.items()}
+    if include_weights:
+        tensors |= {BACKBONE + k: v for k, v in backbone.original_state().items()}
+    return tensors, header
 
 
 def to_json(name: str, value: object, where: str) -> object:

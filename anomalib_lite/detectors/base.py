@@ -45,7 +45,7 @@ from anomalib_lite.embeddings import Embeddings, embed_all, stack, take
 from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
 from anomalib_lite.images import Extractor, ImageSource
-from anomalib_lite.model_file import ADAPTER, BACKBONE, VERSIONS, to_json, write_model
+from anomalib_lite.model_file import VERSIONS, describe_backbone, to_json, write_model
 
 __all__ = ["BaseDetector", "DetectorMixin"]
 
@@ -255,7 +255,7 @@ class DetectorMixin(ABC):
         backbone = self._fitted_backbone()
         if backbone is not None:
             with_weights = include_backbone or self._weights_exist_here_alone()
-            more, header["backbone"] = _describe_backbone(backbone, with_weights)
+            more, header["backbone"] = describe_backbone(backbone, with_weights)
             tensors |= more
         for member, fitted in self._members().items():
             own, header.setdefault("parts", {})[member] = fitted._describe(include_backbone)
@@ -706,21 +706,6 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         detector = super()._restore(parameters, arrays, state, members)
         detector.calibration_scores_ = arrays["calibration_scores"]
         return detector
-
-
-def _describe_backbone(
-    backbone: AnyBackbone, include_weights: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    names = ("layers", "stride", "mean", "std", "engine", "sha256")
-    header = {key: getattr(backbone, key) for key in names}
-    header["dtype"] = _name(backbone.dtype)
-    tensors: dict[str, Any] = {}
-    if backbone.adapter is not None:
-        factors, header["adapter"] = backbone.adapter.to_arrays()
-        tensors |= {ADAPTER + k: v for k, v in factors.items()}
-    if include_weights:
-        tensors |= {BACKBONE + k: v for k, v in backbone.original_state().items()}
-    return tensors, header
 
 
 def _name(dtype: Any) -> str:
