@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -47,13 +48,17 @@ _ROUNDING = 2e-5
 # rounded. It is about 3 for rows of a hundred normally distributed values, 4 for a thousand.
 _OUTLIERS = 3.8
 # Sizes of the products that are checked once per process. Tiles have 1,024 rows, pools 256, and the
-# last block any number; codes have a multiple of four columns. Of each later product, so many rows
-# and columns are computed again.
+# last block any number; codes have a multiple of four columns.
 _CHECKED_SIZES = ((1024, 1024), (256, 300), (1024, 1), (1, 1024), (33, 7), (7, 33), (1, 1))
 _CHECKED_COLUMNS = (4, 60, 156, 388, 772)
+# Of a thread's first products, and later of one in so many multiplications, a few rows and columns
+# are computed again.
+_ALL_SAMPLED, _WORK_PER_SAMPLE = 32, 2**28
 _SAMPLES = 8
 
 _scratch = threading.local()
+# All threads count together: most live for one search, and each sample shall be another.
+_sample_numbers = count()
 # The fault of a product in a search, found although the check at the start had passed.
 _seen_wrong: list[str] = []
 
@@ -94,8 +99,9 @@ def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Multiply int8 ``a`` (m, K) with the transpose of ``b`` (n, K): (m, n) int32.
 
     The result is valid until this thread's next call: each thread keeps one buffer, since new
-    memory for each result would take a fifth of the time. A sample of each product is computed
-    again, which takes half a percent of the time.
+    memory for each result would take a fifth of the time. A sample is computed again of each
+    thread's first products, and later of one in 2^28 multiplications, which takes about one percent
+    of the time.
 
     Raises
     ------
@@ -105,15 +111,23 @@ def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if (reason := fault()) is not None:
         raise WrongProductError(reason)
     result = _multiply(a, b)
-    _scratch.n_products = n = getattr(_scratch, "n_products", 0) + 1
-    row_step, column_step = -(-len(a) // _SAMPLES), -(-len(b) // _SAMPLES)
-    rows = slice(n % row_step, None, row_step)  # other ones each time
-    columns = slice(37 * n % column_step, None, column_step)
-    reason = _difference(result[rows, columns], _exact_product(a[rows], b[columns]))
-    if reason is not None:
-        _seen_wrong.append(reason)
-        raise WrongProductError(reason)
+    _scratch.n_products = n_products = getattr(_scratch, "n_products", 0) + 1
+    _scratch.unchecked = work = getattr(_scratch, "unchecked", 0) + result.size * a.shape[1]
+    if n_products <= _ALL_SAMPLED or work >= _WORK_PER_SAMPLE:
+        _scratch.unchecked = 0
+        if (reason := _fault_of_sample(a, b, result)) is not None:
+            _seen_wrong.append(reason)
+            raise WrongProductError(reason)
     return result
+
+
+def _fault_of_sample(a: np.ndarray, b: np.ndarray, result: np.ndarray) -> str | None:
+    """Compute a few rows and columns of a product again, other ones each time."""
+    n = next(_sample_numbers)
+    row_step, column_step = -(-len(a) // _SAMPLES), -(-len(b) // _SAMPLES)
+    rows = slice(n % row_step, None, row_step)
+    columns = slice(37 * n % column_step, None, column_step)
+    return _difference(result[rows, columns], _exact_product(a[rows], b[columns]))
 
 
 @cache
@@ -128,13 +142,13 @@ def _is_fast() -> bool:
 
 @cache
 def _fault_of_patterns() -> str | None:
-    """Check products of codes that saturate 16-bit sums, in a thread as a search uses it."""
+    """Check products of codes that saturate 16-bit sums, in threads as a search uses them."""
     import torch  # noqa: F401, workers() limits its threads only if it is there
 
     sizes = [(m, n, k) for k in _CHECKED_COLUMNS for m, n in _CHECKED_SIZES]
     try:
         with workers() as executor:
-            reasons = executor.submit(lambda: [_fault_of_size(*size) for size in sizes]).result()
+            reasons = list(executor.map(lambda size: _fault_of_size(*size), sizes))
     except (AttributeError, RuntimeError) as error:
         return f"torch._int_mm fails ({error})"
     return next((reason for reason in reasons if reason is not None), None)
@@ -154,8 +168,8 @@ def _fault_of_size(m: int, n: int, n_columns: int) -> str | None:
     ).astype(np.int8)
     # Rows repeat; 17 is a prime, so each pattern comes to each place of a kernel.
     left, right = np.arange(m) % len(patterns), np.arange(n) % len(patterns)
-    expected = _exact_product(patterns, patterns).astype(np.int32)[left][:, right]
-    return _difference(_multiply(patterns[left], patterns[right]), expected)
+    expected = _exact_product(patterns, patterns).astype(np.int32)
+    return _difference(_multiply(patterns[left], patterns[right]), expected[np.ix_(left, right)])
 
 
 def _exact_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
