@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -12,10 +13,24 @@ from scipy.special import softmax
 
 from anomalib_lite._threads import one_blas_thread
 from anomalib_lite._validation import check_choice
+from anomalib_lite.errors import InvalidValueError
 
-__all__ = ["IMAGE_SCORES", "anomaly_maps", "image_scores", "reweight"]
+__all__ = [
+    "IMAGE_SCORES",
+    "anomaly_maps",
+    "check_image_score",
+    "image_scores",
+    "reweight",
+    "standardize",
+    "structure",
+]
 
-IMAGE_SCORES = ("max", "top1%", "smoothed")
+# Those without parameters, and two of the shares there can be.
+IMAGE_SCORES = ("max", "smoothed", "top1%", "top1% pixels")
+_SHARE = re.compile(r"top(\d*\.?\d+)%( pixels)?")
+# Pixels are those of a map with so many on each side of a patch, smoothed by a Gaussian of half a
+# patch: the heatmap at a stride of 8 and the default smoothing of 4.
+_PIXELS_PER_PATCH = 8
 
 
 def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
@@ -25,10 +40,13 @@ def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
     ----------
     patch_scores : array of shape (B, h, w), float32
         Scores of the patches of each image.
-    how : {"max", "top1%", "smoothed"}
-        The largest patch score; the mean of the largest 1 % of them (at least one); or the
-        largest after smoothing with a Gaussian of one patch (reflecting at the borders).
-        PatchCore's ``"reweighted"`` is ``"max"`` followed by :func:`reweight`.
+    how : {"max", "top<p>%", "top<p>% pixels", "smoothed"}
+        The largest patch score; the mean of the largest p % of patch scores (of at least one), with
+        p in (0, 100], for example ``"top1%"``; the same of the pixels of the map, which has 8 x 8
+        of them a patch and is smoothed with a Gaussian of half a patch; or the largest patch score
+        after smoothing with a Gaussian of one patch (reflecting at the borders). PatchCore's
+        ``"reweighted"`` is ``"max"`` followed by :func:`reweight`; ``"structure"`` is
+        :func:`structure` followed by :func:`standardize`.
 
     Returns
     -------
@@ -37,22 +55,113 @@ def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
     Raises
     ------
     InvalidValueError
-        If ``how`` is unknown.
+        If ``how`` is unknown, or its share is not in (0, 100].
+
+    Notes
+    -----
+    AnomalyDINO averages patches, RAD and SubspaceAD average pixels. Interpolation and smoothing
+    make a peak lower and wider, so pixels give a lower score to a single odd patch.
 
     Examples
     --------
     >>> import numpy as np
-    >>> image_scores(np.arange(200, dtype=np.float32).reshape(1, 10, 20), "top1%")
+    >>> scores = np.arange(200, dtype=np.float32).reshape(1, 10, 20)
+    >>> image_scores(scores, "top1%")
     array([198.5], dtype=float32)
+    >>> bool(image_scores(scores, "top1% pixels")[0] < 198.5)
+    True
     """
-    check_choice("how", how, IMAGE_SCORES, "image_scores")
-    if how == "smoothed":
+    check_image_score(how, "image_scores", name="how")
+    share = _SHARE.fullmatch(how)
+    if share and share[2]:
+        height, width = (_PIXELS_PER_PATCH * n for n in patch_scores.shape[1:])
+        sizes = [(height, width)] * len(patch_scores)
+        maps = anomaly_maps(patch_scores, (height, width), sizes, _PIXELS_PER_PATCH / 2)
+        patch_scores = np.stack(maps) if maps else np.empty((0, height, width), np.float32)
+    elif how == "smoothed":
         patch_scores = gaussian_filter1d(gaussian_filter1d(patch_scores, 1.0, axis=1), 1.0, axis=2)
-    flat = patch_scores.reshape(len(patch_scores), -1)
-    if how != "top1%":
-        return np.asarray(flat.max(axis=1))
-    n_top = max(1, round(flat.shape[1] / 100))
-    return np.asarray(np.partition(flat, -n_top, axis=1)[:, -n_top:].mean(axis=1))
+    if share is None:
+        return np.asarray(patch_scores.max(axis=(1, 2)))
+    return _mean_of_top(patch_scores, float(share[1]) / 100)
+
+
+def check_image_score(how: object, where: str, *more: str, name: str = "image_score") -> None:
+    """Raise InvalidValueError unless :func:`image_scores` takes ``how``, or it is in ``more``."""
+    share = _SHARE.fullmatch(how) if isinstance(how, str) else None
+    if share is None:
+        check_choice(name, how, (*IMAGE_SCORES, *more), where)
+    elif not 0 < float(share[1]) <= 100:
+        raise InvalidValueError(
+            f"{where}: the share of {name} must be above 0 % and at most 100 %, got {how!r}."
+        )
+
+
+def _mean_of_top(maps: np.ndarray, share: float) -> np.ndarray:
+    """Return the mean (B,) of the largest share of each map (B, h, w), of at least one value."""
+    rows = maps.reshape(len(maps), maps.shape[1] * maps.shape[2])
+    n_top = max(1, round(rows.shape[1] * share))
+    return np.asarray(np.partition(rows, -n_top, axis=1)[:, -n_top:].mean(axis=1))
+
+
+def structure(patch_scores: np.ndarray) -> np.ndarray:
+    r"""Describe each map by its spread, its peak and its roughness.
+
+    Parameters
+    ----------
+    patch_scores : array of shape (B, h, w), float32
+        Scores of the patches of each image.
+
+    Returns
+    -------
+    ndarray of shape (B, 3), float32
+        The standard deviation of all patch scores; the mean of the largest 1 % of them (at least
+        one); and the total variation, the mean of :math:`|a - b|` over all pairs of neighbours.
+
+    Notes
+    -----
+    The three numbers of StructCore. It takes them of pixels; here they are of patches, which costs
+    less and does not depend on how a map is smoothed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> structure(np.float32([[[0, 1], [0, 1]]]))
+    array([[0.5, 1. , 0.5]], dtype=float32)
+    """
+    n_steps, total = 0, np.zeros(len(patch_scores), np.float32)
+    for axis in (1, 2):
+        steps = np.abs(np.diff(patch_scores, axis=axis))
+        n_steps += steps.shape[1] * steps.shape[2]
+        total += steps.sum(axis=(1, 2))
+    peak = _mean_of_top(patch_scores, 0.01)
+    return np.stack([patch_scores.std(axis=(1, 2)), peak, total / max(n_steps, 1)], axis=1)
+
+
+def standardize(described: np.ndarray, statistics: np.ndarray) -> np.ndarray:
+    r"""Compute how far the description of each map is from those of normal maps.
+
+    Parameters
+    ----------
+    described : array of shape (B, 3), float32
+        What :func:`structure` gives.
+    statistics : array of shape (2, 3), float32
+        Means and standard deviations of the description of normal maps.
+
+    Returns
+    -------
+    ndarray of shape (B,), float32
+        :math:`\sqrt{\sum_i ((d_i - \mu_i) / \sigma_i)^2}`, the Mahalanobis distance with a
+        diagonal covariance, in standard deviations.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> standardize(np.float32([[3, 4, 0]]), np.float32([[0, 0, 0], [1, 1, 1]]))
+    array([5.], dtype=float32)
+    """
+    mean, deviation = statistics
+    smallest = np.maximum(1e-6 * np.abs(mean), np.finfo(np.float32).tiny)
+    return np.asarray(np.linalg.norm((described - mean) / np.maximum(deviation, smallest), axis=1))
 
 
 def reweight(scores: np.ndarray, distances: np.ndarray) -> np.ndarray:

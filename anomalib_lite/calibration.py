@@ -85,7 +85,9 @@ def threshold_and_shortfall(
     return float(ordered[_rank(n, false_alarm_rate) - 1]), None
 
 
-def calibration_size(false_alarm_rate: float, n_images: int | None = None, n_known: int = 0) -> int:
+def calibration_size(
+    false_alarm_rate: float, n_images: int | None = None, n_known: int = 0, purposes: int = 1
+) -> int:
     """Number of normal images to hold back for calibration.
 
     Parameters
@@ -97,6 +99,8 @@ def calibration_size(false_alarm_rate: float, n_images: int | None = None, n_kno
         Without it, only the rate counts.
     n_known : int, default=0
         Number of calibration scores that there are already; so many images fewer are needed.
+    purposes : int, default=1
+        Number of purposes that need held-back images of their own, as many each.
 
     Returns
     -------
@@ -111,7 +115,7 @@ def calibration_size(false_alarm_rate: float, n_images: int | None = None, n_kno
     (60, 19, 40)
     """
     # 1e-9: 1 / 0.01 - 1 is 99, not 100, although binary fractions make it a little more.
-    needed = max(1, math.ceil(1 / false_alarm_rate - 1 - 1e-9)) - n_known
+    needed = purposes * max(1, math.ceil(1 / false_alarm_rate - 1 - 1e-9)) - n_known
     if n_images is None:
         return max(1, needed)
     return min(max(needed, n_images // 5), n_images // 2)

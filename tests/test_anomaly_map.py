@@ -5,9 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import center_of_mass, gaussian_filter
 
-from anomalib_lite.anomaly_map import anomaly_maps, image_scores, reweight
+from anomalib_lite.anomaly_map import (
+    anomaly_maps,
+    image_scores,
+    reweight,
+    standardize,
+    structure,
+)
 from anomalib_lite.errors import InvalidValueError
 
 
@@ -114,6 +121,71 @@ def test_top_percent_is_the_mean_of_the_largest_hundredth(grid: tuple[int, int])
     got = image_scores(scores, "top1%")
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.1, 2.5, 40, 100])
+@pytest.mark.parametrize("grid", [(10, 20), (28, 41), (1, 1)])
+def test_any_share_of_patches_is_averaged(share: float, grid: tuple[int, int]) -> None:
+    scores = patch_scores(3, *grid)
+    n = max(1, round(grid[0] * grid[1] * share / 100))
+    expected = [np.mean(sorted(image.ravel(), reverse=True)[:n]) for image in scores]
+    np.testing.assert_allclose(image_scores(scores, f"top{share}%"), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.1, 5])
+@pytest.mark.parametrize("grid", [(10, 20), (7, 5), (1, 3)])
+def test_a_share_of_pixels_is_one_of_the_smoothed_map(share: float, grid: tuple[int, int]) -> None:
+    scores = patch_scores(3, *grid)
+    expected = []
+    for image in scores:
+        height, width = (8 * n for n in grid)
+        enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        pixels = gaussian_filter(np.asarray(enlarged, np.float64), 4, mode="reflect").ravel()
+        expected.append(np.sort(pixels)[-max(1, round(len(pixels) * share / 100)) :].mean())
+    np.testing.assert_allclose(image_scores(scores, f"top{share}% pixels"), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["max", "top1%", "top3% pixels", "smoothed"])
+def test_no_images_have_no_scores(how: str) -> None:
+    assert image_scores(np.empty((0, 4, 6), np.float32), how).shape == (0,)
+
+
+@pytest.mark.parametrize("how", ["top0%", "top100.1%", "top900% pixels"])
+def test_a_share_that_cannot_be_is_refused(how: str) -> None:
+    with pytest.raises(InvalidValueError, match=r"share of how must be above 0 % and at most 100"):
+        image_scores(np.ones((2, 3, 4), np.float32), how)
+
+
+@pytest.mark.parametrize("grid", [(10, 20), (28, 41), (1, 5), (1, 1)])
+def test_structure_is_spread_peak_and_roughness(grid: tuple[int, int]) -> None:
+    height, width = grid
+    for image, got in zip(s := patch_scores(3, *grid), structure(s), strict=True):
+        values = [float(v) for v in image.ravel()]
+        mean = sum(values) / len(values)
+        spread = (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5
+        n = max(1, round(len(values) / 100))
+        steps = [abs(float(image[i + 1, j] - image[i, j])) for i in range(height - 1)
+                 for j in range(width)]  # fmt: skip
+        steps += [abs(float(image[i, j + 1] - image[i, j])) for i in range(height)
+                  for j in range(width - 1)]  # fmt: skip
+        roughness = sum(steps) / len(steps) if steps else 0
+        expected = [spread, sum(sorted(values)[-n:]) / n, roughness]
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_standardized_structure_is_a_diagonal_mahalanobis_distance() -> None:
+    described = patch_scores(5, 3)
+    statistics = np.float32([[1, 2, 3], [0.5, 4, 0.25]])
+    expected = [
+        sum(((d - m) / s) ** 2 for d, m, s in zip(row, *statistics, strict=True)) ** 0.5
+        for row in described.astype(float)
+    ]
+    np.testing.assert_allclose(standardize(described, statistics), expected, rtol=1e-6)
+    # Normal maps without any roughness: one that has some is infinitely odd, but a number.
+    flat = standardize(np.float32([[1, 2, 3], [1, 2, 4]]), np.float32([[1, 2, 3], [1, 1, 0]]))
+    assert flat[0] == 0
+    assert np.isfinite(flat[1])
+    assert flat[1] > 1e5
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0, 1000.0])

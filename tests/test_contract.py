@@ -659,6 +659,44 @@ def test_a_file_holds_it_to_the_bit(twin: Any, include_backbone: bool, tmp_path:
     assert_alike(load(path, backbone=Small()), twin)
 
 
+@pytest.mark.parametrize("how", ["top4%", "top0.5% pixels", "smoothed", "structure"])
+def test_any_image_score_fits_scores_and_is_saved(detector: Any, how: str, tmp_path: Path) -> None:
+    if "image_score" not in detector.get_params():
+        pytest.skip(f"{name_of(detector)} scores maps by its members")
+    detector.set_params(image_score=how, false_alarm_rate=0.2)
+    if "global_weight" in detector.get_params():
+        detector.set_params(global_weight=0.0)
+    detector.fit(good(40))
+    assert detector.score(bad(4)).min() > detector.threshold_
+    assert (detector.score(good(40, 7)) > detector.threshold_).mean() < 0.5
+    detector.save(tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors", backbone=Small())
+    assert_alike(again, detector)
+    if hasattr(detector, "partial_fit"):
+        assert_alike(again.partial_fit(good(20, 5)), detector.partial_fit(good(20, 5)))
+    one_by_one = [detector.score(image[None])[0] for image in MIXED]
+    np.testing.assert_allclose(detector.score(MIXED), one_by_one, rtol=1e-5)
+    if how == "structure":
+        assert detector.map_statistics_.shape == (2, 3)
+        with pytest.raises(
+            InvalidValueError, match="'structure' needs at least 4 images held back"
+        ):
+            detector.fit(good(6))
+
+
+@pytest.mark.parametrize("n_images", [40, 300])
+def test_structure_keeps_the_false_alarm_rate(n_images: int) -> None:
+    E = np.random.default_rng(0).gamma(2, size=(n_images + 2000, 5, 7, 3)).astype(np.float32)
+    detector = PatchCore(image_score="structure", false_alarm_rate=0.1, coreset_ratio=0.02)
+    detector.fit_embeddings(E[:n_images])
+    # As many teach how maps vary as calibrate; none of them is fitted on.
+    n = len(detector.calibration_scores_)
+    assert n == {40: 9, 300: 30}[n_images]
+    assert detector.n_absorbed_ == 0
+    rate = (detector.score_embeddings(E[n_images:]) > detector.threshold_).mean()
+    assert rate < 0.1 + 4 * (0.1 * 0.9 / n) ** 0.5
+
+
 def test_a_loaded_detector_learns_as_the_one_saved(fitted: Any, twin: Any, tmp_path: Path) -> None:
     fitted.save(tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors", backbone=Small())

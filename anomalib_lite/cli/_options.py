@@ -37,7 +37,12 @@ FIT_OPTIONS: dict[str, Option] = {
     "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
     "coreset_ratio": (float, 0.1, "PatchCore: share of patches to keep, in (0, 1]"),
     "n_neighbors": (int, 1, "PatchCore: number of nearest patches that a score averages"),
-    "image_score": (str, "max", "max, top1%% or smoothed (PaDiM's default); PatchCore: reweighted"),
+    "image_score": (
+        str,
+        "max",
+        "max, a share such as top1%% or 'top1%% pixels', smoothed (PaDiM's default) or structure; "
+        "PatchCore: reweighted",
+    ),
     "index": (str, "flat", "PatchCore: flat (exact), or a FAISS index-factory string"),
     "smoothing": (float, 4.0, "smoothing of heatmaps, in pixels of the image size"),
     "false_alarm_rate": (float, 0.01, "share of future normal images called anomalous, in (0, 1)"),

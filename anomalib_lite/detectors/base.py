@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -26,6 +25,7 @@ from anomalib_lite._validation import (
 )
 from anomalib_lite.anomaly_map import anomaly_maps
 from anomalib_lite.calibration import calibration_size, threshold_and_shortfall
+from anomalib_lite.detectors._saving import SavedDetector
 from anomalib_lite.detectors.detections import Detections
 from anomalib_lite.detectors.fitting import (
     Distribute,
@@ -45,7 +45,6 @@ from anomalib_lite.embeddings import Embeddings, embed_all, stack, take
 from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
 from anomalib_lite.images import Extractor, ImageSource
-from anomalib_lite.model_file import VERSIONS, describe_backbone, to_json, write_model
 
 __all__ = ["BaseDetector", "DetectorMixin"]
 
@@ -59,11 +58,9 @@ _NORMAL_ONLY = (
 )
 
 
-class DetectorMixin(ABC):
+class DetectorMixin(SavedDetector):
     """What every detector offers: all answers come from one ``detect(images)``, and it is saved."""
 
-    threshold_: float
-    skipped_: list[tuple[str, str]]
     image_size: int | tuple[int, int]
     false_alarm_rate: float
     engine: str
@@ -148,62 +145,6 @@ class DetectorMixin(ABC):
         scores = self.score(images)
         return np.float32(self.threshold_) - scores
 
-    def save(self, path: str | os.PathLike[str], *, include_backbone: bool = False) -> None:
-        """Write everything that scoring needs into one safetensors file.
-
-        Parameters
-        ----------
-        path : str or Path
-            The file is written under another name beside it, then renamed: after a crash an older
-            file is still whole.
-        include_backbone : bool, default=False
-            Put the weights of the backbone (both backbones of a cascade) into the file too, so
-            that it can be loaded without a network and without a weights file.
-
-        Raises
-        ------
-        NotFittedError
-            Before :meth:`fit`.
-        InvalidValueError
-            If a parameter is an object that JSON cannot hold, such as a ``RandomState``.
-        OutputError
-            If the file cannot be written.
-
-        Notes
-        -----
-        The file is a safetensors file. Its metadata have one key, ``anomalib_lite``, which holds
-        JSON: ``format_version``, ``library_version``, ``detector`` (class name), ``parameters``
-        (every constructor argument), ``backbone`` (layers, stride, mean and deviation of the
-        pixels, number type, engine, SHA-256 of the weights, and ``adapter`` if there is one; null
-        after ``fit_embeddings``) and ``state`` (threshold and the rest). Its tensors are
-        ``calibration_scores`` (n,) and the detector's arrays: for PatchCore ``embeddings`` (M, D)
-        float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``; for
-        PaDiM ``mean`` (P, d) and ``factors`` (P, d (d + 1) / 2), float32, and ``components``;
-        names of an adapter's tensors begin with ``adapter.``. A cascade has the header of each of
-        its members under ``parts``, and names of their tensors begin with ``detector.`` and
-        ``gate.``. The weights of a finetuned gate are always in the file.
-
-        Examples
-        --------
-        See :func:`~anomalib_lite.load`.
-        """
-        name = type(self).__name__
-        if not hasattr(self, "threshold_"):
-            raise NotFittedError(f"{name}: not fitted yet. Call fit(images) before save.")
-        write_model(path, *self._describe(include_backbone), name)
-
-    @abstractmethod
-    def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return what a file must hold beside the parameters and the threshold: arrays, JSON."""
-
-    @abstractmethod
-    def _fitted_backbone(self) -> AnyBackbone | None:
-        """Return the backbone that this detector was fitted with, without those of its members."""
-
-    def _members(self) -> dict[str, DetectorMixin]:
-        """Return the fitted detectors inside this one by name; each has options of its own."""
-        return {}
-
     def _check_image_parameters(self) -> None:
         """Raise for the first of the parameters of all detectors that cannot be used."""
         where = type(self).__name__
@@ -237,62 +178,6 @@ class DetectorMixin(ABC):
     def _summary_lines(self) -> list[tuple[str, str]]:
         """Return lines about what was learned, each as (title, text)."""
         return []
-
-    def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what a file holds of this detector: tensors by name, and the header as JSON."""
-        name = type(self).__name__
-        arrays, state = self._get_state()
-        tensors: dict[str, Any] = {key: np.ascontiguousarray(a) for key, a in arrays.items()}
-        header: dict[str, Any] = {
-            **VERSIONS,
-            "detector": name,
-            "parameters": {k: to_json(k, v, name) for k, v in self._plain_parameters().items()},
-            "backbone": None,
-            "state": {"threshold": float(self.threshold_), **state},
-        }
-        if hasattr(self, "skipped_"):
-            header["state"]["skipped"] = self.skipped_
-        backbone = self._fitted_backbone()
-        if backbone is not None:
-            with_weights = include_backbone or self._weights_exist_here_alone()
-            more, header["backbone"] = describe_backbone(backbone, with_weights)
-            tensors |= more
-        for member, fitted in self._members().items():
-            own, header.setdefault("parts", {})[member] = fitted._describe(include_backbone)
-            tensors |= {f"{member}.{key}": tensor for key, tensor in own.items()}
-        return tensors, header
-
-    def _weights_exist_here_alone(self) -> bool:
-        """Tell whether the backbone's weights must be saved because they exist nowhere else."""
-        return False
-
-    def _plain_parameters(self) -> dict[str, Any]:
-        """Return the constructor's arguments without those that the members describe."""
-        parameters: dict[str, Any] = self.get_params(deep=False)  # type: ignore[attr-defined]
-        return parameters
-
-    @classmethod
-    def _restore(
-        cls,
-        parameters: dict[str, Any],
-        arrays: dict[str, np.ndarray],
-        state: dict[str, Any],
-        members: dict[str, Any],
-    ) -> Self:
-        """Return the detector that :meth:`_describe` took apart, but for its backbone.
-
-        KeyError, TypeError or ValueError if something is missing or does not fit.
-        """
-        detector = cls(**parameters)
-        detector._set_state(arrays, state)
-        detector.threshold_ = float(state["threshold"])
-        if "skipped" in state:
-            detector.skipped_ = [tuple(entry) for entry in state["skipped"]]
-        return detector
-
-    @abstractmethod
-    def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
-        """Become fitted from what :meth:`_get_state` gave; ValueError if it does not fit."""
 
 
 class BaseDetector(DetectorMixin, EmbeddingModel):
@@ -523,7 +408,10 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
                 if joins:
                     accumulated.merge(result.accumulated)
                 del result
-        fresh.calibration_scores_ = np.concatenate([np.empty(0, np.float32), *scores])
+        fresh.calibration_scores_ = fresh._standardize_calibration(
+            np.concatenate(scores or [np.empty(0, np.float32)]),
+            left_out=self.calibration == "leave_one_out",
+        )
         fresh.threshold_, shortfall = threshold_and_shortfall(
             fresh.calibration_scores_, self.false_alarm_rate
         )
@@ -563,7 +451,10 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             if n == 0:
                 raise none_usable(in_order, skipped)
         known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
-        n_held_back = 0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known)
+        purposes = 2 if self.image_score == "structure" else 1
+        n_held_back = (
+            0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known, purposes)
+        )
         shards: ShardSource
         if E is not None:
             shards = InMemory(E, n_held_back)
@@ -594,7 +485,10 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             E = check_embeddings(given, where, n_features)
         n = None if stream else len(E)
         known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
-        n_held_back = 0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known)
+        purposes = 2 if self.image_score == "structure" else 1
+        n_held_back = (
+            0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known, purposes)
+        )
         shards: ShardSource
         if n is None:
             shards = EmbeddingStream(E, n_held_back, random, n_features, where)
@@ -693,7 +587,10 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
 
     def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors, header = super()._describe(include_backbone)
-        return tensors | {"calibration_scores": self.calibration_scores_}, header
+        tensors["calibration_scores"] = self.calibration_scores_
+        if hasattr(self, "map_statistics_"):
+            tensors["map_statistics"] = self.map_statistics_
+        return tensors, header
 
     @classmethod
     def _restore(
@@ -705,6 +602,8 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
     ) -> Self:
         detector = super()._restore(parameters, arrays, state, members)
         detector.calibration_scores_ = arrays["calibration_scores"]
+        if detector.image_score == "structure":
+            detector.map_statistics_ = arrays["map_statistics"]
         return detector
 
 

@@ -17,7 +17,7 @@ from anomalib_lite._validation import (
     check_memory,
     check_number,
 )
-from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores
+from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
@@ -79,9 +79,10 @@ class MahalanobisVFM(BaseDetector):
         Shrinkage of both covariances; see :class:`~anomalib_lite.gaussian.Gaussian`.
     global_weight : float in [0, 1], default=0.5
         Weight of the whole image's distance in the image score; the patches have the rest.
-    image_score : {"max", "top1%", "smoothed"}, default="max"
-        How the patch scores of an image become one: the largest, the mean of the largest 1 %,
-        or the largest after smoothing over neighbours.
+    image_score : {"max", "top<p>%", "top<p>% pixels", "smoothed", "structure"}, default="max"
+        How the patch scores of an image become one; see :class:`~anomalib_lite.PatchCore`.
+        ``"structure"`` counts in standard deviations and not in distances, so it needs
+        ``global_weight=0``.
     calibration : {"split", "leave_one_out"}, default="split"
         As in :class:`~anomalib_lite.PaDiM`.
     memory_budget : int or str, optional
@@ -193,8 +194,13 @@ class MahalanobisVFM(BaseDetector):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_choice("fusion", self.fusion, ("summary",), "MahalanobisVFM")
-        check_choice("image_score", self.image_score, IMAGE_SCORES, "MahalanobisVFM")
+        check_image_score(self.image_score, "MahalanobisVFM", "structure")
         check_number("global_weight", self.global_weight, "MahalanobisVFM", "[0, 1]")
+        if self.image_score == "structure" and self.global_weight != 0:
+            raise InvalidValueError(
+                "MahalanobisVFM: image_score='structure' cannot be averaged with the distance of "
+                f"the whole image. Set global_weight=0, got {self.global_weight!r}."
+            )
         _check_bool("normalize", self.normalize)
         check_shrinkage(self.shrinkage, "MahalanobisVFM")
         self._check_adaptation()
@@ -248,8 +254,10 @@ class MahalanobisVFM(BaseDetector):
         plain = {"scales": (1.0,), "attention": False}
         network: Any = self._open_backbone(engine="torch", dtype="float32", **plain)
         check_image_size(self.image_size, "MahalanobisVFM", stride=network.stride)
-        n = len(images)
-        to_fit = images.take(range(n - calibration_size(self.false_alarm_rate, n)))
+        n, purposes = len(images), 2 if self.image_score == "structure" else 1
+        to_fit = images.take(
+            range(n - calibration_size(self.false_alarm_rate, n, purposes=purposes))
+        )
         adapter = train_adapter(
             network,
             to_fit,
@@ -337,9 +345,9 @@ class MahalanobisVFM(BaseDetector):
             patch_scores = patch_scores * E[..., -1]
         whole = np.asarray(images.mahalanobis(G) * unit, np.float32)
         weight = np.float32(self.global_weight)
-        return patch_scores, weight * whole + (1 - weight) * image_scores(
-            patch_scores, self.image_score
-        )
+        if weight == 0:
+            return patch_scores, self._score_maps(patch_scores)
+        return patch_scores, weight * whole + (1 - weight) * self._score_maps(patch_scores)
 
     def _score_left_out(self, E: Embeddings, fitted: None) -> np.ndarray:
         if len(E) < 4:
@@ -347,7 +355,7 @@ class MahalanobisVFM(BaseDetector):
         patches, images = self.patches_.moments_, self.images_.moments_
         n_features = len(patches.mean)
         empty = MomentsAccumulator(Moments(n_features), Moments(n_features), bool(self.normalize))
-        scores = np.empty(len(E), np.float32)
+        scores = []
         for i in range(len(E)):
             grid = E[i][None]
             own = empty.accumulate(grid, i)
@@ -355,8 +363,8 @@ class MahalanobisVFM(BaseDetector):
                 Gaussian(self.shrinkage).fit_moments(patches.without(own.patches)),
                 Gaussian(self.shrinkage).fit_moments(images.without(own.images)),
             )
-            scores[i] = self._score_patches(grid, others)[1][0]
-        return scores
+            scores.append(self._score_patches(grid, others)[1])
+        return np.concatenate(scores)
 
     def _summary_lines(self) -> list[tuple[str, str]]:
         patches, images = self.patches_.moments_.n, self.images_.moments_.n

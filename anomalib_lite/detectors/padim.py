@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from anomalib_lite._validation import check_choice, check_int, check_memory, check_number
-from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores
+from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.embeddings import Embeddings
@@ -50,10 +50,10 @@ class PaDiM(BaseDetector):
         random projection onto orthogonal directions [2]_.
     ridge : float, default=0.01
         Epsilon, which is added to the diagonal of each covariance.
-    image_score : {"smoothed", "max", "top1%"}, default="smoothed"
+    image_score : {"max", "top<p>%", "top<p>% pixels", "smoothed", "structure"}, default="smoothed"
         How the patch scores of an image become one: the largest after smoothing over neighbours
-        (a Gaussian of one patch, which is the paper's 4 pixels at stride 4); the largest; or the
-        mean of the largest 1 %.
+        (a Gaussian of one patch, which is the paper's 4 pixels at stride 4); or another way of
+        :class:`~anomalib_lite.PatchCore`.
     calibration : {"split", "leave_one_out"}, default="split"
         ``"split"`` holds images back (as many as the rate needs, a fifth to half of all) and
         takes the threshold from their scores, with a finite-sample guarantee; they are not
@@ -163,7 +163,7 @@ class PaDiM(BaseDetector):
         if self.n_components is not None:
             check_int("n_components", self.n_components, "PaDiM", low=1)
         check_choice("reduction", self.reduction, REDUCTIONS, "PaDiM")
-        check_choice("image_score", self.image_score, IMAGE_SCORES, "PaDiM")
+        check_image_score(self.image_score, "PaDiM", "structure")
         if check_number("ridge", self.ridge, "PaDiM", "[0, 1000]") == 0:
             raise InvalidValueError(
                 "PaDiM: ridge must be above 0, or a covariance may have no inverse. The paper has "
@@ -223,14 +223,14 @@ class PaDiM(BaseDetector):
         left_out = np.empty(0, np.float32)
         # With one other image alone there would be no covariance. Factors come after this.
         if accumulated.kept is not None and gaussians.n > 2:
-            left_out = image_scores(gaussians.leave_one_out(accumulated.kept), self.image_score)
+            left_out = self._score_maps(gaussians.leave_one_out(accumulated.kept))
         gaussians.factorize()
         return left_out
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _check_grid(E.shape[1:3], self.gaussians_.shape[:2])
         patch_scores = self.gaussians_.mahalanobis(_reduced(E, self.components_))
-        return patch_scores, image_scores(patch_scores, self.image_score)
+        return patch_scores, self._score_maps(patch_scores)
 
     def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
         return fitted

@@ -12,7 +12,7 @@ import numpy as np
 
 from anomalib_lite._device import device_of
 from anomalib_lite._validation import check_choice, check_int, check_memory, check_number
-from anomalib_lite.anomaly_map import IMAGE_SCORES, image_scores, reweight
+from anomalib_lite.anomaly_map import check_image_score, image_scores, reweight
 from anomalib_lite.coreset import METHODS, coreset_size, select_coreset
 from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
 from anomalib_lite.detectors.base import BaseDetector
@@ -50,10 +50,13 @@ class PatchCore(BaseDetector):
         How the patches to keep are chosen.
     n_neighbors : int, default=1
         Number of nearest patches of the bank; their mean distance is a patch's score.
-    image_score : {"max", "top1%", "smoothed", "reweighted"}, default="max"
-        How the patch scores of an image become one: the largest; the mean of the largest 1 %; the
-        largest after smoothing; or Equation 7 of the paper (b = 9), which needs
-        ``n_neighbors=1``.
+    image_score : {"max", "top<p>%", "top<p>% pixels", "smoothed", "structure", "reweighted"}, \
+default="max"
+        How the patch scores of an image become one: the largest; the mean of the largest p % of
+        patches or of pixels, such as ``"top1%"``; the largest after smoothing; how far spread,
+        peak and roughness of the map are from those of normal maps, which are learned from half of
+        the images held back; or Equation 7 of the paper (b = 9), which needs ``n_neighbors=1``.
+        See :func:`~anomalib_lite.anomaly_map.image_scores`.
     index : str, default="flat"
         ``"flat"`` for exact search, or a FAISS index-factory string.
     nprobe, ef_search : int, optional
@@ -67,9 +70,9 @@ class PatchCore(BaseDetector):
         ``"split"`` holds images back (as many as the rate needs, a fifth to half of all) and takes
         the threshold from their scores, with a finite-sample guarantee. Then it adds their patches
         to the bank if that can only lower scores (any coreset, ``index="flat"``, not
-        ``"reweighted"``), which keeps the guarantee. ``"leave_one_out"`` holds nothing back
-        and scores each image against the bank without its own patches: the threshold is
-        tighter, and its rate only approximate.
+        ``"reweighted"`` or ``"structure"``), which keeps the guarantee. ``"leave_one_out"`` holds
+        nothing back and scores each image against the bank without its own patches: the threshold
+        is tighter, and its rate only approximate.
     device : {"auto", "cpu", "cuda", "mps"}, default="auto"
         Device of the backbone and of the search.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
@@ -212,7 +215,7 @@ class PatchCore(BaseDetector):
         super()._check_parameters()
         check_number("coreset_ratio", self.coreset_ratio, "PatchCore", "(0, 1]")
         check_choice("coreset", self.coreset, METHODS, "PatchCore")
-        check_choice("image_score", self.image_score, (*IMAGE_SCORES, "reweighted"), "PatchCore")
+        check_image_score(self.image_score, "PatchCore", "reweighted", "structure")
         check_index(self.index, "PatchCore", nprobe=self.nprobe, efSearch=self.ef_search)
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
         if self.image_score == "reweighted" and self.n_neighbors != 1:
@@ -312,7 +315,7 @@ class PatchCore(BaseDetector):
         distances, neighbors = bank.search(rows, self.n_neighbors)
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
         if self.image_score != "reweighted":
-            scores = image_scores(patch_scores, self.image_score)
+            scores = self._score_maps(patch_scores)
         else:
             scores = image_scores(patch_scores, "max")
             worst = patch_scores.reshape(len(E), -1).argmax(axis=1)
@@ -323,20 +326,20 @@ class PatchCore(BaseDetector):
     def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
         patches = [grid.shape[0] * grid.shape[1] for grid in E]
         images = np.repeat(np.arange(len(E)), patches)[fitted]  # of each row of the bank
-        scores = np.empty(len(E), np.float32)
+        scores = []
         for i in range(len(E)):
             others = self.memory_bank_.embeddings_[images != i]
             if len(others) < self.n_neighbors:
-                return scores[:0]  # no bank without this image: nothing to calibrate with
+                return np.empty(0, np.float32)  # no bank without this image
             bank = MemoryBank(_SUPPORT_SIZE).fit(others)
-            scores[i] = self._score_patches(E[i][None], bank)[1][0]
-        return scores
+            scores.append(self._score_patches(E[i][None], bank)[1])
+        return np.concatenate(scores)
 
     def _scores_are_monotone(self) -> bool:
         # With more patches in the bank every exact distance stays or falls, so no score of a
-        # future normal image rises above the threshold by it. Equation 7 and approximate
-        # indexes do not have this property.
-        return self.index == "flat" and self.image_score != "reweighted"
+        # future normal image rises above the threshold by it. Equation 7, the structure of a map
+        # and approximate indexes do not have this property.
+        return self.index == "flat" and self.image_score not in ("reweighted", "structure")
 
     def _remove_calibration_patches(self) -> np.ndarray:
         # Images held back now are scored by the same patches as those held back before, and by

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Self
 import numpy as np
 from sklearn.base import BaseEstimator
 
+from anomalib_lite.anomaly_map import image_scores, standardize, structure
 from anomalib_lite.embeddings import Embeddings, contiguous
 from anomalib_lite.errors import InvalidValueError
 
@@ -64,9 +65,11 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
     """
 
     calibration: str
+    image_score: str
     memory_budget: Any
     batch_size: int
     n_features_: int
+    map_statistics_: np.ndarray  # (2, 3), what "structure" standardizes by
     _channels: np.ndarray | None = None  # channels of the embeddings that are used; None for all
 
     # --- A subclass must supply these ---------------------------------------------------------
@@ -147,7 +150,7 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
     ) -> None:
         """Add the calibration images: what was removed before an update, and the new ones."""
 
-    # --- This follows -------------------------------------------------------------------------
+    # --- The same for every model -------------------------------------------------------------
 
     def _image_scores(self, E: Embeddings) -> np.ndarray:
         # A few at a time: the search makes arrays of its own.
@@ -156,7 +159,38 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
             self._score_patches(np.ascontiguousarray(E[i : i + step]))[1]
             for i in range(0, len(E), step)
         ]
-        return np.concatenate([np.empty(0, np.float32), *scores])
+        return np.concatenate(scores or [np.empty(0, np.float32)])
+
+    def _score_maps(self, patch_scores: np.ndarray) -> np.ndarray:
+        """Compute the scores (B,) of images from those of their patches, by ``image_score``.
+
+        For ``"structure"``, until the maps of normal images are known, their descriptions (B, 3).
+        """
+        if self.image_score != "structure":
+            return image_scores(patch_scores, self.image_score)
+        described = structure(patch_scores)
+        statistics = getattr(self, "map_statistics_", None)
+        return described if statistics is None else standardize(described, statistics)
+
+    def _standardize_calibration(self, scores: np.ndarray, *, left_out: bool) -> np.ndarray:
+        """Learn from the descriptions (n, 3) of normal maps how they vary; return scores.
+
+        One half of the images teaches, the other half calibrates: an image that had a say in its
+        own standard would score too low. ``left_out`` images do both.
+        """
+        if self.image_score != "structure" or scores.ndim == 1:
+            return scores
+        n_taught = len(scores) if left_out else len(scores) // 2
+        if n_taught < 2:
+            raise InvalidValueError(
+                f"{type(self).__name__}: image_score='structure' needs at least 4 images held "
+                f"back, to learn how the maps of normal images vary, got {len(scores)}. Give more "
+                "images, or set another image_score."
+            )
+        taught = scores[:n_taught].astype(np.float64)
+        spread = taught.std(axis=0, ddof=1)
+        self.map_statistics_ = np.array([taught.mean(axis=0), spread], np.float32)
+        return standardize(scores if left_out else scores[n_taught:], self.map_statistics_)
 
 
 @dataclass
