@@ -11,7 +11,8 @@ from anomalib_lite.images import Extractor, ImageSource
 
 __all__ = ["Embeddings", "assemble", "contiguous", "embed_all", "patch_rows", "stack", "take"]
 
-# (N, h, w, D) float32, or a list of N arrays (h, w, D) where images have different sizes.
+# (N, h, w, D) float32, or a list of N arrays (h, w, D) where images have different sizes. A patch
+# that is ignored is NaN.
 Embeddings = np.ndarray | list[np.ndarray]
 
 
@@ -112,11 +113,17 @@ def contiguous(grids: list[np.ndarray]) -> Embeddings:
 
 
 def patch_rows(E: Embeddings) -> np.ndarray:
-    """Return all patches of all images as rows (n, D); :func:`contiguous` ones are not copied."""
+    """Return all patches of all images as rows (n, D), without those that are ignored (NaN).
+
+    Those of an array, and :func:`contiguous` ones, are not copied if none is ignored.
+    """
+    rows: Any
     if isinstance(E, np.ndarray):
-        return E.reshape(-1, E.shape[-1])
-    rows = E[0].base
-    shape = (sum(grid.shape[0] * grid.shape[1] for grid in E), E[0].shape[2])
-    if rows is not None and rows.shape == shape and all(grid.base is rows for grid in E):
-        return rows
-    return np.concatenate([grid.reshape(-1, grid.shape[-1]) for grid in E])
+        rows = E.reshape(-1, E.shape[-1])
+    else:
+        rows = E[0].base
+        shape = (sum(grid.shape[0] * grid.shape[1] for grid in E), E[0].shape[2])
+        if rows is None or rows.shape != shape or any(grid.base is not rows for grid in E):
+            rows = np.concatenate([grid.reshape(-1, grid.shape[-1]) for grid in E])
+    ignored = np.isnan(rows[:, 0])
+    return np.asarray(rows[~ignored] if ignored.any() else rows)

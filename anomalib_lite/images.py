@@ -28,6 +28,7 @@ from anomalib_lite.errors import (
     InvalidValueError,
     MissingPathError,
 )
+from anomalib_lite.ignore_mask import IgnoreMask
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -70,11 +71,14 @@ class Batch:
         uint8 in [0, 255], or float32 in [0, 1].
     sizes : list of (H, W)
         Original sizes in pixels, after any EXIF rotation.
+    ignored : sequence of B IgnoreMask or None
+        Regions of the images that nobody looks at; empty if there are none.
     """
 
     indices: list[int]
     pixels: np.ndarray
     sizes: list[tuple[int, int]]
+    ignored: Sequence[IgnoreMask | None] = ()
 
 
 class ImageSource(Sequence[np.ndarray]):
@@ -114,6 +118,8 @@ class ImageSource(Sequence[np.ndarray]):
         self.max_pixels = max_pixels
         self.where = where
         self.items: list[Any] = _list_items(images, where)
+        # Regions to ignore: in all images, or one for each of them.
+        self.ignored: IgnoreMask | list[IgnoreMask | None] | None = None
         self.names = [
             str(item) if isinstance(item, str | os.PathLike) else f"images[{i}]"
             for i, item in enumerate(self.items)
@@ -133,7 +139,13 @@ class ImageSource(Sequence[np.ndarray]):
         source = copy.copy(self)
         source.items = [self.items[i] for i in indices]
         source.names = [self.names[i] for i in indices]
+        if isinstance(self.ignored, list):
+            source.ignored = [self.ignored[i] for i in indices]
         return source
+
+    def ignored_in(self, index: int) -> IgnoreMask | None:
+        """Return the regions of one image that nobody looks at."""
+        return self.ignored[index] if isinstance(self.ignored, list) else self.ignored
 
     def load(
         self, index: int, image_size: int | tuple[int, int], stride: int
@@ -169,6 +181,8 @@ class ImageSource(Sequence[np.ndarray]):
         """
         image = self.decode(index, gray=True)
         size = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+        if self.ignored is not None and (ignored := self.ignored_in(index)) is not None:
+            image = _filled(image, ignored.of(size, f"{self.where}: {self.names[index]}"))
         if isinstance(image_size, int | np.integer):
             scale = image_size / min(size)
             height, width = (max(stride, round(side * scale / stride) * stride) for side in size)
@@ -374,7 +388,8 @@ def iter_batches(
             n_waiting = sum(len(group) for group in waiting.values())
             if len(waiting[largest]) >= batch_size or n_waiting >= 2 * batch_size or not pending:
                 indices, batch, sizes = zip(*waiting.pop(largest), strict=True)
-                yield Batch(list(indices), np.stack(batch), list(sizes))
+                ignored = [] if source.ignored is None else [source.ignored_in(i) for i in indices]
+                yield Batch(list(indices), np.stack(batch), list(sizes), ignored)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -409,6 +424,16 @@ def load_all(
     ):
         images.update(zip(batch.indices, to_uint8(batch.pixels), strict=True))
     return [images[i] for i in sorted(images)]
+
+
+def _filled(image: Any, mask: np.ndarray) -> Any:
+    """Return a copy of an image whose ignored regions are gray, so that nobody can see them."""
+    if isinstance(image, np.ndarray):
+        return np.where(mask[..., None], np.float32(0.5), image)
+    image = image.copy()
+    gray = 128 if image.mode == "L" else (128, 128, 128)
+    image.paste(gray, mask=Image.fromarray(mask.astype(np.uint8) * 255))
+    return image
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
@@ -549,6 +574,7 @@ class Extractor:
         ------
         Batch
         ndarray of shape (B, h, w, D) or (B, h, w, d), float32
+            NaN where a patch is ignored.
 
         Raises
         ------
@@ -573,6 +599,9 @@ class Extractor:
                         f"{source.where}: {self.name} gives NaN or infinity in "
                         f"{self.backbone.dtype}. Use dtype='float32'."
                     )
+                for grid, mask, size in zip(embeddings, batch.ignored, batch.sizes, strict=False):
+                    if mask is not None:
+                        grid[mask.cells(size, grid.shape[:2], source.where)] = np.nan
                 yield batch, embeddings
                 bar.update(len(batch.pixels))
 

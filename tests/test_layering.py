@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "_threads"),
     ("_validation", "_files", "_device", "adapter", "model_file"),
     (
-        *("images", "fusion", "backbones", "engines", "embeddings"),
+        *("ignore_mask", "images", "fusion", "backbones", "engines", "embeddings"),
         *("neighbors", "coreset", "memory_bank", "gaussian", "anomaly_map", "calibration"),
         *("synthetic", "lora", "datasets", "metrics"),
     ),
@@ -43,6 +43,7 @@ BESIDE = {
     ("backbones", "fusion"),
     ("engines", "backbones"),
     ("engines", "fusion"),
+    ("images", "ignore_mask"),
     ("embeddings", "images"),
     ("coreset", "neighbors"),
     ("memory_bank", "coreset"),

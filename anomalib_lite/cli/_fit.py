@@ -45,6 +45,11 @@ def add_to(commands: Any) -> None:
         metavar="DIR",
         help="GatedCascade: directories of anomalous images (default: synthetic ones)",
     )
+    parser.add_argument(
+        "--ignore-mask",
+        metavar="FILE",
+        help="regions that nobody looks at: an image, not black there, or JSON with polygons",
+    )
     for name, (kind, default, text) in ALL_FIT_OPTIONS.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
@@ -69,12 +74,14 @@ def run(arguments: argparse.Namespace) -> None:
     model = check_file(Path(arguments.output))
 
     detector = make_detector(arguments)
+    options = {} if y is None else {"y": y}
+    if arguments.ignore_mask is not None:
+        if arguments.detector == "gated_cascade":
+            raise UsageError("fit: --ignore-mask is no option of --detector gated_cascade yet")
+        options["ignore_mask"] = arguments.ignore_mask
     start = time.perf_counter()
     with one_line_warnings() as shown:
-        if y is None:
-            detector.fit(images)
-        else:
-            detector.fit(images, y)
+        detector.fit(images, **options)
     seconds = time.perf_counter() - start
     # Programs that load the model should not show progress bars.
     detector._with_options(verbose=0).save(model, include_backbone=arguments.include_backbone)

@@ -44,6 +44,7 @@ from anomalib_lite.detectors.fitting import (
 from anomalib_lite.embeddings import Embeddings, embed_all, stack, take
 from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
+from anomalib_lite.ignore_mask import IgnoreMask, per_image, read_ignore_mask
 from anomalib_lite.images import Extractor, ImageSource
 
 __all__ = ["BaseDetector", "DetectorMixin"]
@@ -51,7 +52,7 @@ __all__ = ["BaseDetector", "DetectorMixin"]
 CALIBRATIONS = ("split", "leave_one_out")
 
 # Fitted attributes that are of images, and not of embeddings.
-_FITTED_ON_IMAGES = ("adapter_", "backbone_", "dtype_", "engine_", "skipped_")
+_FITTED_ON_IMAGES = ("adapter_", "backbone_", "dtype_", "engine_", "ignore_mask_", "skipped_")
 _NORMAL_ONLY = (
     "fit takes normal images only. Use dataset.train, or pass y=[sample.label for sample in "
     "samples]."
@@ -189,8 +190,10 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
 
     # Strides of the stages that the embeddings are made of, unless ``layers`` says.
     _strides: tuple[int, ...] = (8, 16)
+    _one_mask = False  # whether all images to fit on must ignore the same regions
+    ignore_mask_: IgnoreMask | None
 
-    def fit(self, images: Any, y: Any = None) -> Self:
+    def fit(self, images: Any, y: Any = None, *, ignore_mask: Any = None) -> Self:
         """Learn what normal looks like, and calibrate the threshold.
 
         Parameters
@@ -199,6 +202,11 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             Normal images; :class:`~anomalib_lite.images.ImageSource` lists all forms.
         y : array of shape (N,), optional
             0 (or False) for normal, 1 (or True) for anomalous. Anomalous images are left out.
+        ignore_mask : array (H, W), PIL image, path, polygons, or N of them, optional
+            Regions that nobody looks at, in fitting, calibration, scores and heatmaps: one for all
+            images, which is saved with the detector and holds for every image from then on; or one
+            (or None) for each. What is not 0 is ignored; see
+            :func:`~anomalib_lite.ignore_mask.read_ignore_mask`.
 
         Returns
         -------
@@ -217,15 +225,17 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             If there are too few images to guarantee ``false_alarm_rate``.
         """
         self._check_parameters()
-        return self._fit_images(images, y)
+        return self._fit_images(images, y, ignore_mask)
 
-    def partial_fit(self, images: Any, y: Any = None) -> Self:
+    def partial_fit(self, images: Any, y: Any = None, *, ignore_mask: Any = None) -> Self:
         """Go on learning from new normal images; what was learned stays.
 
         Parameters
         ----------
         images, y
             As in :meth:`fit`, which is called if nothing was learned yet. One image is enough.
+        ignore_mask : optional
+            Regions of these images; by default those of all images in :meth:`fit`.
 
         Returns
         -------
@@ -259,14 +269,14 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         """
         if not hasattr(self, "threshold_"):
             self._check_parameters()
-            return self._fit_images(images, y)
+            return self._fit_images(images, y, ignore_mask)
         self._check_update()
         if not hasattr(self, "backbone_"):
             raise NotFittedError(
                 f"{type(self).__name__}: fitted on embeddings, not on images. Go on with "
                 "partial_fit_embeddings(E), or call fit(images)."
             )
-        return self._fit_images(images, y, update=True)
+        return self._fit_images(images, y, ignore_mask, update=True)
 
     def fit_embeddings(self, E: Any, y: object = None) -> Self:
         """Fit on patch embeddings that you bring, as :meth:`fit` does on images.
@@ -306,7 +316,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         self._check_update()
         return self._fit_embeddings(E, update=True)
 
-    def detect(self, images: Any, *, maps: bool = True) -> Detections:
+    def detect(self, images: Any, *, maps: bool = True, ignore_mask: Any = None) -> Detections:
         """Give scores, heatmaps and labels, from one pass through the backbone.
 
         Parameters
@@ -315,6 +325,10 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             As in :meth:`fit`.
         maps : bool, default=True
             Whether to make heatmaps, of (H, W) floats an image.
+        ignore_mask : optional
+            Regions that nobody looks at, as in :meth:`fit`; by default those that :meth:`fit` was
+            given for all images. Heatmaps are 0 there. Nothing in these regions has any effect:
+            they are gray before the image is resized and goes through the backbone, in fitting too.
 
         Returns
         -------
@@ -331,6 +345,9 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
                 remedy += "; after fit_embeddings use score_embeddings."
             raise NotFittedError(f"{type(self).__name__}: not fitted on images yet. {remedy}")
         source = ImageSource(images, max_pixels=self.max_pixels, where=type(self).__name__)
+        source.ignored = self.ignore_mask_
+        if ignore_mask is not None:
+            source.ignored = per_image(ignore_mask, len(source.items), source.where)
         scores = np.full(len(source.items), np.nan, np.float32)
         heatmaps: list[Any] = [None] * len(source.items)
         skipped: list[tuple[int, str]] = []
@@ -346,6 +363,8 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
                 made = anomaly_maps(patch_scores, input_size, batch.sizes, self.smoothing)
                 for index, heatmap in zip(batch.indices, made, strict=True):
                     heatmaps[index] = heatmap
+                    if (ignored := source.ignored_in(index)) is not None:
+                        heatmap[ignored.of(heatmap.shape)] = 0
         return Detections(
             scores, self._labels(scores), stack(heatmaps) if maps else None, source.names, skipped
         )
@@ -422,10 +441,13 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             fresh._add_calibration_patches(removed, accumulated, random)
         self.__dict__.update(fresh.__dict__)
 
-    def _fit_images(self, images: Any, y: Any, update: bool = False) -> Self:
+    def _fit_images(self, images: Any, y: Any, ignore_mask: Any, update: bool = False) -> Self:
         """Embed normal images, those to be held back for calibration last, and learn from them."""
         where, random = type(self).__name__, check_random_state(self.random_state)
         source = ImageSource(images, max_pixels=self.max_pixels, where=where)
+        one_for_all = None
+        if ignore_mask is not None or update:
+            one_for_all = self._ignore(source, ignore_mask, update)
         if y is not None:
             source = source.take(normal_indices(y, len(source), where))
         else:
@@ -462,9 +484,23 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             shards = ImageShards(extractor, in_order, n_held_back, skipped, distributor)
         self._fit_shards(shards, random, update)
         self._take_backbone(backbone)
+        self.ignore_mask_ = one_for_all
         named = [(source.names[i], r) for i, r in sorted((order[i], r) for i, r in skipped)]
         self.skipped_ = [*self.skipped_, *named] if update else named
         return self
+
+    def _ignore(self, source: ImageSource, given: Any, update: bool) -> IgnoreMask | None:
+        """Set the regions to ignore in images to fit on; return those of all later images."""
+        masks = self.ignore_mask_ if given is None else per_image(given, len(source), source.where)
+        source.ignored = masks
+        one_for_all = None if isinstance(masks, list) else masks
+        one_for_all = self.ignore_mask_ if update else one_for_all
+        if self._one_mask and masks is not one_for_all:
+            raise InvalidValueError(
+                f"{source.where}: ignore_mask must be one for all images: a patch is compared with "
+                "those at its own place. Give one mask, or polygons."
+            )
+        return one_for_all
 
     def _check_fit_on_embeddings(self) -> None:
         """Raise if a parameter needs images."""
@@ -590,6 +626,11 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         tensors["calibration_scores"] = self.calibration_scores_
         if hasattr(self, "map_statistics_"):
             tensors["map_statistics"] = self.map_statistics_
+        ignored = getattr(self, "ignore_mask_", None)
+        if ignored is not None and ignored.mask is not None:
+            tensors["ignore_mask"] = ignored.mask.astype(np.uint8)
+        elif ignored is not None:
+            header["state"]["ignore_polygons"] = ignored.polygons
         return tensors, header
 
     @classmethod
@@ -604,6 +645,9 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         detector.calibration_scores_ = arrays["calibration_scores"]
         if detector.image_score == "structure":
             detector.map_statistics_ = arrays["map_statistics"]
+        mask, polygons = arrays.get("ignore_mask"), state.get("ignore_polygons")
+        ignored = next((given for given in (mask, polygons) if given is not None), None)
+        detector.ignore_mask_ = None if ignored is None else read_ignore_mask(ignored, cls.__name__)
         return detector
 
 

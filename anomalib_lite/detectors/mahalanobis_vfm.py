@@ -340,9 +340,11 @@ class MahalanobisVFM(BaseDetector):
         patches, images = gaussians or (self.patches_, self.images_)
         X, G = split_patches_and_image(E, bool(self.normalize))
         unit = X.shape[1] ** -0.5
-        patch_scores = np.asarray(patches.mahalanobis(X) * unit, np.float32).reshape(E.shape[:3])
+        ignored = np.isnan(E[..., 0])
+        patch_scores = np.zeros(E.shape[:3], np.float32)
+        patch_scores[~ignored] = patches.mahalanobis(X) * unit
         if self.attention_guided:
-            patch_scores = patch_scores * E[..., -1]
+            patch_scores = np.where(ignored, np.float32(0), patch_scores * E[..., -1])
         whole = np.asarray(images.mahalanobis(G) * unit, np.float32)
         weight = np.float32(self.global_weight)
         if weight == 0:
@@ -427,13 +429,17 @@ class MomentsAccumulator(Accumulator):
 
 
 def split_patches_and_image(E: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Split embeddings (B, h, w, 2 d) into patches (B h w, d) and whole images (B, d).
+    """Split embeddings (B, h, w, 2 d) into patches (n, d) and whole images (B, d).
 
-    With ``normalize`` each has length 1. The attention, which may come last, is left out.
+    With ``normalize`` each has length 1. The attention, which may come last, is left out; so are
+    ignored patches.
     """
     n_features = E.shape[3] // 2
     X = E[..., :n_features].reshape(-1, n_features)
-    G = E[:, 0, 0, n_features : 2 * n_features]
+    seen = ~np.isnan(X[:, 0])
+    first = seen.reshape(len(E), -1).argmax(axis=1)  # every patch that is seen names its image
+    G = E.reshape(len(E), -1, E.shape[3])[np.arange(len(E)), first, n_features : 2 * n_features]
+    X = X if seen.all() else X[seen]
     if normalize:
         X, G = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (X, G))
     return X, G

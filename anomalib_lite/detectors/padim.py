@@ -158,6 +158,8 @@ class PaDiM(BaseDetector):
         self.random_state = random_state
         self.verbose = verbose
 
+    _one_mask = True
+
     def _check_parameters(self) -> None:
         super()._check_parameters()
         if self.n_components is not None:
@@ -230,6 +232,7 @@ class PaDiM(BaseDetector):
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _check_grid(E.shape[1:3], self.gaussians_.shape[:2])
         patch_scores = self.gaussians_.mahalanobis(_reduced(E, self.components_))
+        patch_scores[np.isnan(E[..., 0])] = 0  # ignored patches
         return patch_scores, self._score_maps(patch_scores)
 
     def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
@@ -319,12 +322,13 @@ def _channels_of(components: np.ndarray) -> np.ndarray | None:
 
 
 def _reduced(E: np.ndarray, components: np.ndarray) -> np.ndarray:
-    """Reduce embeddings (..., D) to (..., d)."""
-    if components.ndim == 1:
-        if E.shape[-1] == len(components):  # the backbone gave these alone
-            return E
-        return np.take(E, components, axis=-1, mode="clip")  # to check each index takes longer
-    return np.asarray(E @ components)
+    """Reduce embeddings (..., D) to (..., d); ignored patches become zeros."""
+    ignored = np.isnan(E[..., 0])
+    if components.ndim == 2:
+        E = np.asarray(E @ components)
+    elif E.shape[-1] != len(components):  # else the backbone gave these alone
+        E = np.take(E, components, axis=-1, mode="clip")  # to check each index takes longer
+    return np.where(ignored[..., None], np.float32(0), E) if ignored.any() else E
 
 
 def _check_grid(got: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -312,7 +312,13 @@ default="max"
     ) -> tuple[np.ndarray, np.ndarray]:
         bank = self.memory_bank_ if bank is None else bank
         rows = E.reshape(-1, E.shape[-1])
-        distances, neighbors = bank.search(rows, self.n_neighbors)
+        ignored = np.isnan(rows[:, 0])
+        if not ignored.any():
+            distances, neighbors = bank.search(rows, self.n_neighbors)
+        else:  # ignored patches are at no distance from normal ones
+            distances = np.zeros((len(rows), self.n_neighbors), np.float32)
+            neighbors = np.zeros((len(rows), self.n_neighbors), np.int64)
+            distances[~ignored], neighbors[~ignored] = bank.search(rows[~ignored], self.n_neighbors)
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
         if self.image_score != "reweighted":
             scores = self._score_maps(patch_scores)
@@ -324,7 +330,7 @@ default="max"
         return patch_scores, scores
 
     def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
-        patches = [grid.shape[0] * grid.shape[1] for grid in E]
+        patches = [np.count_nonzero(~np.isnan(grid[..., 0])) for grid in E]
         images = np.repeat(np.arange(len(E)), patches)[fitted]  # of each row of the bank
         scores = []
         for i in range(len(E)):
