@@ -53,6 +53,8 @@ def stack(arrays: list[Any]) -> Any:
     """
     if len({None if a is None else a.shape for a in arrays}) != 1 or arrays[0] is None:
         return arrays
+    if len(arrays) == 1:
+        return arrays[0][None]
     stacked = np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
     for i in range(len(arrays)):
         stacked[i], arrays[i] = arrays[i], None

@@ -29,6 +29,7 @@ from anomalib_lite.errors import (
     MissingPathError,
 )
 from anomalib_lite.ignore_mask import IgnoreMask
+from anomalib_lite.tiling import embed_tiles
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -50,6 +51,8 @@ IMAGE_SUFFIXES = frozenset(
 # Smaller images, in pixels per side, have no texture to describe.
 MIN_SIDE = 8
 
+# Pixels of the tiles that go through a network together.
+_TILE_PIXELS = 8 * 256 * 256
 _DECODERS = min(8, n_cores())
 # PIL's limit on pixels is a global variable; it is lifted only while a thread that holds this lock
 # reads a header.
@@ -148,7 +151,11 @@ class ImageSource(Sequence[np.ndarray]):
         return self.ignored[index] if isinstance(self.ignored, list) else self.ignored
 
     def load(
-        self, index: int, image_size: int | tuple[int, int], stride: int
+        self,
+        index: int,
+        image_size: int | tuple[int, int],
+        stride: int,
+        tile: int | None = None,
     ) -> tuple[np.ndarray, tuple[int, int]]:
         """Load one image at the size for the backbone, and its original size.
 
@@ -160,6 +167,9 @@ class ImageSource(Sequence[np.ndarray]):
             rounded to multiples of ``stride``. A pair is used as it is.
         stride : int
             Pixels per cell of the backbone's coarsest feature map.
+        tile : int, optional
+            Pixels of the original image that ``image_size``, an int, stands for, instead of its
+            shorter side.
 
         Returns
         -------
@@ -184,7 +194,7 @@ class ImageSource(Sequence[np.ndarray]):
         if self.ignored is not None and (ignored := self.ignored_in(index)) is not None:
             image = _filled(image, ignored.of(size, f"{self.where}: {self.names[index]}"))
         if isinstance(image_size, int | np.integer):
-            scale = image_size / min(size)
+            scale = image_size / (tile or min(size))
             height, width = (max(stride, round(side * scale / stride) * stride) for side in size)
         else:
             height, width = image_size
@@ -331,6 +341,7 @@ def iter_batches(
     image_size: int | tuple[int, int],
     stride: int,
     batch_size: int,
+    tile: int | None = None,
     on_error: str = "raise",
     skipped: list[tuple[int, str]] | None = None,
 ) -> Iterator[Batch]:
@@ -338,7 +349,7 @@ def iter_batches(
 
     Parameters
     ----------
-    source, image_size, stride
+    source, image_size, stride, tile
         See :meth:`ImageSource.load`.
     batch_size : int
         Largest number of images per batch. Images of different resized sizes are put into
@@ -368,7 +379,7 @@ def iter_batches(
         while True:
             for index in itertools.islice(to_submit, 2 * batch_size - len(pending)):
                 # For a single image, another thread would cost more than it saves.
-                load = partial(source.load, index, image_size, stride)
+                load = partial(source.load, index, image_size, stride, tile)
                 pending.append((index, load if alone else executor.submit(load).result))
             if pending:
                 index, result = pending.popleft()
@@ -389,7 +400,8 @@ def iter_batches(
             if len(waiting[largest]) >= batch_size or n_waiting >= 2 * batch_size or not pending:
                 indices, batch, sizes = zip(*waiting.pop(largest), strict=True)
                 ignored = [] if source.ignored is None else [source.ignored_in(i) for i in indices]
-                yield Batch(list(indices), np.stack(batch), list(sizes), ignored)
+                pixels = np.stack(batch) if len(batch) > 1 else batch[0][None]  # no copy of one
+                yield Batch(list(indices), pixels, list(sizes), ignored)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -530,6 +542,10 @@ class Extractor:
         1 shows a progress bar (in a terminal only).
     name : str, default="the backbone"
         What error messages call the backbone.
+    tile, overlap : int, optional
+        Side of the squares that an image is cut into, and what neighbours share at least, in pixels
+        of the original image. Each goes through the backbone at ``image_size``, an int; see
+        :func:`~anomalib_lite.tiling.embed_tiles`.
 
     Examples
     --------
@@ -549,6 +565,8 @@ class Extractor:
     on_error: str = "raise"
     verbose: int = 0
     name: str = "the backbone"
+    tile: int | None = None
+    overlap: int = 0
 
     def embed_batches(
         self,
@@ -589,11 +607,15 @@ class Extractor:
                 source,
                 image_size=self.image_size,
                 stride=self.backbone.stride,
-                batch_size=self.batch_size,
+                batch_size=self.batch_size if self.tile is None else 1,
+                tile=self.tile,
                 on_error=self.on_error,
                 skipped=skipped,
             ):
-                embeddings = self.backbone.embed(batch.pixels, channels)
+                if self.tile is None:
+                    embeddings = self.backbone.embed(batch.pixels, channels)
+                else:
+                    embeddings = self._embed_tiles(batch.pixels[0], channels)
                 if not np.isfinite(embeddings).all():
                     raise InvalidValueError(
                         f"{source.where}: {self.name} gives NaN or infinity in "
@@ -604,6 +626,22 @@ class Extractor:
                         grid[mask.cells(size, grid.shape[:2], source.where)] = np.nan
                 yield batch, embeddings
                 bar.update(len(batch.pixels))
+
+    def _embed_tiles(self, image: np.ndarray, channels: np.ndarray | None) -> np.ndarray:
+        """Return the embeddings (1, h, w, D) of an image (H, W, 3), cut into tiles."""
+        assert isinstance(self.image_size, int | np.integer)
+        assert self.tile is not None
+        stride = self.backbone.stride
+        side = max(stride, round(self.image_size / stride) * stride)
+        shared = -(-self.overlap * side // (self.tile * stride)) * stride
+        return embed_tiles(
+            partial(self.backbone.embed, channels=channels),
+            image,
+            side=side,
+            overlap=min(shared, side - stride),
+            stride=stride,
+            batch_size=max(1, min(self.batch_size, _TILE_PIXELS // side**2)),
+        )
 
 
 def _list_items(images: Any, where: str) -> list[Any]:

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "_threads"),
     ("_validation", "_files", "_device", "adapter", "model_file"),
     (
-        *("ignore_mask", "images", "fusion", "backbones", "engines", "embeddings"),
+        *("ignore_mask", "tiling", "images", "fusion", "backbones", "engines", "embeddings"),
         *("neighbors", "coreset", "memory_bank", "gaussian", "anomaly_map", "calibration"),
         *("synthetic", "lora", "datasets", "metrics"),
     ),
@@ -44,6 +44,7 @@ BESIDE = {
     ("engines", "backbones"),
     ("engines", "fusion"),
     ("images", "ignore_mask"),
+    ("images", "tiling"),
     ("embeddings", "images"),
     ("coreset", "neighbors"),
     ("memory_bank", "coreset"),

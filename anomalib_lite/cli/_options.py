@@ -35,6 +35,8 @@ FIT_OPTIONS: dict[str, Option] = {
     "weights": (str, None, "weights file for a timm name (default: from the hub)"),
     "layers": (_layers, None, "names or positions, separated by commas (default: chosen)"),
     "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
+    "tile": (int, None, "PatchCore: side of the tiles of large images (default: no tiles)"),
+    "overlap": (int, 0, "PatchCore: pixels that neighbouring tiles share"),
     "coreset_ratio": (float, 0.1, "PatchCore: share of patches to keep, in (0, 1]"),
     "n_neighbors": (int, 1, "PatchCore: number of nearest patches that a score averages"),
     "image_score": (

@@ -190,6 +190,8 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
 
     # Strides of the stages that the embeddings are made of, unless ``layers`` says.
     _strides: tuple[int, ...] = (8, 16)
+    tile: int | None = None
+    overlap: int = 0
     _one_mask = False  # whether all images to fit on must ignore the same regions
     ignore_mask_: IgnoreMask | None
 
@@ -352,7 +354,13 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         heatmaps: list[Any] = [None] * len(source.items)
         skipped: list[tuple[int, str]] = []
         extractor = Extractor(
-            self.backbone_, self.image_size, self.batch_size, self.on_error, self.verbose
+            self.backbone_,
+            self.image_size,
+            self.batch_size,
+            self.on_error,
+            self.verbose,
+            tile=self.tile,
+            overlap=self.overlap,
         )
         for batch, E in extractor.embed_batches(
             source, channels=self._channels, skipped=skipped, progress="score"
@@ -457,7 +465,13 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         in_order = source.take(order)
         backbone = self.backbone_ if update else self._open_to_fit(in_order, random)
         extractor = Extractor(
-            backbone, self.image_size, self.batch_size, self.on_error, self.verbose
+            backbone,
+            self.image_size,
+            self.batch_size,
+            self.on_error,
+            self.verbose,
+            tile=self.tile,
+            overlap=self.overlap,
         )
         distributor = None
         if self.n_jobs is not None and not update:  # an update is for a few images

@@ -44,6 +44,13 @@ class PatchCore(BaseDetector):
     image_size : int or (int, int), default=256
         Size at which images go through the backbone. An int is the shorter side in pixels, the
         aspect is kept; a pair (H, W) is exact.
+    tile : int, optional
+        Side in pixels of the squares that large images are cut into; each goes through the
+        backbone at ``image_size``, an int, so small defects keep their size. All tiles share one
+        bank. Without it, the whole image is resized.
+    overlap : int, default=0
+        Pixels that neighbouring tiles share at least, below ``tile``. A patch comes from the tile
+        in which it lies most central.
     coreset_ratio : float, default=0.1
         Share of all patches kept in the bank, in (0, 1].
     coreset : {"greedy", "random", "kmeans"}, default="greedy"
@@ -164,6 +171,8 @@ default="max"
         layers: Sequence[str | int] | None = None,
         fusion: str = "concat",
         image_size: int | tuple[int, int] = 256,
+        tile: int | None = None,
+        overlap: int = 0,
         coreset_ratio: float = 0.1,
         coreset: str = "greedy",
         n_neighbors: int = 1,
@@ -190,6 +199,8 @@ default="max"
         self.layers = layers
         self.fusion = fusion
         self.image_size = image_size
+        self.tile = tile
+        self.overlap = overlap
         self.coreset_ratio = coreset_ratio
         self.coreset = coreset
         self.n_neighbors = n_neighbors
@@ -218,6 +229,7 @@ default="max"
         check_image_score(self.image_score, "PatchCore", "reweighted", "structure")
         check_index(self.index, "PatchCore", nprobe=self.nprobe, efSearch=self.ef_search)
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
+        self._check_tiles()
         if self.image_score == "reweighted" and self.n_neighbors != 1:
             raise InvalidValueError(
                 "PatchCore: image_score='reweighted' is defined for n_neighbors=1, "
@@ -227,6 +239,22 @@ default="max"
             raise InvalidValueError(
                 "PatchCore: calibration='leave_one_out' needs index='flat', "
                 f"got {self.index!r}. Use calibration='split'."
+            )
+
+    def _check_tiles(self) -> None:
+        if self.tile is None:
+            if self.overlap != 0:
+                raise InvalidValueError(
+                    f"PatchCore: overlap={self.overlap!r} is that of tiles, got tile=None. Set "
+                    "tile, or overlap=0."
+                )
+            return
+        tile = check_int("tile", self.tile, "PatchCore", low=16)
+        check_int("overlap", self.overlap, "PatchCore", low=0, high=tile - 1)
+        if not isinstance(self.image_size, int | np.integer):
+            raise InvalidValueError(
+                "PatchCore: image_size must be the side of a tile in the backbone, one whole "
+                f"number, if tile is given, got {self.image_size!r}."
             )
 
     def _make_accumulator(

@@ -215,15 +215,20 @@ class ImageShards(_Sharded):
             skipped: list[tuple[int, str]] = []
             for batch, E in self._extractor.embed_batches(self._source.take([i]), skipped=skipped):
                 self._first, self.shape = E, E.shape[1:]
-                # The shards must not depend on the batch, unless it is unusually large.
-                pixels, n = batch.pixels[0], max(self._extractor.batch_size, _USUAL_BATCH)
-                size = pixels[..., 0].size
-                at_once = max(size, min(n * size, _PIXELS_AT_ONCE))
-                self.in_flight = n * (4 * pixels.nbytes + 2 * E.nbytes) + _NETWORK_BYTES * at_once
+                self.in_flight = self._bytes_in_flight(batch.pixels[0], E.nbytes)
             self._skipped += [(i, reason) for _, reason in skipped]
         if self._first is None:
             raise none_usable(self._source, self._skipped)
         self.n_to_fit = max(self.n_to_fit, self._n_tried)
+
+    def _bytes_in_flight(self, pixels: np.ndarray, embedding_bytes: int) -> int:
+        """Return the bytes that images take on their way, from one image and its embeddings."""
+        if self._extractor.tile is not None:  # image by image, and a few tiles of each at a time
+            return 4 * pixels.nbytes + embedding_bytes // 4 + _NETWORK_BYTES * _PIXELS_AT_ONCE
+        # The shards must not depend on the batch, unless it is unusually large.
+        n, size = max(self._extractor.batch_size, _USUAL_BATCH), pixels[..., 0].size
+        at_once = max(size, min(n * size, _PIXELS_AT_ONCE))
+        return n * (4 * pixels.nbytes + 2 * embedding_bytes) + _NETWORK_BYTES * at_once
 
     def _results(self, begin: int, end: int, size: int, task: ShardTask) -> Iterator[ShardResult]:
         if begin < self._n_tried:
