@@ -521,13 +521,17 @@ def test_probabilities_never_change_the_order(kind: str) -> None:
 
 @pytest.mark.parametrize("calibration", ["temperature", "isotonic"])
 def test_probabilities_are_calibrated(calibration: str) -> None:
-    images = np.concatenate([good(300), bad(300, contrast=20)])
-    cascade = make(calibration=calibration).fit(images, [0] * 300 + [1] * 300)
-    p = cascade.detect(np.concatenate([good(400, 8), bad(400, 9, contrast=20)])).probabilities
-    y = np.repeat([0, 1], 400)
-    for low, high in ((0, 0.5), (0.5, 1.01)):
-        inside = (p >= low) & (p < high)
-        assert abs(p[inside].mean() - y[inside].mean()) < 0.1
+    """On average over draws: what one gate learns from 600 images is off by some hundredths."""
+    p = []
+    for seed in (0, 100, 200):
+        images = np.concatenate([good(300, seed), bad(300, seed + 1, contrast=20)])
+        cascade = make(calibration=calibration, detector=heatmaps(coreset_ratio=0.001))
+        cascade.fit(images, np.repeat([0, 1], 300))
+        new = np.concatenate([good(200, seed + 8), bad(200, seed + 9, contrast=20)])
+        p.append(cascade.detect(new, maps=False).probabilities)
+    y = np.tile(np.repeat([0, 1], 200), (3, 1))
+    for inside in (np.less(p, 0.5), np.greater_equal(p, 0.5)):
+        assert abs(np.asarray(p)[inside].mean() - y[inside].mean()) < 0.1
 
 
 def test_what_a_gate_keeps_of_an_image() -> None:
@@ -816,8 +820,8 @@ def test_the_rate_is_kept_for_parts_to_come_exactly() -> None:
 
 
 def test_parts_to_come_make_no_more_false_alarms_than_asked() -> None:
-    images, shows = photographs(60, 3, 0)
-    future, _ = photographs(300, 1, 1)
+    images, shows = photographs(30, 6, 0)
+    future, _ = photographs(200, 1, 1)
     apart, mingled = (
         make(t_low=0.0, t_high=1.0)
         .fit(images, groups=groups)
