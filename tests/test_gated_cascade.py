@@ -943,14 +943,15 @@ def test_magnetic_tiles(data_dir: Path) -> None:
     if not (data_dir / "magnetic_tile").is_dir():
         pytest.skip(f"no photographs of magnetic tiles in {data_dir}")
     dataset = MVTecAD(data_dir, "magnetic_tile")
-    normal = [s for s in dataset.test if not s.label][:12]
-    anomalous = [s for s in dataset.test if s.label][:: len(dataset.test) // 12][:12]
+    normal = [s for s in dataset.test if not s.label][:24]
+    anomalous = [s for s in dataset.test if s.label][::8][:24]  # of all kinds
     detector = PatchCore(image_size=64, false_alarm_rate=0.2)
     cascade = GatedCascade(
         detector=detector, image_size=64, max_missed=0.2, false_alarm_rate=0.2, engine="torch"
-    ).fit(list(dataset.train)[:60])
+    ).fit(list(dataset.train)[:120])
     found = cascade.detect([*normal, *anomalous])
-    assert auroc([0] * len(normal) + [1] * len(anomalous), found.scores) > 0.7
+    missorted = 1 - auroc([0] * len(normal) + [1] * len(anomalous), found.scores)
+    assert missorted < 0.3  # a share of pairs
     sizes = [ImageSource([sample])[0].shape[:2] for sample in (*normal, *anomalous)]
     for heatmap, size, route in zip(found.maps, sizes, found.routes, strict=True):
         assert (heatmap is None) == (route != "detector")
