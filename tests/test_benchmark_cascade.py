@@ -82,7 +82,7 @@ def out(data: Path) -> Path:
         weights.append(f"{name}={data}/{name}.safetensors")
     sources = f"--kolektor {data}/kolektor --mvtec {data}/mvtec --neu {data}/neu_det"
     options = f"{sources} --weights {' '.join(weights)} --quick --engine torch --out {data}/out"
-    options += " --train 40 --test 15 --max-missed 0.2"
+    options += " --train 40 --test 24 --max-missed 0.2"
     subprocess.run([sys.executable, str(FOLDER / "run.py"), *options.split()], check=True)
     return data / "out"
 
