@@ -380,15 +380,17 @@ import sys
 import numpy as np
 from anomalib_lite import PatchCore, load
 
-images = np.load("images.npy")
-if sys.argv[1] == "fit":
-    detector = PatchCore(image_size=32, false_alarm_rate=0.4, device="cpu", engine=sys.argv[2])
-    detector.fit(images).save(sys.argv[3] + ".safetensors")
-else:
-    detector = load(sys.argv[3] + ".safetensors")
-found = detector.detect(images)
-np.savez(sys.argv[3], scores=found.scores, maps=found.maps)
-print(detector.engine_, sorted({"torch", "timm", "torchvision"} & set(sys.modules)))
+images, engine = np.load("images.npy"), sys.argv[1]
+for step in sys.argv[2:]:
+    what, name = step.split("-")
+    if what == "fit":
+        detector = PatchCore(image_size=32, false_alarm_rate=0.4, device="cpu", engine=engine)
+        detector.fit(images).save(name + ".safetensors")
+    else:
+        detector = load(name + ".safetensors")
+    found = detector.detect(images)
+    np.savez(step, scores=found.scores, maps=found.maps)
+    print(step, detector.engine_, sorted({"torch", "timm", "torchvision"} & set(sys.modules)))
 print([name for name in sys.modules if name.startswith("openvino_telemetry")])
 """
 
@@ -404,18 +406,19 @@ def test_with_a_warm_cache_torch_is_not_imported(engine: str, tmp_path: Path) ->
         "HOME": str(home),
     }
 
-    def run(what: str, name: str) -> tuple[list[str], Any]:
-        command = [sys.executable, "-W", "error", "-c", WARM, what, engine, name]
+    def run(*steps: str) -> list[str]:
+        command = [sys.executable, "-W", "error", "-c", WARM, engine, *steps]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
         )
-        return done.stdout.splitlines(), np.load(tmp_path / f"{name}.npz")
+        return done.stdout.splitlines()
 
-    said, cold = run("fit", "cold")
-    assert said == [f"{engine} ['timm', 'torch', 'torchvision']", "[]"]
-    for what, name in (("load", "cold"), ("fit", "warm"), ("load", "warm")):
-        said, warm = run(what, name)
-        assert said == [f"{engine} []", "[]"], what
+    assert run("fit-cold") == [f"fit-cold {engine} ['timm', 'torch', 'torchvision']", "[]"]
+    steps = ("load-cold", "fit-warm", "load-warm")
+    assert run(*steps) == [*(f"{step} {engine} []" for step in steps), "[]"]
+    cold = np.load(tmp_path / "fit-cold.npz")
+    for step in steps:
+        warm = np.load(tmp_path / f"{step}.npz")
         np.testing.assert_array_equal(warm["scores"], cold["scores"])
         np.testing.assert_array_equal(warm["maps"], cold["maps"])
     assert not (home / "intel").exists(), "OpenVINO would report its use from here"
@@ -598,9 +601,8 @@ def test_metrics_do_not_depend_on_the_engine(data_dir: Path) -> None:
     labels, masks = [s.label for s in test], [read_mask(s) for s in test]
 
     def measured(engine: str, dtype: str) -> np.ndarray:
-        detector = PatchCore(
-            coreset_ratio=0.02, false_alarm_rate=0.1, device="cpu", engine=engine, dtype=dtype
-        )
+        options = {"device": "cpu", "engine": engine, "dtype": dtype}
+        detector = PatchCore(image_size=128, coreset_ratio=0.02, false_alarm_rate=0.1, **options)
         found = detector.fit(train).detect(test)
         return np.array(
             [auroc(labels, found.scores), pixel_auroc(masks, found.maps), aupro(masks, found.maps)]

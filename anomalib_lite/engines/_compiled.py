@@ -209,6 +209,7 @@ class _Origin:
     arguments: dict[str, Any]
 
     def open_torch(self) -> Backbone:
+        """Open the network that the graph was made of, on the CPU in float32."""
         from anomalib_lite.backbones import Backbone
 
         options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "where": self.where}

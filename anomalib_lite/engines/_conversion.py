@@ -40,6 +40,7 @@ class _PixelsToEmbeddings(nn.Module):
         self.backbone = backbone
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return the embeddings (B, h, w, D) of pixels in [0, 255]."""
         return patch_embeddings(self.backbone(pixels / 255), self.backbone.fusion)
 
 
