@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from detector_fixtures import PLAIN, Small
+from detector_fixtures import PLAIN, Small, skip_without
 from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 from torch import Tensor, nn
@@ -450,7 +450,7 @@ def test_other_gates_are_as_ever(weights: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["torch", "openvino", "onnxruntime"])
 def test_the_engine_asked_for_runs_it(engine: str, weights: Path, last_is_best: None) -> None:
-    pytest.importorskip(engine)
+    skip_without(engine)
     cascade = make(gate=NETWORK, weights=weights, engine=engine).fit(*labelled())
     network = cascade.gate_.backbone
     assert network.engine == engine
@@ -475,7 +475,7 @@ def answers(cascade: GatedCascade) -> tuple[np.ndarray, np.ndarray]:
 def test_a_file_holds_it_to_the_bit(
     engine: str, included: bool, weights: Path, tmp_path: Path, last_is_best: None
 ) -> None:
-    pytest.importorskip(engine)
+    skip_without(engine)
     here = tmp_path / "weights.safetensors"
     here.write_bytes(weights.read_bytes())
     detector = PatchCore("efficientnet_lite0", image_size=64, false_alarm_rate=0.2, **PLAIN)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from detector_fixtures import skip_without
 from safetensors.torch import save_file
 from sklearn.covariance import LedoitWolf
 
@@ -407,14 +408,17 @@ def test_images_held_back_teach_nothing(weights: Path, monkeypatch: pytest.Monke
     )
 
 
+@pytest.mark.parametrize("options", [{"engine": "openvino"}, {"n_jobs": 2}])
 def test_other_engines_and_workers_have_the_adapter(
-    weights: Path, fitted: MahalanobisVFM, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    weights: Path,
+    fitted: MahalanobisVFM,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    skip_without(options.get("engine", "torch"))
     always_better(monkeypatch)
-    images = bad(3)
-    for options in ({"engine": "openvino"}, {"n_jobs": 2}):
-        again = make(weights, **options).fit(good(40))
-        np.testing.assert_allclose(again.score(images), fitted.score(images), rtol=2e-3)
+    again, images = make(weights, **options).fit(good(40)), bad(3)
+    np.testing.assert_allclose(again.score(images), fitted.score(images), rtol=2e-3)
 
 
 def test_going_on_keeps_the_adapter(weights: Path) -> None:
