@@ -226,13 +226,13 @@ class CompiledBackbone:
         if self.dtype == "float32":
             return None
         exact = _RUNTIMES[self.engine](self._graph, "float32").embed(pixels)
-        error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
-        if error <= _MOST_ROUNDING:
+        rounding = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+        if rounding <= _MOST_ROUNDING:
             return None
         return InvalidValueError(
             f"{self.where}: engine={self.engine!r} cannot compute in {self.dtype} on this "
-            f"processor: embeddings differ from those in float32 by {error:.2g} of their length. "
-            "Use dtype='float32' or engine='torch'."
+            f"processor: embeddings differ from those in float32 by {rounding:.2g} of their "
+            "length. Use dtype='float32' or engine='torch'."
         )
 
 
