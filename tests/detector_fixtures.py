@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from torch import Tensor, nn
+
+from anomalib_lite.engines._compiled import refusal
 
 HEIGHT, WIDTH = 48, 80
 DEFECT = np.s_[8:20, 48:68]  # right of the middle and above it: swapped sides would show
@@ -24,6 +27,12 @@ class Small(nn.Module):
         h, w = (side // 4 for side in x.shape[2:])
         squares = self.first(x[:, :, : 4 * h, : 4 * w])[:, ::3]  # (B, 16, h, w)
         return [squares, self.second(squares[:, :4])]
+
+
+def skip_without(engine: str) -> None:
+    """Skip the test where an engine cannot run at all, with the reason."""
+    if engine != "torch" and (reason := refusal(engine, "cpu", "tests")) is not None:
+        pytest.skip(str(reason))
 
 
 def good(n: int, seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> np.ndarray:

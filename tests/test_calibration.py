@@ -48,13 +48,15 @@ def test_scores_come_in_any_order_and_type() -> None:
 
 @pytest.mark.parametrize(("n", "rate"), [(19, 0.05), (30, 0.07), (50, 0.1), (99, 0.01), (40, 0.3)])
 def test_false_alarms_stay_below_the_rate_and_near_it(n: int, rate: float) -> None:
+    """A new score exceeds the k-th of n with probability 1 - k / (n + 1), whatever their law."""
     rng = np.random.default_rng(n)
     n_draws = 4000
     scores = rng.gamma(2.0, size=(n_draws, n + 1)).astype(np.float32)  # skewed, as distances are
     alarms = sum(conformal_threshold(row[:-1], rate) < row[-1] for row in scores)
-    error = 4 * math.sqrt(rate * (1 - rate) / n_draws)
-    assert alarms / n_draws <= rate + error
-    assert alarms / n_draws >= rate - 1 / (n + 1) - error
+    expected = 1 - exact_rank(n, str(rate)) / (n + 1)
+    assert rate - 1 / (n + 1) < expected <= rate + 1e-9
+    error = math.sqrt(expected * (1 - expected) / n_draws)
+    assert abs(alarms / n_draws - expected) < 4 * error
 
 
 def test_ties_only_lower_the_rate() -> None:

@@ -22,7 +22,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("elpv_dataset") is None:
         pytest.skip("elpv-dataset is not installed")
     path = tmp_path_factory.mktemp("demo") / "out"
-    small = "--n-train 16 --n-test 30 --false-alarm-rate 0.3"
+    small = "--n-train 24 --n-test 40 --false-alarm-rate 0.3"
     assert cli.main(["demo", "-o", str(path), *small.split()]) == 0
     return path
 
@@ -37,7 +37,7 @@ class TestDemo:
             "solar-cells.safetensors",
         ]
         rows = read(output / "scores.csv")
-        assert len(rows) == 30
+        assert len(rows) == 40
         for row in rows:
             above = float(row["score"]) > float(row["threshold"])
             assert row["label"] == ("anomalous" if above else "normal")

@@ -521,13 +521,17 @@ def test_probabilities_never_change_the_order(kind: str) -> None:
 
 @pytest.mark.parametrize("calibration", ["temperature", "isotonic"])
 def test_probabilities_are_calibrated(calibration: str) -> None:
-    images = np.concatenate([good(300), bad(300, contrast=20)])
-    cascade = make(calibration=calibration).fit(images, [0] * 300 + [1] * 300)
-    p = cascade.detect(np.concatenate([good(400, 8), bad(400, 9, contrast=20)])).probabilities
-    y = np.repeat([0, 1], 400)
-    for low, high in ((0, 0.5), (0.5, 1.01)):
-        inside = (p >= low) & (p < high)
-        assert abs(p[inside].mean() - y[inside].mean()) < 0.1
+    """On average over draws: what one gate learns from 600 images is off by some hundredths."""
+    p = []
+    for seed in (0, 100, 200):
+        images = np.concatenate([good(300, seed), bad(300, seed + 1, contrast=20)])
+        cascade = make(calibration=calibration, detector=heatmaps(coreset_ratio=0.001))
+        cascade.fit(images, np.repeat([0, 1], 300))
+        new = np.concatenate([good(200, seed + 8), bad(200, seed + 9, contrast=20)])
+        p.append(cascade.detect(new, maps=False).probabilities)
+    y = np.tile(np.repeat([0, 1], 200), (3, 1))
+    for inside in (np.less(p, 0.5), np.greater_equal(p, 0.5)):
+        assert abs(np.asarray(p)[inside].mean() - y[inside].mean()) < 0.1
 
 
 def test_what_a_gate_keeps_of_an_image() -> None:
@@ -816,8 +820,8 @@ def test_the_rate_is_kept_for_parts_to_come_exactly() -> None:
 
 
 def test_parts_to_come_make_no_more_false_alarms_than_asked() -> None:
-    images, shows = photographs(60, 3, 0)
-    future, _ = photographs(300, 1, 1)
+    images, shows = photographs(30, 6, 0)
+    future, _ = photographs(200, 1, 1)
     apart, mingled = (
         make(t_low=0.0, t_high=1.0)
         .fit(images, groups=groups)
@@ -939,14 +943,15 @@ def test_magnetic_tiles(data_dir: Path) -> None:
     if not (data_dir / "magnetic_tile").is_dir():
         pytest.skip(f"no photographs of magnetic tiles in {data_dir}")
     dataset = MVTecAD(data_dir, "magnetic_tile")
-    normal = [s for s in dataset.test if not s.label][:12]
-    anomalous = [s for s in dataset.test if s.label][:: len(dataset.test) // 12][:12]
+    normal = [s for s in dataset.test if not s.label][:24]
+    anomalous = [s for s in dataset.test if s.label][::8][:24]  # of all kinds
     detector = PatchCore(image_size=64, false_alarm_rate=0.2)
     cascade = GatedCascade(
         detector=detector, image_size=64, max_missed=0.2, false_alarm_rate=0.2, engine="torch"
-    ).fit(list(dataset.train)[:60])
+    ).fit(list(dataset.train)[:120])
     found = cascade.detect([*normal, *anomalous])
-    assert auroc([0] * len(normal) + [1] * len(anomalous), found.scores) > 0.7
+    missorted = 1 - auroc([0] * len(normal) + [1] * len(anomalous), found.scores)
+    assert missorted < 0.3  # a share of pairs
     sizes = [ImageSource([sample])[0].shape[:2] for sample in (*normal, *anomalous)]
     for heatmap, size, route in zip(found.maps, sizes, found.routes, strict=True):
         assert (heatmap is None) == (route != "detector")

@@ -30,6 +30,12 @@ def clustered(n: int, d: int, seed: int = 0) -> np.ndarray:
     return (middles[rng.integers(0, 20, n)] + rng.normal(size=(n, d))).astype(np.float32)
 
 
+def spread(n: int, d: int, seed: int = 0) -> np.ndarray:
+    """No clusters, so that neighbours lie in many cells; of 8 dimensions, which PCA keeps."""
+    mix = np.random.default_rng(99).normal(size=(8, d))
+    return (data(n, 8, seed) @ mix + data(n, d, seed + 50) / 10).astype(np.float32)
+
+
 def brute(X: np.ndarray, Q: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     exact = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(X.astype(np.float64))
     return exact.kneighbors(Q.astype(np.float64))
@@ -374,12 +380,12 @@ def test_a_bank_filled_anew_forgets_its_covering_radius() -> None:
     [
         ("IVF32,Flat", "nprobe", (1, 4, 32)),
         ("PCA16,IVF32,Flat", "nprobe", (1, 8)),
-        ("IVF32,PQ8", "nprobe", (1, 8)),
+        ("IVF32,PQ8np", "nprobe", (1, 8)),
         ("HNSW8", "ef_search", (1, 8, 400)),
     ],
 )
 def test_more_effort_finds_more(index: str, name: str, efforts: tuple[int, ...]) -> None:
-    X, Q = clustered(2000, 32), clustered(400, 32, seed=1)
+    X, Q = spread(2000, 32), spread(400, 32, seed=1)
     recalls = []
     for effort in efforts:
         bank = MemoryBank(5, index=index, **{name: effort}).fit(X)
@@ -387,7 +393,7 @@ def test_more_effort_finds_more(index: str, name: str, efforts: tuple[int, ...])
         again = MemoryBank.restore(X, faiss_index.serialize(bank.index_), **bank.get_params())
         np.testing.assert_array_equal(again.kneighbors(Q)[1], bank.kneighbors(Q)[1])
     assert recalls == sorted(recalls)
-    assert recalls[-1] > recalls[0]
+    assert recalls[-1] > 1.2 * recalls[0]
     if efforts[-1] in (32, 400):  # all there is
         assert recalls[-1] > 0.999
 

@@ -259,12 +259,13 @@ def test_one_image_has_no_covariance() -> None:
 
 def test_real_defects_are_found(data_dir: Path) -> None:
     root = data_dir / "magnetic_tile"
-    train = sorted((root / "train" / "good").iterdir())[:60]
+    train = sorted((root / "train" / "good").iterdir())[:150]
     kinds = sorted(p for p in (root / "test").iterdir() if p.name != "good")
-    broken = [path for kind in kinds for path in sorted(kind.iterdir())[:8]]
-    whole = sorted((root / "test" / "good").iterdir())[: len(broken)]
+    broken = [path for kind in kinds for path in sorted(kind.iterdir())[:16]]
+    whole = sorted((root / "test" / "good").iterdir())[:60]
     detector = PaDiM(image_size=(128, 128), false_alarm_rate=0.1).fit(train)
     assert detector.n_features_ == 176
     scores = detector.score(ImageSource([*whole, *broken]))
-    assert auroc([0] * len(whole) + [1] * len(broken), scores) > 0.8
+    missorted = 1 - auroc([0] * len(whole) + [1] * len(broken), scores)  # a share of pairs
+    assert missorted < 0.2
     assert detector.predict(whole).mean() > 0.6

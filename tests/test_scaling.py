@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 import re
 import signal
@@ -338,19 +339,28 @@ def test_images_give_what_their_embeddings_give(budget: Any) -> None:
     assert true < 1.3 * free.memory_bank_.covering_radius_
 
 
+def of_sizes(sizes: int) -> list[np.ndarray]:
+    """Images of one size, or of two, which come out of their batches in another order."""
+    return [image[:, : 80 - 16 * (sizes - 1) * (i % 2)] for i, image in enumerate(images(60))]
+
+
 @pytest.mark.parametrize("budget", [None, SHARDS_OF_8])
 @pytest.mark.parametrize("sizes", [1, 2])
 def test_neither_workers_nor_batches_matter(budget: int | None, sizes: int) -> None:
-    X = list(images(60))
-    if sizes == 2:  # which come out of their batches in another order
-        X = [image[:, : 80 - 16 * (i % 2)] for i, image in enumerate(X)]
+    X = of_sizes(sizes)
     reference = make(memory_budget=budget).fit(X)
     for batch_size in (1, 7, 31):
         assert_same(make(memory_budget=budget, batch_size=batch_size).fit(X), reference)
     for n_jobs in (1, 2):
         with joblib.parallel_config("threading"):
             assert_same(make(memory_budget=budget, n_jobs=n_jobs).fit(X), reference)
-    assert_same(make(memory_budget=budget, n_jobs=2).fit(X), reference)  # two processes
+
+
+def test_processes_do_not_matter() -> None:
+    for budget, sizes in itertools.product((None, SHARDS_OF_8), (1, 2)):
+        X = of_sizes(sizes)
+        one, two = (make(memory_budget=budget, n_jobs=n).fit(X) for n in (1, 2))
+        assert_same(two, one)
 
 
 class Mean(BaseDetector):
@@ -432,25 +442,28 @@ def test_a_backend_that_cannot_give_results_one_by_one() -> None:
         make(n_jobs=2).fit(images(8))
 
 
-@pytest.mark.parametrize("budget", [None, SHARDS_OF_8 + 2_000_000])
 @pytest.mark.parametrize("backend", ["threading", "loky"])
-def test_images_are_skipped_by_workers_too(
-    budget: int | None, backend: str, tmp_path: Path
-) -> None:
+def test_images_are_skipped_by_workers_too(backend: str, tmp_path: Path) -> None:
     X: list[Any] = list(images(90))
     for i in (0, 5, 40, 89):
         X[i] = tmp_path / f"gone{i}.png"
-    one = make(memory_budget=budget, on_error="skip").fit(X)
-    with joblib.parallel_config(backend):
-        two = make(memory_budget=budget, on_error="skip", n_jobs=2).fit(X)
-        assert_same(one, two)
-        assert two.skipped_ == one.skipped_
-        names = [Path(name).name for name, _ in two.skipped_]
-        assert names == ["gone0.png", "gone5.png", "gone40.png", "gone89.png"]
-        with pytest.raises(MissingPathError, match=r"^PatchCore: .*gone\d+.png does not exist"):
+    budgets = (None, SHARDS_OF_8 + 2_000_000)
+    for budget in budgets:
+        one = make(memory_budget=budget, on_error="skip").fit(X)
+        with joblib.parallel_config(backend):
+            two = make(memory_budget=budget, on_error="skip", n_jobs=2).fit(X)
+            assert_same(one, two)
+            assert two.skipped_ == one.skipped_
+            names = [Path(name).name for name, _ in two.skipped_]
+            assert names == ["gone0.png", "gone5.png", "gone40.png", "gone89.png"]
+            with pytest.raises(InvalidValueError, match="none of 3 images could be used"):
+                make(memory_budget=budget, on_error="skip", n_jobs=2).fit([tmp_path / "gone"] * 3)
+    for budget in budgets:  # last, as joblib ends its processes, slow to start, at an error
+        with (
+            joblib.parallel_config(backend),
+            pytest.raises(MissingPathError, match=r"^PatchCore: .*gone\d+.png does not exist"),
+        ):
             make(memory_budget=budget, n_jobs=2).fit(X)
-        with pytest.raises(InvalidValueError, match="none of 3 images could be used"):
-            make(memory_budget=budget, on_error="skip", n_jobs=2).fit([tmp_path / "gone"] * 3)
 
 
 @pytest.mark.parametrize("seed", range(4))

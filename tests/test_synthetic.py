@@ -137,14 +137,13 @@ def test_defects_are_no_rectangles_and_few_pieces() -> None:
 
 
 def test_defects_lie_on_the_object() -> None:
-    """A textured disc on a flat ground: centres are on it, so masks meet it."""
+    """A textured disc on a flat ground: centres are on it, so most of each mask is."""
     y, x = np.mgrid[:160, :240]
     disc = (y - 80) ** 2 + (x - 70) ** 2 < 40**2
     image = np.where(disc, noise(160, 240), 30).astype(np.uint8)
     made = SyntheticAnomalies(random_state=0).generate(image, 60)
     near = (y - 80) ** 2 + (x - 70) ** 2 < 46**2
-    assert np.mean([(mask & near).any() for mask in made.masks]) > 0.95
-    assert near.mean() < 0.2
+    assert np.mean([near[mask].mean() for mask in made.masks]) > 4 * near.mean()
 
 
 # --- seeds ------------------------------------------------------------------------------------
@@ -283,7 +282,7 @@ def test_scratches_and_stains_are_bright_or_dark() -> None:
 
 
 def test_a_stain_lets_the_texture_through_and_a_chip_does_not() -> None:
-    """The fine structure of what was there, before and after."""
+    """The steps from pixel to pixel of what was there, before and after."""
     image = np.repeat(noise(200, 300, 1), 3, axis=2)
 
     def likeness(kind: str) -> float:
@@ -291,8 +290,9 @@ def test_a_stain_lets_the_texture_through_and_a_chip_does_not() -> None:
         values = []
         for i in chosen:
             inner = binary_erosion(made.masks[i], iterations=3)
+            pairs = inner[:, 1:] & inner[:, :-1]
             if inner.sum() > 100:
-                a, b = made.images[i][inner, 0].astype(float), image[inner, 0].astype(float)
+                a, b = (np.diff(x[..., 0].astype(int))[pairs] for x in (made.images[i], image))
                 values.append(np.corrcoef(a, b)[0, 1])
         return float(np.mean(values))
 

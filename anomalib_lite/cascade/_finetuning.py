@@ -77,6 +77,7 @@ class _Examples:
 
     @property
     def n_normal(self) -> int:
+        """Number of normal images; they come first."""
         return len(self.images) - sum(self.kinds)
 
     @property
@@ -133,6 +134,7 @@ class GateNetwork(nn.Module):
         return torch.cat([E.mean(dim=(1, 2)), E.amax(dim=(1, 2))], dim=1)
 
     def forward(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Return the logits of images, (B,)."""
         standardized = (self.features(images) - self.mean) / self.scale
         return standardized @ self.weights + self.bias
 

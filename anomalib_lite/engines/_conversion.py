@@ -40,6 +40,7 @@ class _PixelsToEmbeddings(nn.Module):
         self.backbone = backbone
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return the embeddings (B, h, w, D) of pixels in [0, 255]."""
         return patch_embeddings(self.backbone(pixels / 255), self.backbone.fusion)
 
 
@@ -58,7 +59,7 @@ def convert_backbone(backbone: Backbone, engine: str) -> tuple[bytes, dict[str, 
         For one image of any H and W that the backbone takes.
     sizes : dict
         ``"multiple"``: H and W must be multiples of this number; ``"only"``: the one size (H, W)
-        that the network takes, or None.
+        that the network takes, or None; ``"traced"``: a small size (H, W) that it takes.
 
     Raises
     ------
@@ -78,7 +79,11 @@ def convert_backbone(backbone: Backbone, engine: str) -> tuple[bytes, dict[str, 
         reason = _first_line(error)
         raise GraphError(f"converting it to {engine} failed: {reason}") from error
     multiple = 1 if only else _multiple(backbone, size)
-    return graph, {"multiple": multiple, "only": list(only) if only else None}
+    return graph, {
+        "multiple": multiple,
+        "only": list(only) if only else None,
+        "traced": list(size),
+    }
 
 
 def check_converted(

@@ -82,11 +82,11 @@ class OpenVinoGraph:
         with self._lock:
             try:
                 return self._run(self._queue_for(pixels), pixels, channels)
-            except RuntimeError:
+            except RuntimeError as error:
                 # After one failed run, a queue fails in all later ones.
                 self._queues.clear()
                 self._standard = self._queues[None, False] = self._compile(None, False)
-                raise
+                raise RuntimeError(_reason(error)) from error
 
     def _run(
         self, queue: Any, pixels: np.ndarray, channels: np.ndarray | None = None
@@ -134,6 +134,13 @@ class OpenVinoGraph:
         queue = self._openvino.AsyncInferQueue(compiled)
         queue.set_callback(_keep_output)
         return queue
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the line that says what is wrong; those before it say where in OpenVINO."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("Exception from ")]
+    return (told or lines or ["it says no more"])[0]
 
 
 def _keep_output(request: Any, place: tuple[dict[str, np.ndarray], int, int, Any]) -> None:

@@ -58,6 +58,7 @@ class _Whitening(nn.Module):
             self.register_buffer(name, torch.from_numpy(array).float())
 
     def forward(self, f: Tensor) -> Tensor:
+        """Return the features whitened."""
         return (f.float() - self.mean) @ self.factor
 
 
@@ -73,6 +74,7 @@ class AnomalyHead(nn.Module):
         self.slope, self.centre = (nn.Parameter(torch.tensor(2.0)) for _ in range(2))
 
     def forward(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two logits of each whitened vector: the head's, and that of its length."""
         by_head = self.head(w)[..., 0].float() / TEMPERATURE
         return by_head, self.slope * (w.square().mean(dim=-1) - self.centre)
 

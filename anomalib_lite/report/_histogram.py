@@ -27,17 +27,21 @@ class _Plot:
 
     @property
     def right(self) -> int:
+        """Right edge of the axes, in pixels from the left."""
         return self.width - 12
 
     @property
     def bottom(self) -> int:
+        """Bottom edge of the axes, in pixels from the top."""
         return self.height - 44
 
     def x(self, score: float) -> float:
+        """Return where a score lies, in pixels from the left."""
         first, last = self.x_ticks[0], self.x_ticks[-1]
         return self.left + (score - first) / (last - first) * (self.right - self.left)
 
     def y(self, count: float) -> float:
+        """Return where a count lies, in pixels from the top."""
         return self.bottom - count / self.y_ticks[-1] * (self.bottom - self.top)
 
 

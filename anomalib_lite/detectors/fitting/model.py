@@ -150,7 +150,7 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
     ) -> None:
         """Add the calibration images: what was removed before an update, and the new ones."""
 
-    # --- The same for every model -------------------------------------------------------------
+    # --- What the base class makes of them ----------------------------------------------------
 
     def _image_scores(self, E: Embeddings) -> np.ndarray:
         # A few at a time: the search makes arrays of its own.
@@ -264,9 +264,11 @@ class InMemory(ShardSource):
         self.embeddings, self._held_back = E, held
 
     def to_fit(self, task: ShardTask) -> Iterator[ShardResult]:
+        """Carry out the task on the one shard to fit on."""
         yield task(self.embeddings, 0)
 
     def held_back(self, task: ShardTask) -> Iterator[ShardResult]:
+        """Carry out the task on the one shard held back, if any is."""
         if len(self._held_back):
             yield task(self._held_back, len(self.embeddings))
 

@@ -52,11 +52,13 @@ class _Sharded(ShardSource):
         """Carry out the task on images ``begin`` to ``end``, ``size`` in a shard."""
 
     def to_fit(self, task: ShardTask) -> Iterator[ShardResult]:
+        """Carry out the task on the images to fit on, in shards that the accumulator asks for."""
         assert task.empty is not None
         self._size = task.empty.images_per_shard
         return self._results(0, self.n_to_fit, self._size, task)
 
     def held_back(self, task: ShardTask) -> Iterator[ShardResult]:
+        """Carry out the task on the images held back, in shards of the same size."""
         return self._results(self.n_to_fit, self.n_images, self._size, task)
 
 
@@ -134,6 +136,7 @@ class EmbeddingStream(ShardSource):
         self.shape, self.in_flight = first.shape, n_held_back * first.nbytes
 
     def to_fit(self, task: ShardTask) -> Iterator[ShardResult]:
+        """Carry out the task on the grids that are not drawn to be held back, as they come."""
         assert task.empty is not None
         self._size = task.empty.images_per_shard
         shard: list[np.ndarray] = []
@@ -145,6 +148,7 @@ class EmbeddingStream(ShardSource):
             yield self._carry_out(task, shard)
 
     def held_back(self, task: ShardTask) -> Iterator[ShardResult]:
+        """Carry out the task on the grids held back, and give their memory back."""
         while self._held_back:
             shard, self._held_back = self._held_back[: self._size], self._held_back[self._size :]
             yield self._carry_out(task, shard)
