@@ -26,6 +26,7 @@ from anomalib_lite.metrics import (
     fpr_at_tpr,
     pixel_auroc,
     pixel_average_precision,
+    pixel_f1_max,
     pixel_metrics,
     rate,
     seg_f1,
@@ -129,6 +130,9 @@ class TestPixels:
         assert pixel_auroc(masks, maps) == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
         expected = average_precision_score(truth, scores)
         assert pixel_average_precision(masks, maps) == pytest.approx(expected, abs=1e-12)
+        precision, recall, _ = precision_recall_curve(truth, scores)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
+        assert pixel_f1_max(masks, maps) == pytest.approx(f1.max(), abs=1e-12)
 
     @pytest.mark.parametrize("limit", [0.001, 0.05, 0.3, 0.77, 1.0])
     def test_aupro_equals_its_definition(self, seed: int, ties: bool, limit: float) -> None:
@@ -153,9 +157,10 @@ class TestPixels:
 
 def test_look_ups_in_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, maps = pixel_scores(7, ties=True)
-    whole = pixel_metrics(masks, maps)
+    whole, f1 = pixel_metrics(masks, maps), pixel_f1_max(masks, maps)
     monkeypatch.setattr(_ranking, "_LOOKUP", 3)
     assert pixel_metrics(masks, maps) == pytest.approx(whole, abs=1e-12)
+    assert pixel_f1_max(masks, maps) == f1
 
 
 def test_aupro_interpolates_between_two_thresholds_at_the_limit() -> None:
@@ -254,6 +259,7 @@ def test_pixel_metrics_are_nan_without_one_class(mask) -> None:
     maps = [np.arange(6.0).reshape(2, 3)]
     assert all(math.isnan(v) for v in pixel_metrics([mask], maps).values())
     assert math.isnan(aupro([mask], maps))
+    assert math.isnan(pixel_f1_max([mask], maps))
 
 
 @pytest.mark.parametrize(

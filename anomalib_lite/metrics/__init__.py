@@ -1,15 +1,19 @@
 """Metrics of how well scores and heatmaps separate anomalous from normal."""
 
+from anomalib_lite.metrics._aupimo import aupimo, aupimo_scores
 from anomalib_lite.metrics._image import auroc, average_precision, f1_max, fpr_at_tpr, rate
 from anomalib_lite.metrics._pixel import (
     aupro,
     pixel_auroc,
     pixel_average_precision,
+    pixel_f1_max,
     pixel_metrics,
     seg_f1,
 )
 
 __all__ = [
+    "aupimo",
+    "aupimo_scores",
     "aupro",
     "auroc",
     "average_precision",
@@ -17,6 +21,7 @@ __all__ = [
     "fpr_at_tpr",
     "pixel_auroc",
     "pixel_average_precision",
+    "pixel_f1_max",
     "pixel_metrics",
     "rate",
     "seg_f1",

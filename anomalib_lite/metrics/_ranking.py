@@ -61,6 +61,18 @@ def mean_precision(negatives: Array, positives: Array) -> float:
     return total / positives.size
 
 
+def best_f1(negatives: Array, positives: Array) -> float:
+    """Return the largest F1 score over the thresholds at the sorted ``positives``."""
+    if not negatives.size or not positives.size:
+        return float("nan")
+    best = 0.0
+    for _, scores in _portions(positives):
+        hits = n_at_least(positives, scores)
+        alarms = n_at_least(negatives, scores)
+        best = max(best, float((2 * hits / (hits + alarms + positives.size)).max()))
+    return best
+
+
 def region_area(pool: PixelPool, limit: float) -> float:
     """Return the mean of :func:`_shares` over the pixels of each region, then over the regions."""
     if not pool.negatives.size or not pool.region_sizes.size:
@@ -78,7 +90,7 @@ def region_area(pool: PixelPool, limit: float) -> float:
 
 def split_images(y_true: npt.ArrayLike, y_score: npt.ArrayLike, where: str) -> tuple[Array, Array]:
     """Check labels and scores; return the sorted scores of normal and of anomalous images."""
-    labels, scores = np.asarray(y_true), _numbers("y_score", y_score, where)
+    labels, scores = np.asarray(y_true), numbers("y_score", y_score, where)
     if labels.ndim != 1 or scores.shape != labels.shape:
         raise InvalidValueError(
             f"{where}: y_true and y_score must both have shape (N,), "
@@ -115,19 +127,12 @@ def pool_pixels(
     Negatives fill one buffer from its start and positives from its end, so nothing has to be
     counted first and there is no second copy of the maps.
     """
-    masks, maps = _listed("masks", masks, where), _listed("maps", maps, where)
-    if len(masks) != len(maps):
-        raise InvalidValueError(
-            f"{where}: masks and maps must be equally many, got {len(masks)} and {len(maps)}."
-        )
-    if not maps:
-        raise InvalidValueError(f"{where}: maps must hold at least one map, got none.")
-    arrays = [_check_map(values, index, where) for index, values in enumerate(maps)]
+    masks, arrays = check_lists(masks, maps, where)
     buffer = np.empty(sum(a.size for a in arrays), np.result_type(*{a.dtype for a in arrays}))
     n_negatives, start = 0, buffer.size
     region_sizes: list[int] = []
     for index, (values, array) in enumerate(zip(masks, arrays, strict=True)):
-        mask = _check_mask(values, array.shape, index, where)
+        mask = check_mask(values, array.shape, index, where)
         negatives = array[~mask]
         buffer[n_negatives : n_negatives + negatives.size] = negatives
         n_negatives += negatives.size
@@ -169,7 +174,24 @@ def _regions(mask: Array, array: Array) -> Iterator[Array]:
         yield array[box][labels[box] == number]
 
 
-def _listed(name: str, values: Any, where: str) -> list[Any]:
+def check_lists(
+    masks: Sequence[npt.ArrayLike | None] | Array,
+    maps: Sequence[npt.ArrayLike] | Array,
+    where: str,
+) -> tuple[list[Any], list[Array]]:
+    """Return equally many masks (not checked yet) and maps (checked)."""
+    masks, maps = listed("masks", masks, where), listed("maps", maps, where)
+    if len(masks) != len(maps):
+        raise InvalidValueError(
+            f"{where}: masks and maps must be equally many, got {len(masks)} and {len(maps)}."
+        )
+    if not maps:
+        raise InvalidValueError(f"{where}: maps must hold at least one map, got none.")
+    return masks, [check_map(values, index, where) for index, values in enumerate(maps)]
+
+
+def listed(name: str, values: Any, where: str) -> list[Any]:
+    """Return masks or maps as a list."""
     try:
         return list(values)
     except TypeError as error:
@@ -179,7 +201,8 @@ def _listed(name: str, values: Any, where: str) -> list[Any]:
         ) from error
 
 
-def _numbers(name: str, values: npt.ArrayLike, where: str) -> Array:
+def numbers(name: str, values: npt.ArrayLike, where: str) -> Array:
+    """Return real numbers in float32, or wider where float32 would round them."""
     array = np.asarray(values)
     if array.size and array.dtype.kind not in "biuf":
         raise InvalidTypeError(f"{where}: {name} must hold real numbers, got dtype {array.dtype}.")
@@ -187,8 +210,9 @@ def _numbers(name: str, values: npt.ArrayLike, where: str) -> Array:
     return array.astype(np.result_type(array.dtype, np.float32), copy=False)
 
 
-def _check_map(values: npt.ArrayLike, index: int, where: str) -> Array:
-    array = _numbers(f"maps[{index}]", values, where)
+def check_map(values: npt.ArrayLike, index: int, where: str) -> Array:
+    """Return an anomaly map (H, W) without NaN."""
+    array = numbers(f"maps[{index}]", values, where)
     if array.ndim != 2 or not array.size:
         raise InvalidValueError(
             f"{where}: maps[{index}] must have shape (H, W), got {array.shape}. "
@@ -199,9 +223,10 @@ def _check_map(values: npt.ArrayLike, index: int, where: str) -> Array:
     return array
 
 
-def _check_mask(
+def check_mask(
     values: npt.ArrayLike | None, shape: tuple[int, ...], index: int, where: str
 ) -> Array:
+    """Return a mask of the map's ``shape`` as bool; None is all zero."""
     if values is None:
         return np.zeros(shape, dtype=bool)
     mask = np.asarray(values)
