@@ -10,6 +10,7 @@ from anomalib_lite.metrics._pixel import (
     pixel_metrics,
     seg_f1,
 )
+from anomalib_lite.metrics._pointing import pointing_game
 
 __all__ = [
     "aupimo",
@@ -23,6 +24,7 @@ __all__ = [
     "pixel_average_precision",
     "pixel_f1_max",
     "pixel_metrics",
+    "pointing_game",
     "rate",
     "seg_f1",
 ]

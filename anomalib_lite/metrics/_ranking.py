@@ -178,12 +178,13 @@ def check_lists(
     masks: Sequence[npt.ArrayLike | None] | Array,
     maps: Sequence[npt.ArrayLike] | Array,
     where: str,
+    first: str = "masks",
 ) -> tuple[list[Any], list[Array]]:
-    """Return equally many masks (not checked yet) and maps (checked)."""
-    masks, maps = listed("masks", masks, where), listed("maps", maps, where)
+    """Return equally many masks (or what ``first`` names; not checked yet) and maps (checked)."""
+    masks, maps = listed(first, masks, where), listed("maps", maps, where)
     if len(masks) != len(maps):
         raise InvalidValueError(
-            f"{where}: masks and maps must be equally many, got {len(masks)} and {len(maps)}."
+            f"{where}: {first} and maps must be equally many, got {len(masks)} and {len(maps)}."
         )
     if not maps:
         raise InvalidValueError(f"{where}: maps must hold at least one map, got none.")
@@ -195,9 +196,10 @@ def listed(name: str, values: Any, where: str) -> list[Any]:
     try:
         return list(values)
     except TypeError as error:
+        shape = "(n, 4)" if name == "boxes" else "(H, W)"
+        expected = f"a list of {shape} arrays or an array of shape (N, {shape[1:]}"
         raise InvalidTypeError(
-            f"{where}: {name} must be a list of (H, W) arrays or an array of shape (N, H, W), "
-            f"got {type(values).__name__}."
+            f"{where}: {name} must be {expected}, got {type(values).__name__}."
         ) from error
 
 
