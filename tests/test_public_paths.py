@@ -25,7 +25,8 @@ PATHS = {
     "anomalib_lite.lora": "adaptive_rank train_adapter",
     "anomalib_lite.memory_bank": "MemoryBank",
     "anomalib_lite.metrics": "aupimo aupimo_scores aupro auroc average_precision f1_max fpr_at_tpr "
-    "pixel_auroc pixel_average_precision pixel_f1_max pointing_game seg_f1",
+    "pixel_auroc pixel_average_precision pixel_f1_max pointing_game seg_f1 "
+    "bootstrap_interval paired_test",
     "anomalib_lite.persistence": "FORMAT_VERSION load",
     "anomalib_lite.plotting": "color_bar contact_sheet legend_colors overlay",
     "anomalib_lite.synthetic": "KINDS SyntheticAnomalies SyntheticAnomaly SyntheticSet",

@@ -11,15 +11,19 @@ from anomalib_lite.metrics._pixel import (
     seg_f1,
 )
 from anomalib_lite.metrics._pointing import pointing_game
+from anomalib_lite.metrics._uncertainty import PairedTest, bootstrap_interval, paired_test
 
 __all__ = [
+    "PairedTest",
     "aupimo",
     "aupimo_scores",
     "aupro",
     "auroc",
     "average_precision",
+    "bootstrap_interval",
     "f1_max",
     "fpr_at_tpr",
+    "paired_test",
     "pixel_auroc",
     "pixel_average_precision",
     "pixel_f1_max",

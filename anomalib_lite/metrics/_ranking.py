@@ -88,12 +88,14 @@ def region_area(pool: PixelPool, limit: float) -> float:
     return total / len(pool.region_sizes)
 
 
-def split_images(y_true: npt.ArrayLike, y_score: npt.ArrayLike, where: str) -> tuple[Array, Array]:
+def split_images(
+    y_true: npt.ArrayLike, y_score: npt.ArrayLike, where: str, name: str = "y_score"
+) -> tuple[Array, Array]:
     """Check labels and scores; return the sorted scores of normal and of anomalous images."""
-    labels, scores = np.asarray(y_true), numbers("y_score", y_score, where)
+    labels, scores = np.asarray(y_true), numbers(name, y_score, where)
     if labels.ndim != 1 or scores.shape != labels.shape:
         raise InvalidValueError(
-            f"{where}: y_true and y_score must both have shape (N,), "
+            f"{where}: y_true and {name} must both have shape (N,), "
             f"got {labels.shape} and {scores.shape}."
         )
     if not labels.size:
@@ -110,7 +112,7 @@ def split_images(y_true: npt.ArrayLike, y_score: npt.ArrayLike, where: str) -> t
         )
     if np.isnan(scores).any():
         index = int(np.isnan(scores).argmax())
-        raise InvalidValueError(f"{where}: y_score must not be NaN, got NaN at index {index}.")
+        raise InvalidValueError(f"{where}: {name} must not be NaN, got NaN at index {index}.")
     anomalous = labels == 1
     return np.sort(scores[~anomalous]), np.sort(scores[anomalous])
 
