@@ -11,10 +11,12 @@ from anomalib_lite.metrics._pixel import (
     seg_f1,
 )
 from anomalib_lite.metrics._pointing import pointing_game
+from anomalib_lite.metrics._streaming import PixelMetrics
 from anomalib_lite.metrics._uncertainty import PairedTest, bootstrap_interval, paired_test
 
 __all__ = [
     "PairedTest",
+    "PixelMetrics",
     "aupimo",
     "aupimo_scores",
     "aupro",

@@ -122,7 +122,7 @@ def aupimo_scores(
 def _scores(
     masks: Masks, maps: Maps, fpr_limits: tuple[float, float], where: str
 ) -> npt.NDArray[np.float64]:
-    low, high = np.log(_check_limits(fpr_limits, where))
+    low, high = np.log(check_limits(fpr_limits, where))
     masks, arrays = check_lists(masks, maps, where)
     anomalous: dict[int, Array] = {}
     normal: dict[int, list[Array]] = {}  # by the number of pixels
@@ -147,11 +147,11 @@ def _scores(
                 / sum(n_images)
                 for count in (n_above, n_at_least)
             )
-            result[index] = _areas(above, at_least, low, high).mean() / (high - low)
+            result[index] = areas_over_log(above, at_least, low, high).mean() / (high - low)
     return result
 
 
-def _areas(above: Array, at_least: Array, low: float, high: float) -> Array:
+def areas_over_log(above: Array, at_least: Array, low: float, high: float) -> Array:
     """Return the area over [low, high] of the ramp of each pixel, from 0 to 1 over log FPR.
 
     A pixel is missed up to the rate ``above``, is found from the rate ``at_least`` on, and lies on
@@ -169,7 +169,8 @@ def _areas(above: Array, at_least: Array, low: float, high: float) -> Array:
     return np.asarray(under_ramp + high - last)
 
 
-def _check_limits(limits: Any, where: str) -> tuple[float, float]:
+def check_limits(limits: Any, where: str) -> tuple[float, float]:
+    """Return two increasing rates."""
     try:
         low, high = limits
     except (TypeError, ValueError) as error:

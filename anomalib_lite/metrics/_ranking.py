@@ -157,6 +157,11 @@ def _shares(negatives: Array, scores: Array, limit: float) -> Array:
     """
     low = n_above(negatives, scores) / negatives.size
     high = n_at_least(negatives, scores) / negatives.size
+    return shares_under_ramps(low, high, limit)
+
+
+def shares_under_ramps(low: Array, high: Array, limit: float) -> Array:
+    """Return the share of [0, limit] under ramps that rise from 0 at ``low`` to 1 at ``high``."""
     rise = np.minimum(high, limit) - np.minimum(low, limit)
     under_ramp = np.zeros_like(rise)
     np.divide(rise**2, 2 * (high - low), out=under_ramp, where=high > low)
@@ -171,9 +176,15 @@ def _portions(positives: Array) -> Iterator[tuple[int, Array]]:
 
 def _regions(mask: Array, array: Array) -> Iterator[Array]:
     """Yield the scores of each connected component of ``mask``, with 8-neighbourhood."""
-    labels, _ = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
+    labels, _ = label_regions(mask)
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         yield array[box][labels[box] == number]
+
+
+def label_regions(mask: Array) -> tuple[Array, int]:
+    """Return the number of each pixel's component, with 8-neighbourhood, and how many there are."""
+    labels, n = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
+    return labels, int(n)
 
 
 def check_lists(
