@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("images", "fusion", "backbones", "engines", "embeddings"),
         *("neighbors", "coreset", "memory_bank", "gaussian", "anomaly_map", "calibration"),
-        *("synthetic", "lora", "datasets", "metrics"),
+        *("synthetic", "lora", "datasets", "metrics", "domain_shift"),
     ),
     ("detectors",),
     ("cascade",),
@@ -54,6 +54,8 @@ BESIDE = {
     ("lora", "gaussian"),
     ("lora", "synthetic"),
     ("datasets", "images"),
+    ("domain_shift", "images"),
+    ("domain_shift", "backbones"),
     ("report", "evaluation"),
     ("report", "plotting"),
     ("cli", "__init__"),
