@@ -71,7 +71,7 @@ def test_bounds_hold_the_exact_value(kind: str, budget: str) -> None:
     for name, (low, high) in found.bounds().items():
         assert low - 1e-12 <= expected[name] <= high + 1e-12
         assert low - 1e-12 <= computed[name] <= high + 1e-12
-        assert high - low < 0.05 or kind in ("constant", "infinite")  # true ties
+        assert high - low < 0.05
 
 
 def test_bounds_hold_where_bins_are_coarse() -> None:
@@ -88,6 +88,18 @@ def test_bounds_hold_where_bins_are_coarse() -> None:
         for name, (low, high) in bounds.items():
             assert low - 1e-12 <= expected[name] <= high + 1e-12
         assert bounds["pixel_auroc"][0] < bounds["pixel_auroc"][1]
+
+
+def test_true_ties_do_not_widen_the_bounds() -> None:
+    """Scores of many powers of two, each far from the next, and many zeros."""
+    masks, maps = images(0, "normal")
+    coarse = [np.float32(2) ** np.round(20 * m) * (m > 0) for m in maps]
+    found = PixelMetrics(fpr_limits=RATES, memory_budget="12MB")
+    for mask, amap in zip(masks, coarse, strict=True):  # some before, some after a fold
+        found.update([mask], [amap])
+    assert found._shift >= 1
+    for name, bounds in found.bounds().items():
+        assert bounds == pytest.approx((exact(masks, coarse)[name],) * 2, abs=1e-12)
 
 
 def test_a_smaller_budget_is_less_exact_and_still_near() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ _NEGATIVES, _POSITIVES, _REGIONS, _IMAGES, _NORMALS = range(5)
 # Bins handled at a time, so that temporary arrays are small.
 _FOLDED_AT_ONCE = 1 << 18
 _READ_AT_ONCE = 1 << 14
-_MISSING = object()
+_MISSING: Any = object()
 
 
 class _Bins(NamedTuple):
@@ -42,6 +43,7 @@ class _Bins(NamedTuple):
 
     counts: Array  # (5, n) rows of the table
     above: Array  # (5, n) sums of each row over all higher bins
+    is_one_score: Array  # (n,) bool: all pixels of the bin have the same score
 
 
 class PixelMetrics:
@@ -71,12 +73,12 @@ class PixelMetrics:
     score that was seen, so each value has a bin of its own, and the metrics are exact. If that
     would exceed ``memory_budget``, neighbouring bins are added up in pairs, for all scores alike,
     until it fits: a bin then holds 2, 4, 8... neighbouring float32 values, and its pixels count as
-    ties. With 512 MB this begins at scores that spread over about 1.6 powers of two, and each
+    ties. With 512 MB this begins at scores that spread over about 1.4 powers of two, and each
     doubling of the range of powers costs one bit of the 24 that a float32 has.
 
     Ties only change the order inside a bin. :meth:`bounds` computes each metric for the best and
-    for the worst order, so the exact value is proven to lie between. Many equal scores, such as the
-    zeros of a background, widen these bounds although they are true ties.
+    for the worst order, so the exact value is proven to lie between. A bin whose pixels all have
+    the same score, such as the zeros of a background, holds true ties and does not widen them.
 
     Examples
     --------
@@ -105,13 +107,16 @@ class PixelMetrics:
         self.fpr_limit = check_number("fpr_limit", fpr_limit, where, "(0, 1]")
         self.fpr_limits = check_limits(fpr_limits, where)
         self.memory_budget = memory_budget
-        n_bins = check_memory("memory_budget", memory_budget, where) // (5 * 8)
+        n_bins = check_memory("memory_budget", memory_budget, where) // (5 * 8 + 2 * 2)
         if n_bins < _N_SLOTS:
             raise InvalidValueError(
                 f"{where}: memory_budget must be at least 12MB, got {memory_budget!r}."
             )
         # Memory is taken from the system only where a bin is touched.
         self._table = np.zeros((5, n_bins))
+        # Lower bits of the highest score in each bin, plus one, and of the lowest, less than
+        # _SLOT_BINS by so much: both only grow, and 0 is an empty bin.
+        self._ends = np.zeros((2, n_bins), np.uint16)
         self._slots = np.full(_N_SLOTS, -1, np.int64)  # upper bits -> place in the table
         self._n_slots = 0
         self._shift = 0  # each bin holds 2 ** shift neighbouring values
@@ -191,9 +196,12 @@ class PixelMetrics:
     def _count(self, mask: Array, bits: Array) -> None:
         """Add one image to the table."""
         self._make_room(bits)
+        lower = bits & (_SLOT_BINS - 1)
         bins = self._slots[bits >> _LOWER_BITS]
         bins *= _SLOT_BINS >> self._shift
-        bins += (bits & (_SLOT_BINS - 1)) >> self._shift
+        bins += lower >> self._shift
+        if self._shift:
+            self._add_ends(bins.ravel(), lower.ravel())
         anomalous = mask.any()
         np.add.at(self._table[_NEGATIVES], bins[~mask] if anomalous else bins.ravel(), 1.0)
         if not anomalous:
@@ -208,6 +216,11 @@ class PixelMetrics:
         self._n_regions += n_regions
         self._n_anomalous += 1
 
+    def _add_ends(self, bins: Array, lower: Array) -> None:
+        """Note the lowest and the highest score of bins, given by their lower bits."""
+        np.maximum.at(self._ends[0], bins, (lower + 1).astype(np.uint16))
+        np.maximum.at(self._ends[1], bins, (_SLOT_BINS - lower).astype(np.uint16))
+
     def _make_room(self, bits: Array) -> None:
         """Give a slot to each value of the upper bits; fold the table until all slots fit."""
         seen = np.zeros(_N_SLOTS, bool)
@@ -221,11 +234,18 @@ class PixelMetrics:
     def _fold(self) -> None:
         """Add up neighbouring bins in pairs."""
         used = self._n_slots * (_SLOT_BINS >> self._shift)
-        for row in self._table:
-            for start in range(0, used, _FOLDED_AT_ONCE):
-                stop = min(start + _FOLDED_AT_ONCE, used)
-                row[start // 2 : stop // 2] = row[start:stop].reshape(-1, 2).sum(axis=1)
-            row[used // 2 : used] = 0
+        for start in range(0, used, _FOLDED_AT_ONCE):
+            stop = min(start + _FOLDED_AT_ONCE, used)
+            if not self._shift:  # each bin is one value so far
+                filled = start + np.flatnonzero(self._table[:2, start:stop].any(axis=0))
+                self._add_ends(filled, filled & (_SLOT_BINS - 1))
+            half = slice(start // 2, stop // 2)
+            for row in self._table:
+                row[half] = row[start:stop].reshape(-1, 2).sum(axis=1)
+            for ends in self._ends:
+                ends[half] = ends[start:stop].reshape(-1, 2).max(axis=1)
+        self._table[:, used // 2 : used] = 0
+        self._ends[:, used // 2 : used] = 0
         self._shift += 1
 
     def _bins(self) -> Iterator[_Bins]:
@@ -240,7 +260,8 @@ class PixelMetrics:
             bins = bins[(self._table[_NEGATIVES, bins] > 0) | (self._table[_POSITIVES, bins] > 0)]
             counts = self._table[:, bins]
             sums = np.hstack([total, total + np.cumsum(counts, axis=1)])
-            yield _Bins(counts, sums[:, :-1])
+            is_one_score = self._ends[:, bins].sum(axis=0) == _SLOT_BINS + 1
+            yield _Bins(counts, sums[:, :-1], is_one_score)
             total = sums[:, -1:]
 
     def _all_metrics(self, order: str) -> dict[str, float]:
@@ -252,22 +273,23 @@ class PixelMetrics:
         lowest, highest = np.log(self.fpr_limits)
         sums = dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro", "aupimo"), 0.0)
         best_f1 = 0.0
-        for counts, above in self._bins() if n_negative and n_positive else ():
-            first, last = _orders(above[_NEGATIVES], counts[_NEGATIVES], order)
+        for counts, above, is_one_score in self._bins() if n_negative and n_positive else ():
+            order_of = partial(_orders, order=order, tied=is_one_score)
+            first, last = order_of(above[_NEGATIVES], counts[_NEGATIVES])
             positives = counts[_POSITIVES]
             low, high = first / n_negative, last / n_negative
             sums["pixel_auroc"] += positives @ shares_under_ramps(low, high, 1.0)
             sums["aupro"] += counts[_REGIONS] @ shares_under_ramps(low, high, self.fpr_limit)
             hits = above[_POSITIVES] + positives
-            # The first positive of a bin has the lowest precision that any of them can have.
-            sure = above[_POSITIVES] + np.minimum(positives, 1) if order == "worst" else hits
+            sure = hits
+            if order == "worst":  # the first positive of a bin has the lowest precision
+                sure = np.where(is_one_score, hits, above[_POSITIVES] + np.minimum(positives, 1))
             sums["pixel_ap"] += positives @ (sure / np.maximum(sure + last, 1))
-            # A threshold below all pixels of the bin exists in any order.
-            alarms = first if order == "best" else above[_NEGATIVES] + counts[_NEGATIVES]
-            f1 = 2 * hits / (hits + alarms + n_positive)
+            # In any order there is a threshold below all pixels of the bin.
+            f1 = 2 * hits / (hits + last + n_positive)
             best_f1 = max(best_f1, float(f1.max(initial=0)))
             if self._n_normal:
-                rates = _orders(above[_NORMALS], counts[_NORMALS], order)
+                rates = order_of(above[_NORMALS], counts[_NORMALS])
                 a, b = (np.minimum(rate / self._n_normal, 1.0) for rate in rates)
                 areas = areas_over_log(a, b, lowest, highest) / (highest - lowest)
                 sums["aupimo"] += counts[_IMAGES] @ areas
@@ -282,12 +304,12 @@ class PixelMetrics:
         }
 
 
-def _orders(above: Array, inside: Array, order: str) -> tuple[Array, Array]:
+def _orders(above: Array, inside: Array, *, order: str, tied: Array) -> tuple[Array, Array]:
     """Return how many negatives come before the positives of a bin, and before or with them."""
     if order == "middle":
         return above, above + inside
     only = above if order == "best" else above + inside
-    return only, only
+    return np.where(tied, above, only), np.where(tied, above + inside, only)
 
 
 def _iterable(name: str, values: Any) -> Iterator[Any]:

@@ -76,7 +76,8 @@ def bootstrap_interval(
     (1 - confidence) / 2 and (1 + confidence) / 2 of the metric over the resamples (the percentile
     method). It describes other test images of the same kind, drawn one by one; not another
     training, and not photographs that come in groups, such as several of one part. With few images
-    it is somewhat too narrow. Where all resamples agree, as for an AUROC of 1, it has no width.
+    it is somewhat too narrow: for the AUROC of 20 images a class, intervals of 95 % held the true
+    value in 93 % of simulations. Where all resamples agree, as for an AUROC of 1, it has no width.
 
     References
     ----------
