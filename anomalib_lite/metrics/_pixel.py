@@ -208,6 +208,16 @@ def seg_f1(masks: Masks, maps: Maps, threshold: float) -> float:
     float
         In [0, 1]: 2 TP / (2 TP + FP + FN). ``nan`` if there is no anomalous pixel.
 
+    Raises
+    ------
+    InvalidValueError, InvalidTypeError
+        If ``threshold`` is no finite number; otherwise as :func:`pixel_auroc`.
+
+    References
+    ----------
+    Heckler-Kram, Neudeck, Scheler, König and Steger, "The MVTec AD 2 Dataset", arXiv:2503.21622,
+    2025.
+
     Examples
     --------
     >>> import numpy as np
