@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("ignore_mask", "tiling", "images", "fusion", "backbones", "engines", "embeddings"),
         *("neighbors", "coreset", "memory_bank", "gaussian", "anomaly_map", "calibration"),
-        *("synthetic", "lora", "datasets", "metrics"),
+        *("synthetic", "lora", "datasets", "metrics", "domain_shift"),
     ),
     ("detectors",),
     ("cascade",),
@@ -56,6 +56,8 @@ BESIDE = {
     ("lora", "gaussian"),
     ("lora", "synthetic"),
     ("datasets", "images"),
+    ("domain_shift", "images"),
+    ("domain_shift", "backbones"),
     ("report", "evaluation"),
     ("report", "plotting"),
     ("cli", "__init__"),

@@ -26,6 +26,7 @@ from anomalib_lite.metrics import (
     fpr_at_tpr,
     pixel_auroc,
     pixel_average_precision,
+    pixel_f1_max,
     pixel_metrics,
     rate,
     seg_f1,
@@ -129,6 +130,9 @@ class TestPixels:
         assert pixel_auroc(masks, maps) == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
         expected = average_precision_score(truth, scores)
         assert pixel_average_precision(masks, maps) == pytest.approx(expected, abs=1e-12)
+        precision, recall, _ = precision_recall_curve(truth, scores)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
+        assert pixel_f1_max(masks, maps) == pytest.approx(f1.max(), abs=1e-12)
 
     @pytest.mark.parametrize("limit", [0.001, 0.05, 0.3, 0.77, 1.0])
     def test_aupro_equals_its_definition(self, seed: int, ties: bool, limit: float) -> None:
@@ -151,11 +155,40 @@ class TestPixels:
         assert pixel_metrics(masks, stretched) == pytest.approx(pixel_metrics(masks, maps))
 
 
+@pytest.mark.parametrize("change", ["constant", "far", "tiny", "infinite"])
+@pytest.mark.parametrize("size", ["one pixel", "all but one pixel"])
+def test_extreme_maps_and_masks_equal_their_definitions(change: str, size: str) -> None:
+    _, maps = pixel_scores(5, ties=True)
+    changes = {
+        "constant": lambda m: np.full_like(m, -7.25),
+        "far": lambda m: 1e6 + 1e5 * m.astype(np.float64),
+        "tiny": lambda m: np.float32(1e-40) * m,  # below the least normal float32
+        "infinite": lambda m: np.where(m > 1, np.inf, m),
+    }
+    maps = [changes[change](m) for m in maps]
+    masks: list[np.ndarray | None] = [np.zeros(m.shape, int) for m in maps]
+    masks[0] = (np.arange(maps[0].size) == 30).reshape(maps[0].shape)
+    if size == "all but one pixel":
+        masks[0] = ~masks[0]
+    masks[3] = None
+    truth, scores = pooled(masks, maps)
+    scores = np.unique(scores, return_inverse=True)[1]  # scikit-learn takes no infinity
+    precision, recall, _ = precision_recall_curve(truth, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
+    assert pixel_f1_max(masks, maps) == pytest.approx(f1.max(), abs=1e-9)
+    assert pixel_metrics(masks, maps) == {
+        "pixel_auroc": pytest.approx(roc_auc_score(truth, scores), abs=1e-9),
+        "pixel_ap": pytest.approx(average_precision_score(truth, scores), abs=1e-9),
+        "aupro": pytest.approx(naive_aupro(masks, maps, 0.3), abs=1e-9),
+    }
+
+
 def test_look_ups_in_portions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, maps = pixel_scores(7, ties=True)
-    whole = pixel_metrics(masks, maps)
+    whole, f1 = pixel_metrics(masks, maps), pixel_f1_max(masks, maps)
     monkeypatch.setattr(_ranking, "_LOOKUP", 3)
     assert pixel_metrics(masks, maps) == pytest.approx(whole, abs=1e-12)
+    assert pixel_f1_max(masks, maps) == f1
 
 
 def test_aupro_interpolates_between_two_thresholds_at_the_limit() -> None:
@@ -254,6 +287,7 @@ def test_pixel_metrics_are_nan_without_one_class(mask) -> None:
     maps = [np.arange(6.0).reshape(2, 3)]
     assert all(math.isnan(v) for v in pixel_metrics([mask], maps).values())
     assert math.isnan(aupro([mask], maps))
+    assert math.isnan(pixel_f1_max([mask], maps))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ PATHS = {
     "anomalib_lite.datasets": "ELPV NEUDET Dataset Folder KolektorSDD MVTecAD MVTecAD2 Sample",
     "anomalib_lite.demo": "run_demo",
     "anomalib_lite.detectors": "BaseDetector Detections MahalanobisVFM PaDiM PatchCore",
+    "anomalib_lite.domain_shift": "cosine_distance feature_drift frechet_distance mmd "
+    "sliced_wasserstein",
     "anomalib_lite.engines": "ENGINES CompiledBackbone open_backbone",
     "anomalib_lite.errors": "AnomalibLiteError CalibrationWarning ImageError NotFittedError",
     "anomalib_lite.evaluation": "Report evaluate",
@@ -24,8 +26,9 @@ PATHS = {
     "anomalib_lite.images": "ImageSource iter_batches",
     "anomalib_lite.lora": "adaptive_rank train_adapter",
     "anomalib_lite.memory_bank": "MemoryBank",
-    "anomalib_lite.metrics": "aupro auroc average_precision f1_max fpr_at_tpr pixel_auroc "
-    "pixel_average_precision seg_f1",
+    "anomalib_lite.metrics": "aupimo aupimo_scores aupro auroc average_precision f1_max fpr_at_tpr "
+    "pixel_auroc pixel_average_precision pixel_f1_max pointing_game seg_f1 "
+    "bootstrap_interval paired_test PixelMetrics",
     "anomalib_lite.persistence": "FORMAT_VERSION load",
     "anomalib_lite.plotting": "color_bar contact_sheet legend_colors overlay",
     "anomalib_lite.synthetic": "KINDS SyntheticAnomalies SyntheticAnomaly SyntheticSet",

@@ -70,8 +70,9 @@ class NEUDET(Dataset):
     Notes
     -----
     Train on images of good strip of your own. Boxes are no masks, since they contain much good
-    steel: instead of pixel metrics, test whether the highest value of a heatmap is in a box (the
-    pointing game). A box may show another kind of defect than the name of its image says.
+    steel: instead of pixel metrics, test whether the highest value of a heatmap is in a box
+    (:func:`~anomalib_lite.metrics.pointing_game`). A box may show another kind of defect than the
+    name of its image says.
 
     References
     ----------

@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from anomalib_lite._validation import check_number
-from anomalib_lite.metrics._ranking import area, mean_precision, n_at_least, split_images
+from anomalib_lite.metrics._ranking import (
+    area,
+    best_f1,
+    mean_precision,
+    n_at_least,
+    split_images,
+)
 
 __all__ = ["auroc", "average_precision", "f1_max", "fpr_at_tpr", "rate"]
 
@@ -132,11 +138,7 @@ def f1_max(y_true: npt.ArrayLike, y_score: npt.ArrayLike) -> float:
     0.8
     """
     negatives, positives = split_images(y_true, y_score, "f1_max")
-    if not negatives.size or not positives.size:
-        return float("nan")
-    hits = n_at_least(positives, positives)
-    alarms = n_at_least(negatives, positives)
-    return float((2 * hits / (hits + alarms + positives.size)).max())
+    return best_f1(negatives, positives)
 
 
 def fpr_at_tpr(y_true: npt.ArrayLike, y_score: npt.ArrayLike, tpr: float = 0.95) -> float:

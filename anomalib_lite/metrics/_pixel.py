@@ -11,12 +11,20 @@ from collections.abc import Sequence
 import numpy.typing as npt
 
 from anomalib_lite._validation import check_number
-from anomalib_lite.metrics._ranking import Array, area, mean_precision, pool_pixels, region_area
+from anomalib_lite.metrics._ranking import (
+    Array,
+    area,
+    best_f1,
+    mean_precision,
+    pool_pixels,
+    region_area,
+)
 
 __all__ = [
     "aupro",
     "pixel_auroc",
     "pixel_average_precision",
+    "pixel_f1_max",
     "pixel_metrics",
     "seg_f1",
 ]
@@ -97,6 +105,39 @@ def pixel_average_precision(masks: Masks, maps: Maps) -> float:
     return mean_precision(pool.negatives, pool.positives)
 
 
+def pixel_f1_max(masks: Masks, maps: Maps) -> float:
+    """:func:`f1_max` over the pixels of all images, pooled.
+
+    The threshold is chosen with the test masks, so this is an upper bound. :func:`seg_f1` takes a
+    threshold that was chosen on normal images.
+
+    Parameters
+    ----------
+    masks, maps : sequences of N arrays of shape (H, W), or arrays of shape (N, H, W)
+        Ground truth and anomaly maps, as for :func:`pixel_auroc`.
+
+    Returns
+    -------
+    float
+        In (0, 1]. ``nan`` if there is no anomalous pixel, or no other.
+
+    Raises
+    ------
+    InvalidValueError, InvalidTypeError
+        As :func:`pixel_auroc`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mask = np.array([[0, 0, 1], [0, 0, 1]])
+    >>> amap = np.array([[0.1, 0.2, 0.9], [0.1, 0.3, 0.2]], dtype=np.float32)
+    >>> round(pixel_f1_max([mask], [amap]), 4)
+    0.6667
+    """
+    pool = pool_pixels(masks, maps, "pixel_f1_max", by_region=False)
+    return best_f1(pool.negatives, pool.positives)
+
+
 def aupro(masks: Masks, maps: Maps, fpr_limit: float = 0.3) -> float:
     r"""Area under the per-region overlap curve, up to a false-positive rate.
 
@@ -166,6 +207,16 @@ def seg_f1(masks: Masks, maps: Maps, threshold: float) -> float:
     -------
     float
         In [0, 1]: 2 TP / (2 TP + FP + FN). ``nan`` if there is no anomalous pixel.
+
+    Raises
+    ------
+    InvalidValueError, InvalidTypeError
+        If ``threshold`` is no finite number; otherwise as :func:`pixel_auroc`.
+
+    References
+    ----------
+    Heckler-Kram, Neudeck, Scheler, König and Steger, "The MVTec AD 2 Dataset", arXiv:2503.21622,
+    2025.
 
     Examples
     --------

@@ -61,6 +61,18 @@ def mean_precision(negatives: Array, positives: Array) -> float:
     return total / positives.size
 
 
+def best_f1(negatives: Array, positives: Array) -> float:
+    """Return the largest F1 score over the thresholds at the sorted ``positives``."""
+    if not negatives.size or not positives.size:
+        return float("nan")
+    best = 0.0
+    for _, scores in _portions(positives):
+        hits = n_at_least(positives, scores)
+        alarms = n_at_least(negatives, scores)
+        best = max(best, float((2 * hits / (hits + alarms + positives.size)).max()))
+    return best
+
+
 def region_area(pool: PixelPool, limit: float) -> float:
     """Return the mean of :func:`_shares` over the pixels of each region, then over the regions."""
     if not pool.negatives.size or not pool.region_sizes.size:
@@ -76,12 +88,14 @@ def region_area(pool: PixelPool, limit: float) -> float:
     return total / len(pool.region_sizes)
 
 
-def split_images(y_true: npt.ArrayLike, y_score: npt.ArrayLike, where: str) -> tuple[Array, Array]:
+def split_images(
+    y_true: npt.ArrayLike, y_score: npt.ArrayLike, where: str, name: str = "y_score"
+) -> tuple[Array, Array]:
     """Check labels and scores; return the sorted scores of normal and of anomalous images."""
-    labels, scores = np.asarray(y_true), _numbers("y_score", y_score, where)
+    labels, scores = np.asarray(y_true), numbers(name, y_score, where)
     if labels.ndim != 1 or scores.shape != labels.shape:
         raise InvalidValueError(
-            f"{where}: y_true and y_score must both have shape (N,), "
+            f"{where}: y_true and {name} must both have shape (N,), "
             f"got {labels.shape} and {scores.shape}."
         )
     if not labels.size:
@@ -98,7 +112,7 @@ def split_images(y_true: npt.ArrayLike, y_score: npt.ArrayLike, where: str) -> t
         )
     if np.isnan(scores).any():
         index = int(np.isnan(scores).argmax())
-        raise InvalidValueError(f"{where}: y_score must not be NaN, got NaN at index {index}.")
+        raise InvalidValueError(f"{where}: {name} must not be NaN, got NaN at index {index}.")
     anomalous = labels == 1
     return np.sort(scores[~anomalous]), np.sort(scores[anomalous])
 
@@ -115,19 +129,12 @@ def pool_pixels(
     Negatives fill one buffer from its start and positives from its end, so nothing has to be
     counted first and there is no second copy of the maps.
     """
-    masks, maps = _listed("masks", masks, where), _listed("maps", maps, where)
-    if len(masks) != len(maps):
-        raise InvalidValueError(
-            f"{where}: masks and maps must be equally many, got {len(masks)} and {len(maps)}."
-        )
-    if not maps:
-        raise InvalidValueError(f"{where}: maps must hold at least one map, got none.")
-    arrays = [_check_map(values, index, where) for index, values in enumerate(maps)]
+    masks, arrays = check_lists(masks, maps, where)
     buffer = np.empty(sum(a.size for a in arrays), np.result_type(*{a.dtype for a in arrays}))
     n_negatives, start = 0, buffer.size
     region_sizes: list[int] = []
     for index, (values, array) in enumerate(zip(masks, arrays, strict=True)):
-        mask = _check_mask(values, array.shape, index, where)
+        mask = check_mask(values, array.shape, index, where)
         negatives = array[~mask]
         buffer[n_negatives : n_negatives + negatives.size] = negatives
         n_negatives += negatives.size
@@ -150,6 +157,11 @@ def _shares(negatives: Array, scores: Array, limit: float) -> Array:
     """
     low = n_above(negatives, scores) / negatives.size
     high = n_at_least(negatives, scores) / negatives.size
+    return shares_under_ramps(low, high, limit)
+
+
+def shares_under_ramps(low: Array, high: Array, limit: float) -> Array:
+    """Return the share of [0, limit] under ramps that rise from 0 at ``low`` to 1 at ``high``."""
     rise = np.minimum(high, limit) - np.minimum(low, limit)
     under_ramp = np.zeros_like(rise)
     np.divide(rise**2, 2 * (high - low), out=under_ramp, where=high > low)
@@ -164,22 +176,48 @@ def _portions(positives: Array) -> Iterator[tuple[int, Array]]:
 
 def _regions(mask: Array, array: Array) -> Iterator[Array]:
     """Yield the scores of each connected component of ``mask``, with 8-neighbourhood."""
-    labels, _ = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
+    labels, _ = label_regions(mask)
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         yield array[box][labels[box] == number]
 
 
-def _listed(name: str, values: Any, where: str) -> list[Any]:
+def label_regions(mask: Array) -> tuple[Array, int]:
+    """Return the number of each pixel's component, with 8-neighbourhood, and how many there are."""
+    labels, n = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
+    return labels, int(n)
+
+
+def check_lists(
+    masks: Sequence[npt.ArrayLike | None] | Array,
+    maps: Sequence[npt.ArrayLike] | Array,
+    where: str,
+    first: str = "masks",
+) -> tuple[list[Any], list[Array]]:
+    """Return equally many masks (or what ``first`` names; not checked yet) and maps (checked)."""
+    masks, maps = listed(first, masks, where), listed("maps", maps, where)
+    if len(masks) != len(maps):
+        raise InvalidValueError(
+            f"{where}: {first} and maps must be equally many, got {len(masks)} and {len(maps)}."
+        )
+    if not maps:
+        raise InvalidValueError(f"{where}: maps must hold at least one map, got none.")
+    return masks, [check_map(values, index, where) for index, values in enumerate(maps)]
+
+
+def listed(name: str, values: Any, where: str) -> list[Any]:
+    """Return masks or maps as a list."""
     try:
         return list(values)
     except TypeError as error:
+        shape = "(n, 4)" if name == "boxes" else "(H, W)"
+        expected = f"a list of {shape} arrays or an array of shape (N, {shape[1:]}"
         raise InvalidTypeError(
-            f"{where}: {name} must be a list of (H, W) arrays or an array of shape (N, H, W), "
-            f"got {type(values).__name__}."
+            f"{where}: {name} must be {expected}, got {type(values).__name__}."
         ) from error
 
 
-def _numbers(name: str, values: npt.ArrayLike, where: str) -> Array:
+def numbers(name: str, values: npt.ArrayLike, where: str) -> Array:
+    """Return real numbers in float32, or wider where float32 would round them."""
     array = np.asarray(values)
     if array.size and array.dtype.kind not in "biuf":
         raise InvalidTypeError(f"{where}: {name} must hold real numbers, got dtype {array.dtype}.")
@@ -187,8 +225,9 @@ def _numbers(name: str, values: npt.ArrayLike, where: str) -> Array:
     return array.astype(np.result_type(array.dtype, np.float32), copy=False)
 
 
-def _check_map(values: npt.ArrayLike, index: int, where: str) -> Array:
-    array = _numbers(f"maps[{index}]", values, where)
+def check_map(values: npt.ArrayLike, index: int, where: str) -> Array:
+    """Return an anomaly map (H, W) without NaN."""
+    array = numbers(f"maps[{index}]", values, where)
     if array.ndim != 2 or not array.size:
         raise InvalidValueError(
             f"{where}: maps[{index}] must have shape (H, W), got {array.shape}. "
@@ -199,9 +238,10 @@ def _check_map(values: npt.ArrayLike, index: int, where: str) -> Array:
     return array
 
 
-def _check_mask(
+def check_mask(
     values: npt.ArrayLike | None, shape: tuple[int, ...], index: int, where: str
 ) -> Array:
+    """Return a mask of the map's ``shape`` as bool; None is all zero."""
     if values is None:
         return np.zeros(shape, dtype=bool)
     mask = np.asarray(values)
