@@ -230,8 +230,47 @@ class TestMasks:
     def test_a_mask_of_another_size_is_refused(self, root: Path) -> None:
         # Width and height swapped: an error that square images would hide.
         Image.new("L", (HEIGHT, WIDTH)).save(root / "plate/ground_truth/stain/2_mask.png")
-        with pytest.raises(InvalidValueError, match=r"its mask \(40, 24\), got \(24, 40\)"):
+        with pytest.raises(InvalidValueError, match=r"its mask \(40, 24\), got \(24, 40\).*EXIF"):
             evaluate(MeanImage(), MVTecAD(root, "plate"))
+
+    def test_inverted_masks(self, root: Path, report: Report) -> None:
+        for path in (root / "plate/ground_truth").rglob("*.png"):
+            with Image.open(path) as mask:
+                inverted = 255 - np.asarray(mask)
+            Image.fromarray(inverted).save(path)
+        detector = MeanImage()
+        with pytest.raises(InvalidValueError, match="inverted_masks=True"):
+            evaluate(detector, MVTecAD(root, "plate"))
+        assert not hasattr(detector, "threshold_")  # said before the fit
+        mended = evaluate(MeanImage(), MVTecAD(root, "plate"), inverted_masks=True)
+        assert mended.metrics == report.metrics
+        as_drawn = evaluate(MeanImage(), MVTecAD(root, "plate"), inverted_masks=False)
+        assert as_drawn.metrics["pixel_auroc"] < report.metrics["pixel_auroc"]
+
+    def test_turned_masks(self, root: Path, report: Report) -> None:
+        exif = Image.Exif()
+        exif[0x112] = 3
+        for path in (root / "plate/ground_truth").rglob("*.png"):
+            with Image.open(path) as mask:
+                turned = mask.rotate(180)
+            turned.save(path, exif=exif)
+        assert evaluate(MeanImage(), MVTecAD(root, "plate")).metrics == report.metrics
+
+    def test_ignored_pixels_are_left_out(self, root: Path, report: Report) -> None:
+        for path in (root / "plate/ground_truth").rglob("*.png"):
+            with Image.open(path) as mask:
+                numbers = np.minimum(np.asarray(mask), 2)
+            numbers[:, -12:] = 255
+            Image.fromarray(numbers).save(path)
+        without = evaluate(MeanImage(), MVTecAD(root, "plate"))
+        plate = MVTecAD(root, "plate")
+        maps = MeanImage().fit(plate.train).detect(plate.test).maps
+        masks = [s.mask() for s in plate.test]
+        assert without.metrics["aupro"] == metrics.aupro(masks, maps)
+        cut = [None if m is None else m.data[:, :-12] for m in masks]
+        widths = [-12 if s.label else None for s in plate.test]
+        kept = [m[:, :w] for m, w in zip(maps, widths, strict=True)]
+        assert without.metrics["aupro"] == metrics.aupro(cut, kept)
 
 
 class TestRefuses:

@@ -44,6 +44,12 @@ def add_to(commands: Any) -> None:
         help="folder layout: ground truth (default: ground_truth or masks, if there is one)",
     )
     parser.add_argument(
+        "--inverted-masks",
+        choices=("yes", "no"),
+        help="whether masks are black where a part is anomalous (default: no, but a mask that "
+        "marks nearly all of its image is an error)",
+    )
+    parser.add_argument(
         "--fpr-limit",
         type=float,
         default=0.3,
@@ -74,6 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         samples,
         fpr_limit=arguments.fpr_limit,
         pixel_metrics=not arguments.no_pixel_metrics,
+        inverted_masks={"yes": True, "no": False, None: None}[arguments.inverted_masks],
         progress=True,
     )
     report = replace(report, dataset=name)

@@ -42,6 +42,8 @@ def in_options(message: object) -> str:
     text = " ".join(str(message).split())
     for option, name in CASCADE_PARAMETERS.items():  # of the cascade, not of its heatmap model
         text = re.sub(rf"^GatedCascade: {name}\b", f"GatedCascade: {option}", text)
+    for value, answer in (("True", "yes"), ("False", "no")):
+        text = text.replace(f"inverted_masks={value}", f"--inverted-masks {answer}")
     return re.sub(
         rf"\b({names})=(?:'([^']*)'|(\d(?:[\d.,]*\d)?))",
         lambda found: f"--{found[1].replace('_', '-')} {found[2] or found[3]}",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from anomalib_lite.datasets._opening import open_dataset
-from anomalib_lite.datasets.base import Dataset, Sample, load_mask
+from anomalib_lite.datasets.base import Dataset, Sample
 from anomalib_lite.datasets.elpv import ELPV
 from anomalib_lite.datasets.folder import Folder
 from anomalib_lite.datasets.kolektor_sdd import KolektorSDD
+from anomalib_lite.datasets.masks import load_mask
 from anomalib_lite.datasets.mvtec_ad import MVTecAD
 from anomalib_lite.datasets.mvtec_ad_2 import MVTecAD2
 from anomalib_lite.datasets.neu_det import NEUDET

@@ -11,6 +11,7 @@ from anomalib_lite.datasets.listing import (
     as_path,
     check_directory,
     list_images,
+    list_images_and_masks,
     list_masks,
     pair,
     subdirectories,
@@ -65,12 +66,12 @@ def good_samples(home: Path, place: str, where: str) -> list[Sample]:
 
 def bad_samples(home: Path, place: str, ground_truth: str, where: str) -> list[Sample]:
     """List the anomalous images in ``home/place``, with masks if ``home/ground_truth`` exists."""
-    paths, kind = list_images(place, home / place, where), Path(place).name
+    found, kind = list_images_and_masks(place, home / place, where), Path(place).name
     if not (home / ground_truth).is_dir():
-        return [Sample(path, 1, kind) for path in paths]
+        return [Sample(path, 1, kind, mask) for path, mask in found.items()]
     directory = home / ground_truth / kind
     pairs = pair(
-        paths,
+        found,
         list_masks(f"{ground_truth}/{kind}", directory, where),
         lambda path: (f"{path.stem}_mask", path.stem),
         lambda path: (

@@ -108,8 +108,8 @@ def open_dataset(
     if anomalous is None:
         named = [as_path("normal", normal, where)]
         named += [] if masks is None else [as_path("masks", masks, where)]
-        taken = {os.path.normpath(path) for path in named}
-        anomalous = [kind for kind in kinds if kind not in taken]
+        taken = {(home / path).resolve() for path in named}
+        anomalous = [kind for kind in kinds if (home / kind).resolve() not in taken]
     return Folder(
         home,
         normal=normal,

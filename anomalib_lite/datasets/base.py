@@ -1,4 +1,4 @@
-"""The record of one image, a data set of training and test images, and reading masks."""
+"""The record of one image, and a data set of training and test images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from anomalib_lite.errors import ImageError, InvalidValueError, MissingPathError
+from anomalib_lite.datasets.masks import load_mask
+from anomalib_lite.errors import InvalidValueError, MissingPathError
 
-__all__ = ["Dataset", "Sample", "load_mask"]
+__all__ = ["Dataset", "Sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Sample:
     kind : str
         Kind of defect, or ``"good"``.
     mask_path : Path or None, default=None
-        Image file of the ground truth mask; None if there is no mask.
+        Image file of the ground truth mask, or directory of several; None if there is no mask.
 
     Examples
     --------
@@ -45,8 +45,13 @@ class Sample:
     kind: str
     mask_path: Path | None = None
 
-    def mask(self) -> npt.NDArray[np.bool_] | None:
+    def mask(self, *, inverted: bool | None = None) -> npt.NDArray[np.bool_] | None:
         """Load the ground truth mask.
+
+        Parameters
+        ----------
+        inverted : bool or None, default=None
+            Whether the mask is black where the part is anomalous, see :func:`load_mask`.
 
         Returns
         -------
@@ -57,9 +62,11 @@ class Sample:
         ------
         MissingPathError
             If the image is anomalous and has no mask.
+        ImageError, InvalidValueError
+            For the reasons that :func:`load_mask` gives.
         """
         if self.mask_path is not None:
-            return load_mask(self.mask_path)
+            return load_mask(self.mask_path, inverted=inverted)
         if self.label == 0:
             return None
         raise MissingPathError(
@@ -143,61 +150,3 @@ class Dataset:
             f"{type(self).__name__}({self.name!r}: {len(self.train)} train, {len(self.test)} test"
             f"{f' ({counts})' if counts else ''}, {'masks' if self.has_masks else 'no masks'})"
         )
-
-
-def load_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
-    """Read a ground truth mask from an image file.
-
-    Parameters
-    ----------
-    path : str or PathLike
-        Image with one or more channels, black where the object is good. Transparency is ignored.
-
-    Returns
-    -------
-    ndarray of shape (H, W), bool
-        True is anomalous.
-
-    Raises
-    ------
-    MissingPathError
-        If there is no such file.
-    ImageError
-        If the file cannot be decoded.
-
-    Notes
-    -----
-    A pixel is anomalous above half of full scale, 127 of 255. Masks that were JPEG files, or were
-    resized, have faint specks around every edge; if every non-zero pixel counted, each speck would
-    be a defect region of its own. Masks without any value above half of full scale hold class
-    indices (0, 1, 2, ...): in these, every non-zero pixel is anomalous.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from PIL import Image
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder, "mask.png")
-    ...     Image.new("L", (4, 3), 255).save(path)
-    ...     load_mask(path).shape
-    (3, 4)
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingPathError(f"load_mask: path must be an image file, got {path}: no such file.")
-    try:
-        with Image.open(path) as image:
-            # The annotator saw the colours of a palette; its indices have no meaning.
-            values = np.asarray(image.convert("RGB") if image.mode in {"P", "PA"} else image)
-            has_alpha = image.mode in {"LA", "RGBA"}
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(
-            f"load_mask: {path} must be a readable image, got {error}. Export it again as PNG."
-        ) from error
-    if values.ndim == 3:
-        values = values[..., :-1].max(-1) if has_alpha else values.max(-1)
-    if values.dtype == np.bool_:
-        return values.copy()
-    half = 32767 if values.max() > 255 else 127
-    return np.asarray(values > half if values.max() > half else values > 0)

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_lite._validation import check_number
-from anomalib_lite.datasets.base import Dataset, Sample, load_mask
+from anomalib_lite.datasets.base import Dataset, Sample
 from anomalib_lite.datasets.listing import (
     as_path,
     check_directory,
-    list_images,
+    list_images_and_masks,
     split_normal,
     subdirectories,
 )
+from anomalib_lite.datasets.masks import load_mask
 from anomalib_lite.errors import InvalidValueError, MissingPathError
 
 __all__ = ["KolektorSDD"]
@@ -151,27 +152,19 @@ def _find_parts(home: Path) -> list[Path]:
 
 def _read_part(part: Path) -> list[Sample]:
     """List the samples of one physical part, labelled by their masks."""
-    images: dict[str, Path] = {}
-    masks: dict[str, Path] = {}
-    for path in list_images(part.name, part, "KolektorSDD"):
-        name = path.stem.removesuffix(_LABEL)
-        group = images if name == path.stem else masks
-        if name in group:
-            raise InvalidValueError(
-                f"KolektorSDD: every image must have one file and one mask, got {group[name]} and "
-                f"{path}. Keep one of them."
+    found = list_images_and_masks(part.name, part, "KolektorSDD")
+    for path, mask in found.items():
+        if mask is None:
+            missing = "an image" if path.stem.endswith(_LABEL) else "a mask"
+            raise MissingPathError(
+                f"KolektorSDD: {path} must have {missing} beside it, got none. Without both it is "
+                "not known whether the part is good: add it, or remove this file."
             )
-        group[name] = path
-    for name in sorted(images.keys() ^ masks.keys()):
-        there, missing = (images[name], "a mask") if name in images else (masks[name], "an image")
-        raise MissingPathError(
-            f"KolektorSDD: {there} must have {missing} beside it, got none. Without both it is not "
-            "known whether the part is good: add it, or remove this file."
-        )
-    return [_sample(images[name], masks[name]) for name in images]
+    return [_sample(image, mask) for image, mask in found.items() if mask is not None]
 
 
 def _sample(image: Path, mask: Path) -> Sample:
-    if load_mask(mask).any():
+    # Published masks are as they should be, so how much they cover is no question.
+    if load_mask(mask, inverted=False).any():
         return Sample(image, 1, "defect", mask)
     return Sample(image, 0, "good")

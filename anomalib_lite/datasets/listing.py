@@ -13,14 +13,19 @@ from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingPat
 from anomalib_lite.images import IMAGE_SUFFIXES, list_files
 
 __all__ = [
+    "MASK_ENDINGS",
     "as_path",
     "check_directory",
     "list_images",
+    "list_images_and_masks",
     "list_masks",
     "pair",
     "split_normal",
     "subdirectories",
 ]
+
+# How the file names of masks end that lie beside their images, in small letters.
+MASK_ENDINGS = ("_gt", "_label", "_mask")
 
 
 def as_path(name: str, value: Any, where: str) -> Path:
@@ -52,7 +57,65 @@ def subdirectories(directory: Path) -> list[Path]:
 
 
 def list_images(name: str, directory: Path, where: str, *, recursive: bool = False) -> list[Path]:
-    """List the image files in ``directory``; MissingPathError if there is none."""
+    """List the image files in ``directory`` without masks; MissingPathError if there is none."""
+    return list(list_images_and_masks(name, directory, where, recursive=recursive))
+
+
+def list_images_and_masks(
+    name: str, directory: Path, where: str, *, recursive: bool = False
+) -> dict[Path, Path | None]:
+    """Map each image in ``directory`` to the mask that lies beside it, if there is one.
+
+    Parameters
+    ----------
+    name : str
+        Name of the directory in errors.
+    directory : Path
+    where : str
+        Caller, named in errors.
+    recursive : bool, default=False
+        Whether to list the files in subdirectories too.
+
+    Returns
+    -------
+    dict of Path to Path or None
+        Sorted by the path of the image. ``7_GT.png``, ``7_label.png`` or ``7_mask.png`` (small
+        or capital letters, any image suffix) beside ``7.jpg`` is its mask and no image.
+
+    Raises
+    ------
+    MissingPathError
+        If there is no such directory, or no image in it.
+    InvalidValueError
+        If two files differ by their suffix alone (one may be the mask of the other), or an image
+        has two masks.
+    """
+    found = _list_all(name, directory, where, recursive=recursive)
+    stems: dict[str, Path] = {}
+    for path in found:
+        other = stems.setdefault(os.path.splitext(path)[0], path)  # noqa: PTH122 (thrice as fast)
+        if other is not path:
+            raise InvalidValueError(
+                f"{where}: {name} must hold one file for each image, got {other} and {path}. If "
+                "one is the mask of the other, add _mask to its name; if it is a copy, remove it; "
+                "otherwise rename it."
+            )
+    masks: dict[Path, Path] = {}
+    for stem, path in stems.items():
+        ending = next((e for e in MASK_ENDINGS if stem.lower().endswith(e)), None)
+        image = None if ending is None else stems.get(stem[: -len(ending)])
+        if image is None:
+            continue
+        if masks.setdefault(image, path) is not path:
+            raise InvalidValueError(
+                f"{where}: {name} must hold one mask for each image, got {masks[image]} and {path} "
+                f"for {image}. Keep one of them."
+            )
+    are_masks = set(masks.values())
+    return {path: masks.get(path) for path in found if path not in are_masks}
+
+
+def _list_all(name: str, directory: Path, where: str, *, recursive: bool) -> list[Path]:
     found = list_files(check_directory(name, directory, where), recursive=recursive)
     if not found:
         raise MissingPathError(
@@ -65,7 +128,7 @@ def list_images(name: str, directory: Path, where: str, *, recursive: bool = Fal
 def list_masks(name: str, directory: Path, where: str) -> dict[str, Path]:
     """Map the path of each mask from ``directory``, without its suffix, to the mask."""
     masks: dict[str, Path] = {}
-    for path in list_images(name, directory, where, recursive=True):
+    for path in _list_all(name, directory, where, recursive=True):
         key = path.relative_to(directory).with_suffix("").as_posix()
         if key in masks:
             raise InvalidValueError(

@@ -127,15 +127,15 @@ def pool_pixels(
     n_negatives, start = 0, buffer.size
     region_sizes: list[int] = []
     for index, (values, array) in enumerate(zip(masks, arrays, strict=True)):
-        mask = _check_mask(values, array.shape, index, where)
-        negatives = array[~mask]
+        mask, normal = _check_mask(values, array.shape, index, where)
+        negatives = array[normal]
         buffer[n_negatives : n_negatives + negatives.size] = negatives
         n_negatives += negatives.size
         for region in _regions(mask, array) if by_region else [array[mask]]:
             buffer[start - region.size : start] = region
             start -= region.size
             region_sizes.append(region.size)
-    pool = PixelPool(buffer[:n_negatives], buffer[n_negatives:], np.array(region_sizes[::-1]))
+    pool = PixelPool(buffer[:n_negatives], buffer[start:], np.array(region_sizes[::-1]))
     pool.negatives.sort()
     if not by_region:
         pool.positives.sort()
@@ -201,9 +201,10 @@ def _check_map(values: npt.ArrayLike, index: int, where: str) -> Array:
 
 def _check_mask(
     values: npt.ArrayLike | None, shape: tuple[int, ...], index: int, where: str
-) -> Array:
+) -> tuple[Array, Array]:
+    """Return which pixels are anomalous, and which are normal; those masked out are neither."""
     if values is None:
-        return np.zeros(shape, dtype=bool)
+        return np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool)
     mask = np.asarray(values)
     if mask.shape != shape:
         raise InvalidValueError(
@@ -216,4 +217,8 @@ def _check_mask(
             f"{where}: masks[{index}] must be bool or integer, got dtype {mask.dtype}. "
             "Threshold a resized or soft mask first, as in mask > 0.5."
         )
-    return mask.astype(bool, copy=False)
+    anomalous = mask.astype(bool, copy=False)
+    if not isinstance(values, np.ma.MaskedArray):
+        return anomalous, ~anomalous
+    counts = ~np.ma.getmaskarray(values)
+    return anomalous & counts, ~anomalous & counts
