@@ -22,6 +22,7 @@ from anomalib_lite.errors import (
     MissingPathError,
     NotFittedError,
     OutputError,
+    SharedImagesWarning,
 )
 from anomalib_lite.evaluation import Report, evaluate
 
@@ -166,6 +167,7 @@ class TestMetrics:
             "test_normal": 6,
             "test_anomalous": 8,
             "empty_masks": 0,
+            "test_in_train": 0,
         }
         assert report.peak_memory_mb is None or 20 < report.peak_memory_mb < 1e6
         assert report.versions["anomalib_lite"] == anomalib_lite.__version__
@@ -271,6 +273,30 @@ class TestMasks:
         widths = [-12 if s.label else None for s in plate.test]
         kept = [m[:, :w] for m, w in zip(maps, widths, strict=True)]
         assert without.metrics["aupro"] == metrics.aupro(cut, kept)
+
+
+class TestSharedImages:
+    def test_are_named_counted_and_tested_as_asked(self, root: Path) -> None:
+        copy = root / "plate/test/good/copy.png"
+        copy.write_bytes((root / "plate/train/good/7.png").read_bytes())
+        plate = MVTecAD(root, "plate")
+        message = r"1 of 15 test images are also .*good.copy\.png \(trained on as .*good.7\.png\)"
+        with pytest.warns(SharedImagesWarning, match=message) as caught:
+            report = evaluate(MeanImage(), plate)
+        assert [w.filename for w in caught] == [__file__]
+        assert report.counts["test_in_train"] == 1
+        assert report.counts["test_normal"] == 7
+        assert "1 test images are training images too" in str(report)
+
+    def test_many_are_counted(self, root: Path) -> None:
+        for i in range(5):
+            (root / f"plate/test/good/{i}.png").write_bytes(
+                (root / f"plate/train/good/{i}.png").read_bytes()
+            )
+        with pytest.warns(
+            SharedImagesWarning, match=r"^evaluate: 5 of 14 .*2\.png\) and so on\. Rem"
+        ):
+            evaluate(MeanImage(), MVTecAD(root, "plate"))
 
 
 class TestRefuses:

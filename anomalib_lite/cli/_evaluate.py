@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,25 +64,27 @@ def run(arguments: argparse.Namespace) -> None:
     """Test the model, print the report, and write it."""
     from anomalib_lite._files import check_file
 
-    name, samples = _test_samples(arguments)
+    dataset = _open(arguments)
     files = [check_file(Path(f)) for f in (arguments.json, arguments.csv) if f is not None]
 
+    from anomalib_lite.datasets import Folder
     from anomalib_lite.evaluation import evaluate
 
     # Metrics without the unreadable images would be metrics of another data set.
     detector = load_model(arguments)._with_options(on_error="raise", verbose=0)
-    with_masks = not arguments.no_pixel_metrics and any(s.mask_path for s in samples)
+    with_masks = not arguments.no_pixel_metrics and dataset.has_masks
     if with_masks and hasattr(detector, "maps"):
         detector.maps = "always"  # pixel metrics need heatmaps of all images
     report = evaluate(
         detector,
-        samples,
+        # Other layouts say what is for training, so evaluate can tell if test images are in there.
+        dataset.train + dataset.test if isinstance(dataset, Folder) else dataset,
         fpr_limit=arguments.fpr_limit,
         pixel_metrics=not arguments.no_pixel_metrics,
         inverted_masks={"yes": True, "no": False, None: None}[arguments.inverted_masks],
         progress=True,
     )
-    report = replace(report, dataset=name)
+    report = replace(report, dataset=dataset.name)
     if arguments.json is not None:
         report.to_json(arguments.json)
     if arguments.csv is not None:
@@ -93,15 +94,15 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"written to {file}")
 
 
-def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
-    """Return the name of the data set and its test images, none of them decoded."""
-    from anomalib_lite.datasets import Folder, open_dataset
+def _open(arguments: argparse.Namespace) -> Any:
+    """Open the data set; no image is decoded."""
+    from anomalib_lite.datasets import open_dataset
     from anomalib_lite.errors import MissingPathError
 
     root = Path(arguments.dataset)
     if not root.is_dir():
         raise MissingPathError(f"evaluate: {root} is not an existing directory.")
-    dataset = open_dataset(
+    return open_dataset(
         root,
         arguments.layout,
         normal=arguments.normal or None,
@@ -110,5 +111,3 @@ def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
         test_size=0,  # the model is fitted already, so no image is kept for training
         where="evaluate",
     )
-    is_folder = isinstance(dataset, Folder)
-    return dataset.name, dataset.train + dataset.test if is_folder else dataset.test

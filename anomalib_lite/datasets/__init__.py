@@ -11,6 +11,7 @@ from anomalib_lite.datasets.masks import load_mask
 from anomalib_lite.datasets.mvtec_ad import MVTecAD
 from anomalib_lite.datasets.mvtec_ad_2 import MVTecAD2
 from anomalib_lite.datasets.neu_det import NEUDET
+from anomalib_lite.datasets.shared import find_shared
 
 __all__ = [
     "ELPV",
@@ -21,6 +22,7 @@ __all__ = [
     "MVTecAD",
     "MVTecAD2",
     "Sample",
+    "find_shared",
     "load_mask",
     "open_dataset",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +99,7 @@ class Dataset:
     ------
     InvalidValueError
         If ``train`` is empty (except in a published data set without normal images) or holds an
-        anomalous image, or a file occurs twice.
+        anomalous image, or a file occurs twice, be it through a link.
 
     Examples
     --------
@@ -129,12 +129,12 @@ class Dataset:
                     f"{where}: train must hold normal images only, got {sample.path} "
                     f"of kind {sample.kind!r}."
                 )
-        files = Counter(os.path.abspath(s.path) for s in self.train + self.test)  # noqa: PTH100
+        files = Counter(_real_paths(self.train + self.test))
         file, count = files.most_common(1)[0]
         if count > 1:
             raise InvalidValueError(
                 f"{where}: every file must occur once, in train or in test, got {file} "
-                f"{count} times. Check that no directory contains another."
+                f"{count} times. Check that no directory contains another, or links to it."
             )
 
     @property
@@ -150,3 +150,14 @@ class Dataset:
             f"{type(self).__name__}({self.name!r}: {len(self.train)} train, {len(self.test)} test"
             f"{f' ({counts})' if counts else ''}, {'masks' if self.has_masks else 'no masks'})"
         )
+
+
+def _real_paths(samples: Iterable[Sample]) -> Iterator[str]:
+    """Yield the path of each image with all links resolved; each directory is looked up once."""
+    directories: dict[str, str] = {}
+    for sample in samples:
+        directory, name = os.path.split(sample.path)
+        if directory not in directories:
+            directories[directory] = os.path.realpath(directory)
+        path = os.path.join(directories[directory], name)  # noqa: PTH118 (a third of Path's time)
+        yield os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114

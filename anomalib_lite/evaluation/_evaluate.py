@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -13,12 +14,13 @@ from tqdm import tqdm
 
 from anomalib_lite import metrics
 from anomalib_lite._validation import check_int, check_number
-from anomalib_lite.datasets import Dataset, Sample
+from anomalib_lite.datasets import Dataset, Sample, find_shared
 from anomalib_lite.errors import (
     InvalidTypeError,
     InvalidValueError,
     MissingPathError,
     NotFittedError,
+    SharedImagesWarning,
 )
 from anomalib_lite.evaluation._report import Report
 
@@ -77,6 +79,13 @@ def evaluate(
     Report
         Metrics, timings, memory and parameters.
 
+    Warns
+    -----
+    SharedImagesWarning
+        If test images are also in ``dataset.train``, by the content of their files
+        (:func:`~anomalib_lite.datasets.find_shared`). They are tested as asked, and counted in the
+        report.
+
     Raises
     ------
     NotFittedError
@@ -131,6 +140,7 @@ def evaluate(
             "has maps='escalated', which makes them for some only. Set maps='always', or pass "
             "pixel_metrics=False."
         )
+    n_shared = _warn_of_shared(train, test)
     if with_masks:  # if masks are inverted, all are: say so before minutes of work
         next(s for s in test if s.label).mask(inverted=inverted_masks)
     fit_s = _fit_if_needed(detector, train)
@@ -148,7 +158,7 @@ def evaluate(
         detector=type(detector).__name__,
         parameters=getattr(detector, "get_params", dict)(),
         threshold=float(detector.threshold_),
-        counts=_counts(train if fit_s is not None else (), test, tested),
+        counts=_counts(train if fit_s is not None else (), test, tested) | n_shared,
         metrics=figures,
         per_kind=_kinds(test, tested),
         timings=timings if fit_s is None else {"fit_s": fit_s, **timings},
@@ -187,6 +197,23 @@ def _unpack(
     if not test:
         raise InvalidValueError("evaluate: dataset must hold test images, got none.")
     return name, train, test
+
+
+def _warn_of_shared(train: tuple[Sample, ...], test: tuple[Sample, ...]) -> dict[str, int]:
+    """Count the test images that are also in ``train``, and warn of them."""
+    if not train:
+        return {}
+    shared = find_shared(train, test)
+    if shared:
+        names = ", ".join(f"{b} (trained on as {a})" for a, b in shared[:3])
+        warnings.warn(
+            f"evaluate: {len(shared)} of {len(test)} test images are also training images, so the "
+            f"figures look better than they are: {names}{' and so on' if len(shared) > 3 else ''}. "
+            "Remove them from the one or the other; anomalib_lite.datasets.find_shared lists all.",
+            SharedImagesWarning,
+            stacklevel=3,
+        )
+    return {"test_in_train": len(shared)}
 
 
 def _masks_complete(test: tuple[Sample, ...]) -> bool:
