@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sklearn.utils import check_random_state
 
@@ -19,10 +19,13 @@ __all__ = [
     "list_images",
     "list_images_and_masks",
     "list_masks",
+    "listed_file",
     "pair",
     "split_normal",
     "subdirectories",
 ]
+
+_Item = TypeVar("_Item")
 
 # How the file names of masks end that lie beside their images, in small letters.
 MASK_ENDINGS = ("_gt", "_label", "_mask")
@@ -182,10 +185,25 @@ def pair(
     return pairs
 
 
+def listed_file(home: Path, name: str, file: Path, where: str) -> Path:
+    """Return the path of an image that a file of the data set lists, relative to ``home``."""
+    path = home / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InvalidValueError(
+            f"{where}: {file} must list paths inside of {home}, got {name!r}. Unpack it again."
+        )
+    if not path.is_file():
+        raise MissingPathError(
+            f"{where}: {path} must exist, since {file} lists it, got no such file. Unpack the data "
+            "set again."
+        )
+    return path
+
+
 def split_normal(
-    paths: Sequence[Path], test_size: float, random_state: Any, where: str
-) -> tuple[list[Path], list[Path]]:
-    """Split ``paths`` at random into training and test paths, both in the order given."""
+    paths: Sequence[_Item], test_size: float, random_state: Any, where: str
+) -> tuple[list[_Item], list[_Item]]:
+    """Split paths, or parts, at random into those for training and for test, in the order given."""
     n_test = round(test_size * len(paths))
     if test_size > 0 and len(paths) < 2:
         raise InvalidValueError(
