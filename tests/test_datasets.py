@@ -316,7 +316,7 @@ class TestOpenDataset:
         with pytest.raises(InvalidTypeError, match="normal must be a path, got int"):
             open_dataset(line, normal=3)  # type: ignore[arg-type]
         with pytest.raises(MissingPathError, match="normal must be an existing directory"):
-            open_dataset(line)  # has no "good"
+            open_dataset(line, "folder")  # has no "good"
 
 
 class TestDataset:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite.cli._model import add_model_arguments, load_model
+from anomalib_lite.cli._options import PUBLISHED_LAYOUTS
 
 
 def add_to(commands: Any) -> None:
@@ -18,15 +19,15 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "dataset",
         metavar="DATASET",
-        help="one category in the layout of MVTec AD or MVTec AD 2, or a directory with one "
-        "subdirectory of normal images that the model was not fitted on, and others of anomalous "
-        "images",
+        help="a published data set, or one category of it; or a directory with one subdirectory of "
+        "normal images that the model was not fitted on, and others of anomalous images",
     )
     parser.add_argument(
         "--layout",
-        choices=("auto", "mvtec", "folder"),
+        choices=("auto", "folder", *PUBLISHED_LAYOUTS),
         default="auto",
-        help="layout of the data set (default: auto)",
+        help="layout of the data set; mvtec is MVTec AD, AD 2 and LOCO AD (default: auto, by the "
+        "directories that are there)",
     )
     parser.add_argument(
         "--normal", metavar="DIR", help="folder layout: normal images (default: good)"
@@ -89,6 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
         report.to_json(arguments.json)
     if arguments.csv is not None:
         report.to_csv(arguments.csv)
+    masks = "masks" if dataset.has_masks else "no masks"
+    print(f"{arguments.dataset}: layout {dataset.layout} ({type(dataset).__name__}), {masks}")
     print(report)
     for file in files:
         print(f"written to {file}")

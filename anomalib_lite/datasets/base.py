@@ -94,6 +94,8 @@ class Dataset:
     name : str
     train, test : tuple of Sample
         Both can be used as the ``images`` of a detector.
+    layout : str or None
+        Layout that :func:`open_dataset` took the directory for; None if it was not used.
 
     Raises
     ------
@@ -113,6 +115,7 @@ class Dataset:
     # Whether this is a published data set without normal images. In any other, an empty train is a
     # mistake, such as a pattern that matches no file, and is reported at once.
     _test_only = False
+    layout: str | None = None
 
     def __init__(self, name: str, train: Iterable[Sample], test: Iterable[Sample]) -> None:
         self.name = name
