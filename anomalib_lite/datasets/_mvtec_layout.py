@@ -91,10 +91,10 @@ def bad_samples(home: Path, place: str, ground_truth: str, where: str) -> list[S
     """List the anomalous images in ``home/place``, with masks if ``home/ground_truth`` exists."""
     found, kind = list_images_and_masks(place, home / place, where), Path(place).name
     if not (home / ground_truth).is_dir():
-        return [Sample(path, 1, kind, mask) for path, mask in found.items()]
+        return [Sample(path, 1, kind, mask) for path, mask in found]
     directory = home / ground_truth / kind
     pairs = pair(
-        found,
+        (path for path, _ in found),
         list_masks(f"{ground_truth}/{kind}", directory, where),
         lambda path: (f"{path.stem}_mask", path.stem),
         lambda path: (

@@ -139,14 +139,16 @@ def _anomalous(directory: Path, good: Path, mask_root: Path | None) -> list[Samp
     found = list_images_and_masks("anomalous", directory, "Folder", recursive=True)
     place, masks = directory.resolve(), None if mask_root is None else mask_root.resolve()
     if masks is not None and place in masks.parents:
-        inside = (path for path in found if masks in (place / path.relative_to(directory)).parents)
-        for path in list(inside):
-            del found[path]
+        found = [
+            (path, mask)
+            for path, mask in found
+            if masks not in (place / path.relative_to(directory)).parents
+        ]
     if not found:
         raise MissingPathError(
             f"Folder: anomalous must hold images outside of masks, got none in {directory}."
         )
-    samples = [Sample(path, 1, path.parent.name, mask) for path, mask in found.items()]
+    samples = [Sample(path, 1, path.parent.name, mask) for path, mask in found]
     for sample in samples:
         if sample.kind in {_GOOD, good.name}:
             raise InvalidValueError(

@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_lite._validation import check_number
-from anomalib_lite.datasets.base import Dataset, Sample
+from anomalib_lite.datasets._kolektor import labelled_by_masks
+from anomalib_lite.datasets.base import Dataset
 from anomalib_lite.datasets.listing import (
     as_path,
     check_directory,
-    list_images_and_masks,
     split_normal,
     subdirectories,
 )
-from anomalib_lite.datasets.masks import load_mask
 from anomalib_lite.errors import InvalidValueError, MissingPathError
 
 __all__ = ["KolektorSDD"]
@@ -128,8 +127,10 @@ class KolektorSDD(Dataset):
         home = check_directory("root", as_path("root", root, where), where)
         share = check_number("test_size", test_size, where, "(0, 1)")
         train_parts, test_parts = split_normal(_find_parts(home), share, random_state, where)
-        known = [sample for part in train_parts for sample in _read_part(part)]
-        test = [sample for part in test_parts for sample in _read_part(part)]
+        known = [
+            sample for part in train_parts for sample in labelled_by_masks(part, _LABEL, where)
+        ]
+        test = [sample for part in test_parts for sample in labelled_by_masks(part, _LABEL, where)]
         super().__init__("kolektor_sdd", [s for s in known if not s.label], test)
         self.train_anomalous = tuple(s for s in known if s.label)
 
@@ -148,23 +149,3 @@ def _find_parts(home: Path) -> list[Path]:
             f"{parts[0].name} alone in {home}. Add the others."
         )
     return parts
-
-
-def _read_part(part: Path) -> list[Sample]:
-    """List the samples of one physical part, labelled by their masks."""
-    found = list_images_and_masks(part.name, part, "KolektorSDD")
-    for path, mask in found.items():
-        if mask is None:
-            missing = "an image" if path.stem.endswith(_LABEL) else "a mask"
-            raise MissingPathError(
-                f"KolektorSDD: {path} must have {missing} beside it, got none. Without both it is "
-                "not known whether the part is good: add it, or remove this file."
-            )
-    return [_sample(image, mask) for image, mask in found.items() if mask is not None]
-
-
-def _sample(image: Path, mask: Path) -> Sample:
-    # Published masks are as they should be, so how much they cover is no question.
-    if load_mask(mask, inverted=False).any():
-        return Sample(image, 1, "defect", mask)
-    return Sample(image, 0, "good")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from anomalib_lite.datasets.base import Dataset, Sample
-from anomalib_lite.datasets.listing import as_path, check_directory, list_images_and_masks
-from anomalib_lite.datasets.masks import load_mask
-from anomalib_lite.errors import MissingPathError
+from anomalib_lite.datasets._kolektor import labelled_by_masks
+from anomalib_lite.datasets.base import Dataset
+from anomalib_lite.datasets.listing import as_path, check_directory
 
 __all__ = ["KolektorSDD2"]
 
@@ -88,23 +86,6 @@ class KolektorSDD2(Dataset):
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         home = check_directory("root", as_path("root", root, _WHERE), _WHERE)
-        known, test = _read(home, "train"), _read(home, "test")
+        known, test = (labelled_by_masks(home / s, "_GT", _WHERE) for s in ("train", "test"))
         super().__init__("kolektor_sdd_2", [s for s in known if not s.label], test)
         self.train_anomalous = tuple(s for s in known if s.label)
-
-
-def _read(home: Path, place: str) -> list[Sample]:
-    samples = []
-    for path, mask in list_images_and_masks(place, home / place, _WHERE).items():
-        if mask is None:
-            missing = "an image" if path.stem.endswith("_GT") else "a mask"
-            raise MissingPathError(
-                f"{_WHERE}: {path} must have {missing} beside it, got none. Without both it is not "
-                "known whether the part is good: add it, or remove this file."
-            )
-        # Published masks are as they should be, so how much they cover is no question.
-        if load_mask(mask, inverted=False).any():
-            samples.append(Sample(path, 1, "defect", mask))
-        else:
-            samples.append(Sample(path, 0, "good"))
-    return samples

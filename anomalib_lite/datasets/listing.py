@@ -61,13 +61,14 @@ def subdirectories(directory: Path) -> list[Path]:
 
 def list_images(name: str, directory: Path, where: str, *, recursive: bool = False) -> list[Path]:
     """List the image files in ``directory`` without masks; MissingPathError if there is none."""
-    return list(list_images_and_masks(name, directory, where, recursive=recursive))
+    found = list_images_and_masks(name, directory, where, recursive=recursive)
+    return [image for image, _ in found]
 
 
 def list_images_and_masks(
     name: str, directory: Path, where: str, *, recursive: bool = False
-) -> dict[Path, Path | None]:
-    """Map each image in ``directory`` to the mask that lies beside it, if there is one.
+) -> list[tuple[Path, Path | None]]:
+    """List the images in ``directory``, each with the mask that lies beside it, if there is one.
 
     Parameters
     ----------
@@ -81,7 +82,7 @@ def list_images_and_masks(
 
     Returns
     -------
-    dict of Path to Path or None
+    list of (Path, Path or None)
         Sorted by the path of the image. ``7_GT.png``, ``7_label.png`` or ``7_mask.png`` (small
         or capital letters, any image suffix) beside ``7.jpg`` is its mask and no image.
 
@@ -94,28 +95,30 @@ def list_images_and_masks(
         has two masks.
     """
     found = _list_all(name, directory, where, recursive=recursive)
+    # By names as text: a hash or a parent of a Path takes many times as long.
     stems: dict[str, Path] = {}
+    masks: dict[str, Path] = {}  # by the image's stem
     for path in found:
-        other = stems.setdefault(os.path.splitext(path)[0], path)  # noqa: PTH122 (thrice as fast)
-        if other is not path:
+        stem = os.path.splitext(path)[0]  # noqa: PTH122
+        if stem in stems:
             raise InvalidValueError(
-                f"{where}: {name} must hold one file for each image, got {other} and {path}. If "
-                "one is the mask of the other, add _mask to its name; if it is a copy, remove it; "
-                "otherwise rename it."
+                f"{where}: {name} must hold one file for each image, got {stems[stem]} and {path}. "
+                "If one is the mask of the other, add _mask to its name; if it is a copy, remove "
+                "it; otherwise rename it."
             )
-    masks: dict[Path, Path] = {}
-    for stem, path in stems.items():
-        ending = next((e for e in MASK_ENDINGS if stem.lower().endswith(e)), None)
-        image = None if ending is None else stems.get(stem[: -len(ending)])
-        if image is None:
-            continue
-        if masks.setdefault(image, path) is not path:
+        stems[stem] = path
+    for stem in [stem for stem in stems if stem.lower().endswith(MASK_ENDINGS)]:
+        image = stem[: stem.rindex("_")]
+        if image not in stems:
+            continue  # only a name that ends so
+        mask = stems.pop(stem)
+        if image in masks:
             raise InvalidValueError(
-                f"{where}: {name} must hold one mask for each image, got {masks[image]} and {path} "
-                f"for {image}. Keep one of them."
+                f"{where}: {name} must hold one mask for each image, got {masks[image]} and {mask} "
+                f"for {stems[image]}. Keep one of them."
             )
-    are_masks = set(masks.values())
-    return {path: masks.get(path) for path in found if path not in are_masks}
+        masks[image] = mask
+    return [(path, masks.get(stem)) for stem, path in stems.items()]
 
 
 def _list_all(name: str, directory: Path, where: str, *, recursive: bool) -> list[Path]:

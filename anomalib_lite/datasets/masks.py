@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -163,10 +164,10 @@ def _classify(image: Image.Image, lossy: bool) -> tuple[_Bools, _Bools]:
     return anomalous & visible, ignored & visible
 
 
-def _classify_levels(values: npt.NDArray[np.generic], lossy: bool) -> tuple[_Bools, _Bools]:
+def _classify_levels(values: npt.NDArray[Any], lossy: bool) -> tuple[_Bools, _Bools]:
     """Tell the gray levels of a mask apart: what is anomalous, and what is ignored."""
     if values.dtype == np.uint8:  # counting is faster than sorting
-        levels = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
+        levels = np.flatnonzero(Image.fromarray(values).histogram())
     else:
         levels = np.unique(values)
     levels = levels[levels != 0]
