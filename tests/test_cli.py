@@ -375,6 +375,7 @@ class TestEvaluate:
         assert f"{tmp_path / 'none'} is not an existing directory" in said
         said = refused("evaluate", model, wall / "test/good")
         assert f"must be a directory in a known layout, got {wall / 'test/good'}" in said
+        assert "such as --normal ok" in said
         said = refused("evaluate", model, wall / "test/good", "--layout", "folder")
         assert f"normal must be an existing directory, got {wall / 'test/good/good'}" in said
         (tmp_path / "file").touch()

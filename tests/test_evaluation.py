@@ -167,6 +167,7 @@ class TestMetrics:
             "test_normal": 6,
             "test_anomalous": 8,
             "empty_masks": 0,
+            "ignored_pixels": 0,
             "test_in_train": 0,
         }
         assert report.peak_memory_mb is None or 20 < report.peak_memory_mb < 1e6
@@ -265,6 +266,8 @@ class TestMasks:
             numbers[:, -12:] = 255
             Image.fromarray(numbers).save(path)
         without = evaluate(MeanImage(), MVTecAD(root, "plate"))
+        assert without.counts["ignored_pixels"] == 8 * HEIGHT * 12
+        assert "the masks leave out 2,304 pixels" in str(without)
         plate = MVTecAD(root, "plate")
         maps = MeanImage().fit(plate.train).detect(plate.test).maps
         masks = [s.mask() for s in plate.test]

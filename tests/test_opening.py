@@ -139,7 +139,9 @@ def test_the_directory_above_the_categories(tmp_path: Path, make: Callable[[Path
 
 def test_what_it_cannot_tell_it_asks(tmp_path: Path) -> None:
     draw(tmp_path, "okay/0.png", "okay/1.png", "dent/0.png")
-    message = r"with the directories \['dent', 'okay'\]\. Known are folder .*; neu_det .* by normal"
+    message = (
+        r"with the directories \['dent', 'okay'\]\. Known are folder .*; neu_det .*normal='ok'"
+    )
     with pytest.raises(MissingPathError, match=f"^Asker: .*{message}") as caught:
         open_dataset(tmp_path, where="Asker")
     assert all(layout in str(caught.value) for layout in LAYOUTS[1:])

@@ -38,7 +38,7 @@ def is_user_error(error: Exception) -> bool:
 
 def in_options(message: object) -> str:
     """Rewrite a message of the library in one line, with ``name='value'`` as ``--name value``."""
-    names = "|".join([*ALL_FIT_OPTIONS, "threshold", "layout"])
+    names = "|".join([*ALL_FIT_OPTIONS, "threshold", "layout", "normal"])
     text = " ".join(str(message).split())
     for option, name in CASCADE_PARAMETERS.items():  # of the cascade, not of its heatmap model
         text = re.sub(rf"^GatedCascade: {name}\b", f"GatedCascade: {option}", text)

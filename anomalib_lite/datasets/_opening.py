@@ -234,7 +234,8 @@ def _recognise(home: Path, named: bool, where: str) -> str:
     raise MissingPathError(
         f"{where}: root must be a directory in a known layout, got {home} with the directories "
         f"{[path.name for path in inside]}. Known are folder (good, and others of anomalous "
-        f"images); {known}. If normal images are elsewhere, name their directory by normal."
+        f"images); {known}. If normal images are elsewhere, name their directory, such as "
+        "normal='ok'."
     )
 
 

@@ -339,4 +339,6 @@ def _counts(train: tuple[Sample, ...], test: tuple[Sample, ...], tested: _Tested
     if tested.masks:
         truths = zip(test, tested.masks, strict=True)
         counts["empty_masks"] = sum(s.label and m is not None and not m.any() for s, m in truths)
+        # A plain array or None has no ignored pixels.
+        counts["ignored_pixels"] = sum(int(np.sum(getattr(m, "mask", 0))) for m in tested.masks)
     return counts
