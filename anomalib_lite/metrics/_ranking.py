@@ -127,8 +127,8 @@ def pool_pixels(
     n_negatives, start = 0, buffer.size
     region_sizes: list[int] = []
     for index, (values, array) in enumerate(zip(masks, arrays, strict=True)):
-        mask, normal = _check_mask(values, array.shape, index, where)
-        negatives = array[normal]
+        mask = _check_mask(values, array.shape, index, where)
+        negatives = array[~mask & counted(values)]
         buffer[n_negatives : n_negatives + negatives.size] = negatives
         n_negatives += negatives.size
         for region in _regions(mask, array) if by_region else [array[mask]]:
@@ -201,10 +201,9 @@ def _check_map(values: npt.ArrayLike, index: int, where: str) -> Array:
 
 def _check_mask(
     values: npt.ArrayLike | None, shape: tuple[int, ...], index: int, where: str
-) -> tuple[Array, Array]:
-    """Return which pixels are anomalous, and which are normal; those masked out are neither."""
+) -> Array:
     if values is None:
-        return np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool)
+        return np.zeros(shape, dtype=bool)
     mask = np.asarray(values)
     if mask.shape != shape:
         raise InvalidValueError(
@@ -217,8 +216,12 @@ def _check_mask(
             f"{where}: masks[{index}] must be bool or integer, got dtype {mask.dtype}. "
             "Threshold a resized or soft mask first, as in mask > 0.5."
         )
-    anomalous = mask.astype(bool, copy=False)
-    if not isinstance(values, np.ma.MaskedArray):
-        return anomalous, ~anomalous
-    counts = ~np.ma.getmaskarray(values)
-    return anomalous & counts, ~anomalous & counts
+    return mask.astype(bool, copy=False) & counted(values)
+
+
+def counted(values: Any) -> Any:
+    """Return which pixels of a mask count (H, W): all (True) but the masked ones of a masked array.
+
+    The others are neither anomalous nor normal.
+    """
+    return ~np.ma.getmaskarray(values) if isinstance(values, np.ma.MaskedArray) else True
