@@ -216,12 +216,14 @@ def _check_mask(
             f"{where}: masks[{index}] must be bool or integer, got dtype {mask.dtype}. "
             "Threshold a resized or soft mask first, as in mask > 0.5."
         )
-    return mask.astype(bool, copy=False) & counted(values)
+    return np.asarray(mask.astype(bool, copy=False) & counted(values))
 
 
-def counted(values: Any) -> Any:
+def counted(values: Any) -> Array | np.bool_:
     """Return which pixels of a mask count (H, W): all (True) but the masked ones of a masked array.
 
     The others are neither anomalous nor normal.
     """
-    return ~np.ma.getmaskarray(values) if isinstance(values, np.ma.MaskedArray) else True
+    if isinstance(values, np.ma.MaskedArray):
+        return np.asarray(~np.ma.getmaskarray(values))
+    return np.True_
