@@ -22,6 +22,7 @@ __all__ = [
     "ModelFileError",
     "NotFittedError",
     "OutputError",
+    "SharedImagesWarning",
     "WorkerError",
 ]
 
@@ -82,6 +83,10 @@ class WorkerError(AnomalibLiteError, RuntimeError):
 
 class NotFittedError(AnomalibLiteError, _SklearnNotFittedError):
     """A method needs a fitted detector; also scikit-learn's ``NotFittedError``."""
+
+
+class SharedImagesWarning(UserWarning):
+    """Test images are among the training images, so the test looks better than it is."""
 
 
 class CalibrationWarning(UserWarning):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_fixtures import FAST, Refused, read
+from PIL import Image
 
 import anomalib_lite
 from anomalib_lite import MahalanobisVFM, PaDiM, PatchCore, cli, load
@@ -270,6 +271,67 @@ class TestEvaluate:
         assert "PatchCore on bricks: fitted before, 6 normal and 4 anomalous" in out
         assert "AUPRO" in out
 
+    def test_a_published_data_set(
+        self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+    ) -> None:
+        for i, path in enumerate(sorted((wall / "train/good").iterdir())):
+            target = tmp_path / f"tiles/MT_Free/Imgs/exp1_num_{i}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+        for i, path in enumerate(sorted((wall / "test/scratch").iterdir()), start=50):
+            target = tmp_path / f"tiles/MT_Crack/Imgs/exp1_num_{i}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(path) as image:
+                image.save(target.with_suffix(".jpg"))
+            mask = wall / "ground_truth/scratch" / f"{path.stem}_mask.png"
+            shutil.copy(mask, target.with_suffix(".png"))
+        tiles, model = str(tmp_path / "tiles"), str(tmp_path / "m")
+        assert cli.main(["fit", tiles, "-o", model, "--layout", "magnetic_tile", *FAST]) == 0
+        assert re.search(r"images +16 in", capsys.readouterr().out)
+        assert cli.main(["evaluate", model, tiles]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(f"{tiles}: layout magnetic_tile (MagneticTile), masks\n")
+        assert "8 normal and 4 anomalous" in out
+        assert "AUPRO" in out
+        assert err == ""
+        said = refused("fit", tiles, "-o", model, "--layout", "btad")
+        assert "train/ok" in said
+
+    def test_copies_of_training_images_are_named(
+        self, wall: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        root = tmp_path / "wall"
+        for place in ("train", "test", "ground_truth"):
+            shutil.copytree(wall / place, root / place)
+        shutil.copy(root / "train/good/003.jpg", root / "test/good/copy.jpg")
+        assert cli.main(["evaluate", str(model), str(root)]) == 0
+        out, err = capsys.readouterr()
+        assert err.count("\n") == 1
+        assert err.startswith("warning: evaluate: 1 of 11 test images are also training images")
+        assert f"{root / 'test/good/copy.jpg'} (trained on as" in err
+        assert "1 test images are training images too" in out
+
+    def test_inverted_masks(
+        self, wall: Path, model: Path, tmp_path: Path, refused: Refused
+    ) -> None:
+        root = shutil.copytree(wall / "plain", tmp_path / "plain")
+        for path in (root / "ground_truth").rglob("*.png"):
+            with Image.open(path) as mask:
+                inverted = mask.point(lambda value: 255 - value)
+            inverted.save(path)
+        said = refused("evaluate", model, root)
+        assert "pass inverted=True (for evaluate: --inverted-masks yes)" in said
+        found = []
+        for place, options in (
+            (wall / "plain", []),
+            (root, ["--inverted-masks", "yes"]),
+            (root, ["--inverted-masks", "no"]),
+        ):
+            file = str(tmp_path / "r.json")
+            assert cli.main(["evaluate", str(model), str(place), *options, "--json", file]) == 0
+            found.append(json.loads(Path(file).read_text())["metrics"]["aupro"])
+        assert found[0] == found[1] != found[2]
+
     def test_directories_can_be_named(
         self, wall: Path, model: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -312,6 +374,9 @@ class TestEvaluate:
         said = refused("evaluate", model, tmp_path / "none")
         assert f"{tmp_path / 'none'} is not an existing directory" in said
         said = refused("evaluate", model, wall / "test/good")
+        assert f"must be a directory in a known layout, got {wall / 'test/good'}" in said
+        assert "such as --normal ok" in said
+        said = refused("evaluate", model, wall / "test/good", "--layout", "folder")
         assert f"normal must be an existing directory, got {wall / 'test/good/good'}" in said
         (tmp_path / "file").touch()
         said = refused("evaluate", model, wall, "--json", tmp_path / "file/r.json")

@@ -463,7 +463,10 @@ class TestEvaluate:
         assert report["metrics"]["heatmap_call_rate"] == rate
         assert f"heatmap call rate {rate:14.4f}" in out
         assert report["metrics"]["pixel_auroc"] > 0.5
-        assert out.startswith(f"GatedCascade on {wall.name}: fitted before, 6 normal and 4")
+        assert out.startswith(
+            f"{wall}: layout mvtec (MVTecAD), masks\nGatedCascade on {wall.name}: "
+        )
+        assert "fitted before, 6 normal and 4" in out
 
     @pytest.mark.parametrize("root", ["wall", "plain"])
     def test_no_heatmaps_are_made_without_pixel_metrics(

@@ -22,6 +22,7 @@ from anomalib_lite.errors import (
     MissingPathError,
     NotFittedError,
     OutputError,
+    SharedImagesWarning,
 )
 from anomalib_lite.evaluation import Report, evaluate
 
@@ -166,6 +167,8 @@ class TestMetrics:
             "test_normal": 6,
             "test_anomalous": 8,
             "empty_masks": 0,
+            "ignored_pixels": 0,
+            "test_in_train": 0,
         }
         assert report.peak_memory_mb is None or 20 < report.peak_memory_mb < 1e6
         assert report.versions["anomalib_lite"] == anomalib_lite.__version__
@@ -230,7 +233,72 @@ class TestMasks:
     def test_a_mask_of_another_size_is_refused(self, root: Path) -> None:
         # Width and height swapped: an error that square images would hide.
         Image.new("L", (HEIGHT, WIDTH)).save(root / "plate/ground_truth/stain/2_mask.png")
-        with pytest.raises(InvalidValueError, match=r"its mask \(40, 24\), got \(24, 40\)"):
+        with pytest.raises(InvalidValueError, match=r"its mask \(40, 24\), got \(24, 40\).*EXIF"):
+            evaluate(MeanImage(), MVTecAD(root, "plate"))
+
+    def test_inverted_masks(self, root: Path, report: Report) -> None:
+        for path in (root / "plate/ground_truth").rglob("*.png"):
+            with Image.open(path) as mask:
+                inverted = 255 - np.asarray(mask)
+            Image.fromarray(inverted).save(path)
+        detector = MeanImage()
+        with pytest.raises(InvalidValueError, match="inverted_masks=True"):
+            evaluate(detector, MVTecAD(root, "plate"))
+        assert not hasattr(detector, "threshold_")  # said before the fit
+        mended = evaluate(MeanImage(), MVTecAD(root, "plate"), inverted_masks=True)
+        assert mended.metrics == report.metrics
+        as_drawn = evaluate(MeanImage(), MVTecAD(root, "plate"), inverted_masks=False)
+        assert as_drawn.metrics["pixel_auroc"] < report.metrics["pixel_auroc"]
+
+    def test_turned_masks(self, root: Path, report: Report) -> None:
+        exif = Image.Exif()
+        exif[0x112] = 3
+        for path in (root / "plate/ground_truth").rglob("*.png"):
+            with Image.open(path) as mask:
+                turned = mask.rotate(180)
+            turned.save(path, exif=exif)
+        assert evaluate(MeanImage(), MVTecAD(root, "plate")).metrics == report.metrics
+
+    def test_ignored_pixels_are_left_out(self, root: Path, report: Report) -> None:
+        for path in (root / "plate/ground_truth").rglob("*.png"):
+            with Image.open(path) as mask:
+                numbers = np.minimum(np.asarray(mask), 2)
+            numbers[:, -12:] = 255
+            Image.fromarray(numbers).save(path)
+        without = evaluate(MeanImage(), MVTecAD(root, "plate"))
+        assert without.counts["ignored_pixels"] == 8 * HEIGHT * 12
+        assert "the masks leave out 2,304 pixels" in str(without)
+        plate = MVTecAD(root, "plate")
+        maps = MeanImage().fit(plate.train).detect(plate.test).maps
+        masks = [s.mask() for s in plate.test]
+        assert without.metrics["aupro"] == metrics.aupro(masks, maps)
+        cut = [None if m is None else m.data[:, :-12] for m in masks]
+        widths = [-12 if s.label else None for s in plate.test]
+        kept = [m[:, :w] for m, w in zip(maps, widths, strict=True)]
+        assert without.metrics["aupro"] == metrics.aupro(cut, kept)
+
+
+class TestSharedImages:
+    def test_are_named_counted_and_tested_as_asked(self, root: Path) -> None:
+        copy = root / "plate/test/good/copy.png"
+        copy.write_bytes((root / "plate/train/good/7.png").read_bytes())
+        plate = MVTecAD(root, "plate")
+        message = r"1 of 15 test images are also .*good.copy\.png \(trained on as .*good.7\.png\)"
+        with pytest.warns(SharedImagesWarning, match=message) as caught:
+            report = evaluate(MeanImage(), plate)
+        assert [w.filename for w in caught] == [__file__]
+        assert report.counts["test_in_train"] == 1
+        assert report.counts["test_normal"] == 7
+        assert "1 test images are training images too" in str(report)
+
+    def test_many_are_counted(self, root: Path) -> None:
+        for i in range(5):
+            (root / f"plate/test/good/{i}.png").write_bytes(
+                (root / f"plate/train/good/{i}.png").read_bytes()
+            )
+        with pytest.warns(
+            SharedImagesWarning, match=r"^evaluate: 5 of 14 .*2\.png\) and so on\. Rem"
+        ):
             evaluate(MeanImage(), MVTecAD(root, "plate"))
 
 

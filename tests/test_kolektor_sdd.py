@@ -136,7 +136,7 @@ def test_incomplete_pairs_are_named(root: Path) -> None:
 @pytest.mark.parametrize("name", ["Part0.png", "Part0_label.png"])
 def test_two_files_for_one_image_are_named(root: Path, name: str) -> None:
     draw(root / "kos03" / name)
-    with pytest.raises(InvalidValueError, match=r"one file and one mask, got .*Part0"):
+    with pytest.raises(InvalidValueError, match=r"one file for each image, got .*Part0"):
         KolektorSDD(root)
 
 

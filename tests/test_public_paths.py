@@ -13,13 +13,16 @@ PATHS = {
     "anomalib_lite.calibration": "calibration_size conformal_threshold",
     "anomalib_lite.cli": "main",
     "anomalib_lite.coreset": "METHODS Coreset covering_radius greedy_k_center select_coreset",
-    "anomalib_lite.datasets": "ELPV NEUDET Dataset Folder KolektorSDD MVTecAD MVTecAD2 Sample",
+    "anomalib_lite.datasets": "BTAD ELPV NEUDET Dataset Folder KolektorSDD KolektorSDD2 MVTecAD "
+    "MVTecAD2 MVTecLOCO MagneticTile RealIAD Sample Textile VisA find_shared load_mask "
+    "open_dataset",
     "anomalib_lite.demo": "run_demo",
     "anomalib_lite.detectors": "BaseDetector Detections MahalanobisVFM PaDiM PatchCore",
     "anomalib_lite.domain_shift": "cosine_distance feature_drift frechet_distance mmd "
     "sliced_wasserstein",
     "anomalib_lite.engines": "ENGINES CompiledBackbone open_backbone",
-    "anomalib_lite.errors": "AnomalibLiteError CalibrationWarning ImageError NotFittedError",
+    "anomalib_lite.errors": "AnomalibLiteError CalibrationWarning ImageError NotFittedError "
+    "SharedImagesWarning",
     "anomalib_lite.evaluation": "Report evaluate",
     "anomalib_lite.fusion": "STRATEGIES patch_embeddings",
     "anomalib_lite.gaussian": "Gaussian GaussianGrid",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from anomalib_lite.cli._model import add_model_arguments, load_model
+from anomalib_lite.cli._options import PUBLISHED_LAYOUTS
 
 
 def add_to(commands: Any) -> None:
@@ -19,15 +19,15 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "dataset",
         metavar="DATASET",
-        help="one category in the layout of MVTec AD or MVTec AD 2, or a directory with one "
-        "subdirectory of normal images that the model was not fitted on, and others of anomalous "
-        "images",
+        help="a published data set, or one category of it; or a directory with one subdirectory of "
+        "normal images that the model was not fitted on, and others of anomalous images",
     )
     parser.add_argument(
         "--layout",
-        choices=("auto", "mvtec", "folder"),
+        choices=("auto", "folder", *PUBLISHED_LAYOUTS),
         default="auto",
-        help="layout of the data set (default: auto)",
+        help="layout of the data set; mvtec is MVTec AD, AD 2 and LOCO AD (default: auto, by the "
+        "directories that are there)",
     )
     parser.add_argument(
         "--normal", metavar="DIR", help="folder layout: normal images (default: good)"
@@ -42,6 +42,12 @@ def add_to(commands: Any) -> None:
         "--masks",
         metavar="DIR",
         help="folder layout: ground truth (default: ground_truth or masks, if there is one)",
+    )
+    parser.add_argument(
+        "--inverted-masks",
+        choices=("yes", "no"),
+        help="whether masks are black where a part is anomalous (default: no, but a mask that "
+        "marks nearly all of its image is an error)",
     )
     parser.add_argument(
         "--fpr-limit",
@@ -59,42 +65,47 @@ def run(arguments: argparse.Namespace) -> None:
     """Test the model, print the report, and write it."""
     from anomalib_lite._files import check_file
 
-    name, samples = _test_samples(arguments)
+    dataset = _open(arguments)
     files = [check_file(Path(f)) for f in (arguments.json, arguments.csv) if f is not None]
 
+    from anomalib_lite.datasets import Folder
     from anomalib_lite.evaluation import evaluate
 
     # Metrics without the unreadable images would be metrics of another data set.
     detector = load_model(arguments)._with_options(on_error="raise", verbose=0)
-    with_masks = not arguments.no_pixel_metrics and any(s.mask_path for s in samples)
+    with_masks = not arguments.no_pixel_metrics and dataset.has_masks
     if with_masks and hasattr(detector, "maps"):
         detector.maps = "always"  # pixel metrics need heatmaps of all images
     report = evaluate(
         detector,
-        samples,
+        # Other layouts say what is for training, so evaluate can tell if test images are in there.
+        dataset.train + dataset.test if isinstance(dataset, Folder) else dataset,
         fpr_limit=arguments.fpr_limit,
         pixel_metrics=not arguments.no_pixel_metrics,
+        inverted_masks={"yes": True, "no": False, None: None}[arguments.inverted_masks],
         progress=True,
     )
-    report = replace(report, dataset=name)
+    report = replace(report, dataset=dataset.name)
     if arguments.json is not None:
         report.to_json(arguments.json)
     if arguments.csv is not None:
         report.to_csv(arguments.csv)
+    masks = "masks" if dataset.has_masks else "no masks"
+    print(f"{arguments.dataset}: layout {dataset.layout} ({type(dataset).__name__}), {masks}")
     print(report)
     for file in files:
         print(f"written to {file}")
 
 
-def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
-    """Return the name of the data set and its test images, none of them decoded."""
-    from anomalib_lite.datasets import Folder, open_dataset
+def _open(arguments: argparse.Namespace) -> Any:
+    """Open the data set; no image is decoded."""
+    from anomalib_lite.datasets import open_dataset
     from anomalib_lite.errors import MissingPathError
 
     root = Path(arguments.dataset)
     if not root.is_dir():
         raise MissingPathError(f"evaluate: {root} is not an existing directory.")
-    dataset = open_dataset(
+    return open_dataset(
         root,
         arguments.layout,
         normal=arguments.normal or None,
@@ -103,5 +114,3 @@ def _test_samples(arguments: argparse.Namespace) -> tuple[str, Sequence[Any]]:
         test_size=0,  # the model is fitted already, so no image is kept for training
         where="evaluate",
     )
-    is_folder = isinstance(dataset, Folder)
-    return dataset.name, dataset.train + dataset.test if is_folder else dataset.test

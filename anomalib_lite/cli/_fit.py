@@ -16,6 +16,7 @@ from anomalib_lite.cli._options import (
     CASCADE_PARAMETERS,
     DETECTORS,
     HEATMAP_MODELS,
+    PUBLISHED_LAYOUTS,
 )
 from anomalib_lite.cli._parser import UsageError
 
@@ -24,8 +25,16 @@ def add_to(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser("fit", help="learn from normal images and write a model file")
     parser.set_defaults(run=run)
-    parser.add_argument("images", metavar="DIR", help="directory of normal images")
+    parser.add_argument(
+        "images", metavar="DIR", help="directory of normal images; with --layout, of a data set"
+    )
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="model to write")
+    parser.add_argument(
+        "--layout",
+        choices=PUBLISHED_LAYOUTS,
+        help="fit on the training images of a published data set in this layout; evaluate with the "
+        "same directory and layout tests on the others",
+    )
     parser.add_argument(
         "--detector",
         choices=tuple(DETECTORS),
@@ -69,8 +78,9 @@ def run(arguments: argparse.Namespace) -> None:
     from anomalib_lite.images import ImageSource
 
     # Checked before the import of torch, which takes seconds, and the fit, which takes minutes.
-    source = ImageSource(arguments.images, where="fit")
-    images, y = normal_and_anomalous(arguments.images, arguments.anomalous or ())
+    normal = _training_images(arguments)
+    source = ImageSource(normal, where="fit")
+    images, y = normal_and_anomalous(normal, arguments.anomalous or ())
     model = check_file(Path(arguments.output))
 
     detector = make_detector(arguments)
@@ -91,6 +101,20 @@ def run(arguments: argparse.Namespace) -> None:
     for title, text in summary_lines(detector, n_images, seconds, rate_kept=rate_kept):
         print(f"{title:<14}{text}")
     print(f"written to    {model} ({model.stat().st_size / 1e6:.1f} MB)")
+
+
+def _training_images(arguments: argparse.Namespace) -> Any:
+    if arguments.layout is None:
+        return arguments.images
+    from anomalib_lite.datasets import open_dataset
+
+    dataset = open_dataset(arguments.images, arguments.layout, where="fit")
+    if not dataset.train:
+        raise UsageError(
+            f"fit: {arguments.images} has no normal images: {arguments.layout} has none. Fit on "
+            "normal images of your own"
+        )
+    return [sample.path for sample in dataset.train]
 
 
 def make_detector(arguments: argparse.Namespace) -> Any:

@@ -38,10 +38,12 @@ def is_user_error(error: Exception) -> bool:
 
 def in_options(message: object) -> str:
     """Rewrite a message of the library in one line, with ``name='value'`` as ``--name value``."""
-    names = "|".join([*ALL_FIT_OPTIONS, "threshold", "layout"])
+    names = "|".join([*ALL_FIT_OPTIONS, "threshold", "layout", "normal"])
     text = " ".join(str(message).split())
     for option, name in CASCADE_PARAMETERS.items():  # of the cascade, not of its heatmap model
         text = re.sub(rf"^GatedCascade: {name}\b", f"GatedCascade: {option}", text)
+    for value, answer in (("True", "yes"), ("False", "no")):
+        text = text.replace(f"inverted_masks={value}", f"--inverted-masks {answer}")
     return re.sub(
         rf"\b({names})=(?:'([^']*)'|(\d(?:[\d.,]*\d)?))",
         lambda found: f"--{found[1].replace('_', '-')} {found[2] or found[3]}",

@@ -27,6 +27,12 @@ def _name_or_number(text: str) -> str | float:
         return text
 
 
+# A test compares these with the layouts of open_dataset, which would import numpy here.
+PUBLISHED_LAYOUTS = (
+    *("mvtec", "visa", "btad", "real_iad", "kolektor_sdd", "kolektor_sdd_2"),
+    *("magnetic_tile", "neu_det"),
+)
+
 # Type, default and help. A test compares the defaults with those of the detectors.
 Option = tuple[Any, Any, str]
 

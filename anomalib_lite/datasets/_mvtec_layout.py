@@ -1,4 +1,4 @@
-"""The layout of MVTec AD and MVTec AD 2: categories, normal images, anomalous images, masks."""
+"""The layout of MVTec AD and its relatives: categories, normal and anomalous images, masks."""
 
 from __future__ import annotations
 
@@ -11,51 +11,75 @@ from anomalib_lite.datasets.listing import (
     as_path,
     check_directory,
     list_images,
+    list_images_and_masks,
     list_masks,
     pair,
     subdirectories,
 )
 from anomalib_lite.errors import MissingPathError
 
-__all__ = ["GOOD", "TRAIN", "bad_samples", "find_category", "good_samples", "list_categories"]
+__all__ = [
+    "GOOD",
+    "TRAIN",
+    "bad_samples",
+    "find_category",
+    "good_samples",
+    "layout_of",
+    "list_categories",
+]
 
 GOOD = "good"
 TRAIN = f"train/{GOOD}"
-_TEST = {"MVTecAD": "test", "MVTecAD2": "test_public"}  # distinguishes the layouts
+# Directories that tell the layouts apart; the first that is there counts.
+_SIGNS = {
+    "test_public": "MVTecAD2",
+    "test/logical_anomalies": "MVTecLOCO",
+    "test/structural_anomalies": "MVTecLOCO",
+    "test": "MVTecAD",
+}
 
 
-def list_categories(root: str | os.PathLike[str], where: str) -> list[str]:
-    """List the names of the directories in ``root`` that have a ``train/good``."""
+def layout_of(home: Path) -> str | None:
+    """Return the name of the class that reads a directory with ``train/good``, if there is one."""
+    if not (home / TRAIN).is_dir():
+        return None
+    return next((cls for place, cls in _SIGNS.items() if (home / place).is_dir()), "MVTecAD")
+
+
+def list_categories(root: str | os.PathLike[str], where: str, train: str = TRAIN) -> list[str]:
+    """List the names of the directories in ``root`` that have the directory ``train``."""
     path = check_directory("root", as_path("root", root, where), where)
-    return [p.name for p in subdirectories(path) if (p / TRAIN).is_dir()]
+    return [p.name for p in subdirectories(path) if (p / train).is_dir()]
 
 
-def find_category(root: str | os.PathLike[str], category: str, where: str) -> Path:
-    """Return the directory of a category; MissingPathError if it has the other layout."""
-    valid, path = list_categories(root, where), as_path("root", root, where)
+def find_category(
+    root: str | os.PathLike[str], category: str, where: str, train: str = TRAIN
+) -> Path:
+    """Return the directory of a category; MissingPathError if it has another layout."""
+    valid, path = list_categories(root, where, train), as_path("root", root, where)
     if category in valid:
         return _check_layout(path / category, where)
     if valid:
         hint = closest(category, valid)
-    elif (path / TRAIN).is_dir():
+    elif (path / train).is_dir():
         hint = f" {path} is a category itself: pass its parent as root."
     else:
-        hint = " A category is a directory that has a train/good directory."
+        hint = f" A category is a directory that has a {train} directory."
     raise MissingPathError(
         f"{where}: category must be one of {valid} in {path}, got {category!r}.{hint}"
     )
 
 
 def _check_layout(home: Path, where: str) -> Path:
-    if (home / _TEST[where]).is_dir():
-        return home
-    for other, test in _TEST.items():
-        if (home / test).is_dir():
-            raise MissingPathError(
-                f"{where}: {home} must have a directory {_TEST[where]}, got {test}: this is the "
-                f"layout of {other}. Use {other} in place of {where}."
-            )
-    return home  # reading it will name what is missing
+    expected = [place for place, cls in _SIGNS.items() if cls == where]
+    got = next((place for place in _SIGNS if (home / place).is_dir()), None)
+    if got is None or not expected or _SIGNS[got] == where:
+        return home  # if something is missing, reading it will say so
+    other = _SIGNS[got]
+    raise MissingPathError(
+        f"{where}: {home} must have a directory {expected[0]}, got {got}: this is the layout of "
+        f"{other}. Use {other} in place of {where}."
+    )
 
 
 def good_samples(home: Path, place: str, where: str) -> list[Sample]:
@@ -65,12 +89,12 @@ def good_samples(home: Path, place: str, where: str) -> list[Sample]:
 
 def bad_samples(home: Path, place: str, ground_truth: str, where: str) -> list[Sample]:
     """List the anomalous images in ``home/place``, with masks if ``home/ground_truth`` exists."""
-    paths, kind = list_images(place, home / place, where), Path(place).name
+    found, kind = list_images_and_masks(place, home / place, where), Path(place).name
     if not (home / ground_truth).is_dir():
-        return [Sample(path, 1, kind) for path in paths]
+        return [Sample(path, 1, kind, mask) for path, mask in found]
     directory = home / ground_truth / kind
     pairs = pair(
-        paths,
+        (path for path, _ in found),
         list_masks(f"{ground_truth}/{kind}", directory, where),
         lambda path: (f"{path.stem}_mask", path.stem),
         lambda path: (

@@ -1,20 +1,20 @@
-"""The record of one image, a data set of training and test images, and reading masks."""
+"""The record of one image, and a data set of training and test images."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from anomalib_lite.errors import ImageError, InvalidValueError, MissingPathError
+from anomalib_lite.datasets.masks import load_mask
+from anomalib_lite.errors import InvalidValueError, MissingPathError
 
-__all__ = ["Dataset", "Sample", "load_mask"]
+__all__ = ["Dataset", "Sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Sample:
     kind : str
         Kind of defect, or ``"good"``.
     mask_path : Path or None, default=None
-        Image file of the ground truth mask; None if there is no mask.
+        Image file of the ground truth mask, or directory of several; None if there is no mask.
 
     Examples
     --------
@@ -45,8 +45,13 @@ class Sample:
     kind: str
     mask_path: Path | None = None
 
-    def mask(self) -> npt.NDArray[np.bool_] | None:
+    def mask(self, *, inverted: bool | None = None) -> npt.NDArray[np.bool_] | None:
         """Load the ground truth mask.
+
+        Parameters
+        ----------
+        inverted : bool or None, default=None
+            Whether the mask is black where the part is anomalous, see :func:`load_mask`.
 
         Returns
         -------
@@ -57,9 +62,11 @@ class Sample:
         ------
         MissingPathError
             If the image is anomalous and has no mask.
+        ImageError, InvalidValueError
+            For the reasons that :func:`load_mask` gives.
         """
         if self.mask_path is not None:
-            return load_mask(self.mask_path)
+            return load_mask(self.mask_path, inverted=inverted)
         if self.label == 0:
             return None
         raise MissingPathError(
@@ -87,12 +94,14 @@ class Dataset:
     name : str
     train, test : tuple of Sample
         Both can be used as the ``images`` of a detector.
+    layout : str or None
+        Layout that :func:`open_dataset` took the directory for; None if it was not used.
 
     Raises
     ------
     InvalidValueError
         If ``train`` is empty (except in a published data set without normal images) or holds an
-        anomalous image, or a file occurs twice.
+        anomalous image, or a file occurs twice, be it through a link.
 
     Examples
     --------
@@ -106,6 +115,7 @@ class Dataset:
     # Whether this is a published data set without normal images. In any other, an empty train is a
     # mistake, such as a pattern that matches no file, and is reported at once.
     _test_only = False
+    layout: str | None = None
 
     def __init__(self, name: str, train: Iterable[Sample], test: Iterable[Sample]) -> None:
         self.name = name
@@ -122,12 +132,12 @@ class Dataset:
                     f"{where}: train must hold normal images only, got {sample.path} "
                     f"of kind {sample.kind!r}."
                 )
-        files = Counter(os.path.abspath(s.path) for s in self.train + self.test)  # noqa: PTH100
+        files = Counter(_real_paths(self.train + self.test))
         file, count = files.most_common(1)[0]
         if count > 1:
             raise InvalidValueError(
                 f"{where}: every file must occur once, in train or in test, got {file} "
-                f"{count} times. Check that no directory contains another."
+                f"{count} times. Check that no directory contains another, or links to it."
             )
 
     @property
@@ -145,59 +155,12 @@ class Dataset:
         )
 
 
-def load_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
-    """Read a ground truth mask from an image file.
-
-    Parameters
-    ----------
-    path : str or PathLike
-        Image with one or more channels, black where the object is good. Transparency is ignored.
-
-    Returns
-    -------
-    ndarray of shape (H, W), bool
-        True is anomalous.
-
-    Raises
-    ------
-    MissingPathError
-        If there is no such file.
-    ImageError
-        If the file cannot be decoded.
-
-    Notes
-    -----
-    A pixel is anomalous above half of full scale, 127 of 255. Masks that were JPEG files, or were
-    resized, have faint specks around every edge; if every non-zero pixel counted, each speck would
-    be a defect region of its own. Masks without any value above half of full scale hold class
-    indices (0, 1, 2, ...): in these, every non-zero pixel is anomalous.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from PIL import Image
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder, "mask.png")
-    ...     Image.new("L", (4, 3), 255).save(path)
-    ...     load_mask(path).shape
-    (3, 4)
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingPathError(f"load_mask: path must be an image file, got {path}: no such file.")
-    try:
-        with Image.open(path) as image:
-            # The annotator saw the colours of a palette; its indices have no meaning.
-            values = np.asarray(image.convert("RGB") if image.mode in {"P", "PA"} else image)
-            has_alpha = image.mode in {"LA", "RGBA"}
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(
-            f"load_mask: {path} must be a readable image, got {error}. Export it again as PNG."
-        ) from error
-    if values.ndim == 3:
-        values = values[..., :-1].max(-1) if has_alpha else values.max(-1)
-    if values.dtype == np.bool_:
-        return values.copy()
-    half = 32767 if values.max() > 255 else 127
-    return np.asarray(values > half if values.max() > half else values > 0)
+def _real_paths(samples: Iterable[Sample]) -> Iterator[str]:
+    """Yield the path of each image with all links resolved; each directory is looked up once."""
+    directories: dict[str, str] = {}
+    for sample in samples:
+        directory, name = os.path.split(sample.path)
+        if directory not in directories:
+            directories[directory] = os.path.realpath(directory)
+        path = os.path.join(directories[directory], name)  # noqa: PTH118 (a third of Path's time)
+        yield os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114

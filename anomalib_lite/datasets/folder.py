@@ -12,14 +12,16 @@ import numpy as np
 from anomalib_lite._validation import check_number
 from anomalib_lite.datasets.base import Dataset, Sample
 from anomalib_lite.datasets.listing import (
+    MASK_ENDINGS,
     as_path,
     check_directory,
     list_images,
+    list_images_and_masks,
     list_masks,
     pair,
     split_normal,
 )
-from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.errors import InvalidValueError, MissingPathError
 
 __all__ = ["Folder"]
 
@@ -44,8 +46,9 @@ class Folder(Dataset):
         for training and ``test_size`` is not used.
     masks : str, PathLike or None, default=None
         Directory of ground truth masks, one for each anomalous image: the mask of
-        ``scratch/007.jpg`` is ``007_mask.png`` or ``007.png`` (any image suffix), in
-        ``<masks>/scratch`` or directly in ``<masks>``.
+        ``scratch/007.jpg`` is ``007_mask.png``, ``007_GT.png``, ``007_label.png`` or ``007.png``
+        (any image suffix), in ``<masks>/scratch`` or directly in ``<masks>``. None: masks beside
+        the images, if there are any.
     test_size : float, default=0.2
         Share of the images in ``normal`` that is kept for testing, in [0, 1); at least one
         image, unless it is 0.
@@ -133,12 +136,19 @@ def _listed(anomalous: _Path | Iterable[_Path] | None) -> list[_Path]:
 
 
 def _anomalous(directory: Path, good: Path, mask_root: Path | None) -> list[Sample]:
-    paths = list_images("anomalous", directory, "Folder", recursive=True)
-    samples = [
-        Sample(path, 1, path.parent.name)
-        for path in paths
-        if mask_root is None or mask_root not in path.parents
-    ]
+    found = list_images_and_masks("anomalous", directory, "Folder", recursive=True)
+    place, masks = directory.resolve(), None if mask_root is None else mask_root.resolve()
+    if masks is not None and place in masks.parents:
+        found = [
+            (path, mask)
+            for path, mask in found
+            if masks not in (place / path.relative_to(directory)).parents
+        ]
+    if not found:
+        raise MissingPathError(
+            f"Folder: anomalous must hold images outside of masks, got none in {directory}."
+        )
+    samples = [Sample(path, 1, path.parent.name, mask) for path, mask in found]
     for sample in samples:
         if sample.kind in {_GOOD, good.name}:
             raise InvalidValueError(
@@ -152,9 +162,11 @@ def _add_masks(samples: list[Sample], mask_root: Path | None) -> list[Sample]:
     """Give each anomalous sample its mask; InvalidValueError if two would share one."""
     if mask_root is None:
         return samples
+    images = {sample.path.absolute() for sample in samples}  # they may lie beside their masks
+    masks = list_masks("masks", mask_root, "Folder")
     pairs = pair(
         (sample.path for sample in samples),
-        list_masks("masks", mask_root, "Folder"),
+        {name: mask for name, mask in masks.items() if mask.absolute() not in images},
         _mask_names,
         lambda path: (
             f"Folder: the anomalous image {path} must have a mask, got none at "
@@ -172,5 +184,6 @@ def _add_masks(samples: list[Sample], mask_root: Path | None) -> list[Sample]:
 
 
 def _mask_names(image: Path) -> list[str]:
-    kind, stem = image.parent.name, image.stem
-    return [f"{kind}/{stem}_mask", f"{kind}/{stem}", f"{stem}_mask", stem]
+    endings = [e for ending in MASK_ENDINGS for e in (ending, ending.upper())]
+    names = [image.stem + ending for ending in ["_mask", *endings, ""]]
+    return [f"{image.parent.name}/{name}" for name in names] + names

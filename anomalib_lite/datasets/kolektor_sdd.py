@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_lite._validation import check_number
-from anomalib_lite.datasets.base import Dataset, Sample, load_mask
+from anomalib_lite.datasets._kolektor import labelled_by_masks
+from anomalib_lite.datasets.base import Dataset
 from anomalib_lite.datasets.listing import (
     as_path,
     check_directory,
-    list_images,
     split_normal,
     subdirectories,
 )
@@ -127,8 +127,10 @@ class KolektorSDD(Dataset):
         home = check_directory("root", as_path("root", root, where), where)
         share = check_number("test_size", test_size, where, "(0, 1)")
         train_parts, test_parts = split_normal(_find_parts(home), share, random_state, where)
-        known = [sample for part in train_parts for sample in _read_part(part)]
-        test = [sample for part in test_parts for sample in _read_part(part)]
+        known = [
+            sample for part in train_parts for sample in labelled_by_masks(part, _LABEL, where)
+        ]
+        test = [sample for part in test_parts for sample in labelled_by_masks(part, _LABEL, where)]
         super().__init__("kolektor_sdd", [s for s in known if not s.label], test)
         self.train_anomalous = tuple(s for s in known if s.label)
 
@@ -147,31 +149,3 @@ def _find_parts(home: Path) -> list[Path]:
             f"{parts[0].name} alone in {home}. Add the others."
         )
     return parts
-
-
-def _read_part(part: Path) -> list[Sample]:
-    """List the samples of one physical part, labelled by their masks."""
-    images: dict[str, Path] = {}
-    masks: dict[str, Path] = {}
-    for path in list_images(part.name, part, "KolektorSDD"):
-        name = path.stem.removesuffix(_LABEL)
-        group = images if name == path.stem else masks
-        if name in group:
-            raise InvalidValueError(
-                f"KolektorSDD: every image must have one file and one mask, got {group[name]} and "
-                f"{path}. Keep one of them."
-            )
-        group[name] = path
-    for name in sorted(images.keys() ^ masks.keys()):
-        there, missing = (images[name], "a mask") if name in images else (masks[name], "an image")
-        raise MissingPathError(
-            f"KolektorSDD: {there} must have {missing} beside it, got none. Without both it is not "
-            "known whether the part is good: add it, or remove this file."
-        )
-    return [_sample(images[name], masks[name]) for name in images]
-
-
-def _sample(image: Path, mask: Path) -> Sample:
-    if load_mask(mask).any():
-        return Sample(image, 1, "defect", mask)
-    return Sample(image, 0, "good")

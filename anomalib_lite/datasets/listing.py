@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sklearn.utils import check_random_state
 
@@ -13,14 +13,22 @@ from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingPat
 from anomalib_lite.images import IMAGE_SUFFIXES, list_files
 
 __all__ = [
+    "MASK_ENDINGS",
     "as_path",
     "check_directory",
     "list_images",
+    "list_images_and_masks",
     "list_masks",
+    "listed_file",
     "pair",
     "split_normal",
     "subdirectories",
 ]
+
+_Item = TypeVar("_Item")
+
+# How the file names of masks end that lie beside their images, in small letters.
+MASK_ENDINGS = ("_gt", "_label", "_mask")
 
 
 def as_path(name: str, value: Any, where: str) -> Path:
@@ -52,7 +60,68 @@ def subdirectories(directory: Path) -> list[Path]:
 
 
 def list_images(name: str, directory: Path, where: str, *, recursive: bool = False) -> list[Path]:
-    """List the image files in ``directory``; MissingPathError if there is none."""
+    """List the image files in ``directory`` without masks; MissingPathError if there is none."""
+    found = list_images_and_masks(name, directory, where, recursive=recursive)
+    return [image for image, _ in found]
+
+
+def list_images_and_masks(
+    name: str, directory: Path, where: str, *, recursive: bool = False
+) -> list[tuple[Path, Path | None]]:
+    """List the images in ``directory``, each with the mask that lies beside it, if there is one.
+
+    Parameters
+    ----------
+    name : str
+        Name of the directory in errors.
+    directory : Path
+    where : str
+        Caller, named in errors.
+    recursive : bool, default=False
+        Whether to list the files in subdirectories too.
+
+    Returns
+    -------
+    list of (Path, Path or None)
+        Sorted by the path of the image. ``7_GT.png``, ``7_label.png`` or ``7_mask.png`` (small
+        or capital letters, any image suffix) beside ``7.jpg`` is its mask and no image.
+
+    Raises
+    ------
+    MissingPathError
+        If there is no such directory, or no image in it.
+    InvalidValueError
+        If two files differ by their suffix alone (one may be the mask of the other), or an image
+        has two masks.
+    """
+    found = _list_all(name, directory, where, recursive=recursive)
+    # By names as text: a hash or a parent of a Path takes many times as long.
+    stems: dict[str, Path] = {}
+    masks: dict[str, Path] = {}  # by the image's stem
+    for path in found:
+        stem = os.path.splitext(path)[0]  # noqa: PTH122
+        if stem in stems:
+            raise InvalidValueError(
+                f"{where}: {name} must hold one file for each image, got {stems[stem]} and {path}. "
+                "If one is the mask of the other, add _mask to its name; if it is a copy, remove "
+                "it; otherwise rename it."
+            )
+        stems[stem] = path
+    for stem in [stem for stem in stems if stem.lower().endswith(MASK_ENDINGS)]:
+        image = stem[: stem.rindex("_")]
+        if image not in stems:
+            continue  # only a name that ends so
+        mask = stems.pop(stem)
+        if image in masks:
+            raise InvalidValueError(
+                f"{where}: {name} must hold one mask for each image, got {masks[image]} and {mask} "
+                f"for {stems[image]}. Keep one of them."
+            )
+        masks[image] = mask
+    return [(path, masks.get(stem)) for stem, path in stems.items()]
+
+
+def _list_all(name: str, directory: Path, where: str, *, recursive: bool) -> list[Path]:
     found = list_files(check_directory(name, directory, where), recursive=recursive)
     if not found:
         raise MissingPathError(
@@ -65,7 +134,7 @@ def list_images(name: str, directory: Path, where: str, *, recursive: bool = Fal
 def list_masks(name: str, directory: Path, where: str) -> dict[str, Path]:
     """Map the path of each mask from ``directory``, without its suffix, to the mask."""
     masks: dict[str, Path] = {}
-    for path in list_images(name, directory, where, recursive=True):
+    for path in _list_all(name, directory, where, recursive=True):
         key = path.relative_to(directory).with_suffix("").as_posix()
         if key in masks:
             raise InvalidValueError(
@@ -119,10 +188,25 @@ def pair(
     return pairs
 
 
+def listed_file(home: Path, name: str, file: Path, where: str) -> Path:
+    """Return the path of an image that a file of the data set lists, relative to ``home``."""
+    path = home / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InvalidValueError(
+            f"{where}: {file} must list paths inside of {home}, got {name!r}. Unpack it again."
+        )
+    if not path.is_file():
+        raise MissingPathError(
+            f"{where}: {path} must exist, since {file} lists it, got no such file. Unpack the data "
+            "set again."
+        )
+    return path
+
+
 def split_normal(
-    paths: Sequence[Path], test_size: float, random_state: Any, where: str
-) -> tuple[list[Path], list[Path]]:
-    """Split ``paths`` at random into training and test paths, both in the order given."""
+    paths: Sequence[_Item], test_size: float, random_state: Any, where: str
+) -> tuple[list[_Item], list[_Item]]:
+    """Split paths, or parts, at random into those for training and for test, in the order given."""
     n_test = round(test_size * len(paths))
     if test_size > 0 and len(paths) < 2:
         raise InvalidValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +14,19 @@ from tqdm import tqdm
 
 from anomalib_lite import metrics
 from anomalib_lite._validation import check_int, check_number
-from anomalib_lite.datasets import Dataset, Sample
+from anomalib_lite.datasets import Dataset, Sample, find_shared
 from anomalib_lite.errors import (
     InvalidTypeError,
     InvalidValueError,
     MissingPathError,
     NotFittedError,
+    SharedImagesWarning,
 )
 from anomalib_lite.evaluation._report import Report
 
 __all__ = ["Detector", "Report", "evaluate"]
+
+_Mask: TypeAlias = npt.NDArray[np.bool_] | None
 
 
 class Detector(Protocol):
@@ -42,6 +47,7 @@ def evaluate(
     *,
     fpr_limit: float = 0.3,
     pixel_metrics: bool = True,
+    inverted_masks: bool | None = None,
     chunk_size: int = 64,
     progress: bool = False,
 ) -> Report:
@@ -58,6 +64,10 @@ def evaluate(
         False-positive rate up to which :func:`~anomalib_lite.metrics.aupro` integrates, in (0, 1].
     pixel_metrics : bool, default=True
         Compute pixel metrics if there are masks.
+    inverted_masks : bool or None, default=None
+        True: masks are black where the part is anomalous. False: they are as they should be. None:
+        they are too, but a mask that marks more than 95 % of its image is an error, see
+        :func:`~anomalib_lite.datasets.load_mask`.
     chunk_size : int, default=64
         Number of images in one call of ``detect``, so never more than this are held decoded. Maps
         are kept, in float32, only if pixel metrics are computed.
@@ -69,6 +79,13 @@ def evaluate(
     Report
         Metrics, timings, memory and parameters.
 
+    Warns
+    -----
+    SharedImagesWarning
+        If test images are also in ``dataset.train``, by the content of their files
+        (:func:`~anomalib_lite.datasets.find_shared`). They are tested as asked, and counted in the
+        report.
+
     Raises
     ------
     NotFittedError
@@ -77,7 +94,8 @@ def evaluate(
         If some anomalous images have a mask and others have none.
     InvalidValueError
         If there are no test images, an argument is out of range, the size of a map differs from
-        that of its mask, or the detector returns another number of scores than there are images.
+        that of its mask, a mask marks nearly all of its image, or the detector returns another
+        number of scores than there are images.
     InvalidTypeError
         If ``dataset`` is neither a data set nor a sequence of samples.
 
@@ -122,8 +140,12 @@ def evaluate(
             "has maps='escalated', which makes them for some only. Set maps='always', or pass "
             "pixel_metrics=False."
         )
+    n_shared = _warn_of_shared(train, test)
+    if with_masks:  # if masks are inverted, all are: say so before minutes of work
+        next(s for s in test if s.label).mask(inverted=inverted_masks)
     fit_s = _fit_if_needed(detector, train)
-    tested = _test(detector, test, with_masks, chunk_size, progress)
+    read = partial(_mask_of, inverted=inverted_masks) if with_masks else None
+    tested = _test(detector, test, read, chunk_size, progress)
     figures = _image_metrics(test, tested)
     if tested.routes:
         routes = np.concatenate(tested.routes)
@@ -136,7 +158,7 @@ def evaluate(
         detector=type(detector).__name__,
         parameters=getattr(detector, "get_params", dict)(),
         threshold=float(detector.threshold_),
-        counts=_counts(train if fit_s is not None else (), test, tested),
+        counts=_counts(train if fit_s is not None else (), test, tested) | n_shared,
         metrics=figures,
         per_kind=_kinds(test, tested),
         timings=timings if fit_s is None else {"fit_s": fit_s, **timings},
@@ -153,7 +175,7 @@ class _Tested(NamedTuple):
     scores: npt.NDArray[np.float32]
     decisions: npt.NDArray[np.bool_]
     maps: list[npt.NDArray[np.float32]]
-    masks: list[npt.NDArray[np.bool_] | None]
+    masks: list[_Mask]
     seconds: float
     routes: list[npt.NDArray[np.str_]]  # empty unless the detector is a cascade
 
@@ -175,6 +197,23 @@ def _unpack(
     if not test:
         raise InvalidValueError("evaluate: dataset must hold test images, got none.")
     return name, train, test
+
+
+def _warn_of_shared(train: tuple[Sample, ...], test: tuple[Sample, ...]) -> dict[str, int]:
+    """Count the test images that are also in ``train``, and warn of them."""
+    if not train:
+        return {}
+    shared = find_shared(train, test)
+    if shared:
+        names = ", ".join(f"{b} (trained on as {a})" for a, b in shared[:3])
+        warnings.warn(
+            f"evaluate: {len(shared)} of {len(test)} test images are also training images, so the "
+            f"figures look better than they are: {names}{' and so on' if len(shared) > 3 else ''}. "
+            "Remove them from the one or the other; anomalib_lite.datasets.find_shared lists all.",
+            SharedImagesWarning,
+            stacklevel=3,
+        )
+    return {"test_in_train": len(shared)}
 
 
 def _masks_complete(test: tuple[Sample, ...]) -> bool:
@@ -204,12 +243,16 @@ def _fit_if_needed(detector: Detector, train: tuple[Sample, ...]) -> float | Non
 
 
 def _test(
-    detector: Detector, test: tuple[Sample, ...], with_masks: bool, chunk_size: int, progress: bool
+    detector: Detector,
+    test: tuple[Sample, ...],
+    read_mask: Callable[[Sample, tuple[int, ...]], _Mask] | None,
+    chunk_size: int,
+    progress: bool,
 ) -> _Tested:
     scores = np.empty(len(test), np.float32)
     decisions = np.empty(len(test), bool)
     maps: list[npt.NDArray[np.float32]] = []
-    masks: list[npt.NDArray[np.bool_] | None] = []
+    masks: list[_Mask] = []
     routes: list[npt.NDArray[np.str_]] = []
     seconds = 0.0
     # disable=None: shown on a terminal only, not written into a log file.
@@ -221,14 +264,14 @@ def _test(
             began = time.perf_counter()
             found = detector.detect(chunk)
             seconds += time.perf_counter() - began
-            _check_lengths(found, len(chunk), with_masks)
+            _check_lengths(found, len(chunk), read_mask is not None)
             scores[start : start + len(chunk)] = found.scores
             decisions[start : start + len(chunk)] = found.labels
             if hasattr(found, "routes"):
                 routes.append(found.routes)
-            if with_masks:
+            if read_mask is not None:
                 for sample, amap in zip(chunk, found.maps, strict=True):
-                    masks.append(_mask_of(sample, np.shape(amap)))
+                    masks.append(read_mask(sample, np.shape(amap)))
                     maps.append(np.asarray(amap, np.float32))
             bar.update(len(chunk))
     return _Tested(scores, decisions, maps, masks, seconds, routes)
@@ -243,12 +286,17 @@ def _check_lengths(found: Any, n_images: int, with_masks: bool) -> None:
             )
 
 
-def _mask_of(sample: Sample, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
-    mask = sample.mask()
+def _mask_of(sample: Sample, shape: tuple[int, ...], inverted: bool | None) -> _Mask:
+    mask = sample.mask(inverted=inverted)
     if mask is not None and mask.shape != shape:
+        turned = (
+            " Images are turned as their EXIF orientation says: turn the mask in the same way."
+            if mask.shape == shape[::-1]
+            else ""
+        )
         raise InvalidValueError(
-            f"evaluate: the map of {sample.path} must have the size of its mask {mask.shape}, "
-            f"got {shape}. Image and mask must have the same size; check {sample.mask_path}."
+            f"evaluate: the map of {sample.path} must have the size of its mask {mask.shape}, got "
+            f"{shape}. Image and mask must have the same size; check {sample.mask_path}.{turned}"
         )
     return mask
 
@@ -291,4 +339,6 @@ def _counts(train: tuple[Sample, ...], test: tuple[Sample, ...], tested: _Tested
     if tested.masks:
         truths = zip(test, tested.masks, strict=True)
         counts["empty_masks"] = sum(s.label and m is not None and not m.any() for s, m in truths)
+        # A plain array or None has no ignored pixels.
+        counts["ignored_pixels"] = sum(int(np.sum(getattr(m, "mask", 0))) for m in tested.masks)
     return counts

@@ -73,7 +73,9 @@ class Report:
     counts : dict of str to int
         Numbers of images: ``train`` (0 if the detector was fitted before), ``test``,
         ``test_normal``, ``test_anomalous``; with masks also ``empty_masks``, the number of
-        anomalous images whose mask marks nothing.
+        anomalous images whose mask marks nothing, and ``ignored_pixels``, the number of pixels that
+        masks leave out; with a data set's own training images also ``test_in_train``, the number
+        of test images that are among them.
     metrics : dict of str to float
         ``image_auroc``, ``image_ap``, ``image_f1_max``, ``false_alarm_rate``,
         ``detection_rate``; for a cascade ``heatmap_call_rate``, the share of images that its
@@ -179,6 +181,10 @@ class Report:
             ]
         if counts.get("empty_masks"):
             lines += ["", f"Note: the masks of {counts['empty_masks']} anomalous images are empty."]
+        if counts.get("ignored_pixels"):
+            lines += ["", f"Note: the masks leave out {counts['ignored_pixels']:,} pixels."]
+        if counts.get("test_in_train"):
+            lines += ["", f"Note: {counts['test_in_train']} test images are training images too."]
         return "\n".join(lines)
 
 

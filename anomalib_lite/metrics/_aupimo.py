@@ -10,7 +10,14 @@ import numpy.typing as npt
 from anomalib_lite._validation import check_number
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.metrics._pixel import Maps, Masks
-from anomalib_lite.metrics._ranking import Array, check_lists, check_mask, n_above, n_at_least
+from anomalib_lite.metrics._ranking import (
+    Array,
+    check_lists,
+    check_mask,
+    counted,
+    n_above,
+    n_at_least,
+)
 
 __all__ = ["aupimo", "aupimo_scores"]
 
@@ -130,8 +137,8 @@ def _scores(
         mask = check_mask(values, array.shape, index, where)
         if mask.any():
             anomalous[index] = array[mask]
-        else:
-            normal.setdefault(array.size, []).append(array)
+        elif (seen := array[np.broadcast_to(counted(values), array.shape)]).size:
+            normal.setdefault(seen.size, []).append(seen)
     result = np.full(len(arrays), np.nan)
     if normal:
         # Pixels of one size have one weight, so one sorted run a size is enough.

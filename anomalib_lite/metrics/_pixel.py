@@ -40,7 +40,8 @@ def pixel_auroc(masks: Masks, maps: Maps) -> float:
     ----------
     masks : sequence of N arrays of shape (H, W), or array of shape (N, H, W)
         Ground truth, bool or integer; non-zero is anomalous. Sizes may differ between images.
-        ``None`` in place of a mask means a good image: all zero.
+        ``None`` in place of a mask means a good image: all zero. Of a masked array
+        (:class:`numpy.ma.MaskedArray`) the masked pixels are left out.
     maps : sequence of N arrays of shape (H, W), or array of shape (N, H, W)
         Anomaly maps at their masks' own sizes, higher is more anomalous; any range.
 

@@ -135,14 +135,14 @@ def pool_pixels(
     region_sizes: list[int] = []
     for index, (values, array) in enumerate(zip(masks, arrays, strict=True)):
         mask = check_mask(values, array.shape, index, where)
-        negatives = array[~mask]
+        negatives = array[~mask & counted(values)]
         buffer[n_negatives : n_negatives + negatives.size] = negatives
         n_negatives += negatives.size
         for region in _regions(mask, array) if by_region else [array[mask]]:
             buffer[start - region.size : start] = region
             start -= region.size
             region_sizes.append(region.size)
-    pool = PixelPool(buffer[:n_negatives], buffer[n_negatives:], np.array(region_sizes[::-1]))
+    pool = PixelPool(buffer[:n_negatives], buffer[start:], np.array(region_sizes[::-1]))
     pool.negatives.sort()
     if not by_region:
         pool.positives.sort()
@@ -256,4 +256,14 @@ def check_mask(
             f"{where}: masks[{index}] must be bool or integer, got dtype {mask.dtype}. "
             "Threshold a resized or soft mask first, as in mask > 0.5."
         )
-    return mask.astype(bool, copy=False)
+    return np.asarray(mask.astype(bool, copy=False) & counted(values))
+
+
+def counted(values: Any) -> Array | np.bool_:
+    """Return which pixels of a mask count (H, W): all (True) but the masked ones of a masked array.
+
+    The others are neither anomalous nor normal.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        return np.asarray(~np.ma.getmaskarray(values))
+    return np.True_

@@ -17,6 +17,7 @@ from anomalib_lite.metrics._ranking import (
     Array,
     check_map,
     check_mask,
+    counted,
     label_regions,
     shares_under_ramps,
 )
@@ -156,7 +157,7 @@ class PixelMetrics:
                 )
             array = check_map(amap, index, "PixelMetrics.update")
             truth = check_mask(mask, array.shape, index, "PixelMetrics.update")
-            self._count(truth, _ordered_bits(array, index))
+            self._count(truth, counted(mask), _ordered_bits(array, index))
         return self
 
     def compute(self) -> dict[str, float]:
@@ -193,8 +194,8 @@ class PixelMetrics:
         low, high = (self._all_metrics(order) for order in orders)
         return {name: (low[name], high[name]) for name in low}
 
-    def _count(self, mask: Array, bits: Array) -> None:
-        """Add one image to the table."""
+    def _count(self, mask: Array, seen: Array | np.bool_, bits: Array) -> None:
+        """Add the pixels of one image that are seen to the table."""
         self._make_room(bits)
         lower = bits & (_SLOT_BINS - 1)
         bins = self._slots[bits >> _LOWER_BITS]
@@ -203,10 +204,12 @@ class PixelMetrics:
         if self._shift:
             self._add_ends(bins.ravel(), lower.ravel())
         anomalous = mask.any()
-        np.add.at(self._table[_NEGATIVES], bins[~mask] if anomalous else bins.ravel(), 1.0)
+        negatives = bins[~mask & seen]
+        np.add.at(self._table[_NEGATIVES], negatives, 1.0)
         if not anomalous:
-            np.add.at(self._table[_NORMALS], bins.ravel(), 1.0 / bins.size)
-            self._n_normal += 1
+            if negatives.size:
+                np.add.at(self._table[_NORMALS], negatives, 1.0 / negatives.size)
+                self._n_normal += 1
             return
         labels, n_regions = label_regions(mask)
         labels, bins = labels[mask], bins[mask]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from anomalib_lite.datasets import ELPV, Folder, MVTecAD, MVTecAD2
+from anomalib_lite.datasets import ELPV, MVTecAD, MVTecAD2, Textile
 from anomalib_lite.datasets.base import Sample
-from anomalib_lite.errors import MissingDependencyError, MissingPathError
 
 DATA = Path(os.environ.get("ANOMALIB_LITE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -47,29 +45,14 @@ def open_source(
     return Source(name, train[:n_train], validation, _draw(dataset.test, n_test, 0))
 
 
-def _open(name: str, root: Path | None) -> MVTecAD | MVTecAD2 | ELPV | Folder:
+def _open(name: str, root: Path | None) -> MVTecAD | MVTecAD2 | ELPV | Textile:
     if root is not None:
         return MVTecAD2(root, name)
     if name == "magnetic_tile":
         return MVTecAD(DATA, name)
     if name == "solar_cells":
         return ELPV()
-    return _textile()
-
-
-def _textile() -> Folder:
-    spec = importlib.util.find_spec("conformal_clip_data")
-    if spec is None or spec.origin is None:
-        raise MissingDependencyError(
-            "textile: the images come with a package. Install it with: "
-            "pip install conformal-clip-data"
-        )
-    folder = Path(spec.origin).parent / "data" / "textile_images" / "simulated"
-    if not folder.is_dir():
-        raise MissingPathError(f"textile: {folder} does not exist; install the package again.")
-    return Folder(
-        folder, normal="nominal", anomalous=["local", "global"], test_size=0.5, name="textile"
-    )
+    return Textile()
 
 
 def _draw(samples: Sequence[Sample], n: int | None, seed: int) -> list[Sample]:

@@ -1,0 +1,95 @@
+"""Test images that are among the training images: found by the content of their files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+
+from anomalib_lite.datasets.base import Sample
+from anomalib_lite.errors import MissingPathError
+
+__all__ = ["find_shared"]
+
+_HEAD = 1 << 14  # bytes; photographs of one size differ in their first rows
+_BLOCK = 1 << 20
+
+
+def find_shared(
+    train: Iterable[Sample | str | os.PathLike[str]],
+    test: Iterable[Sample | str | os.PathLike[str]],
+) -> list[tuple[Path, Path]]:
+    """Find test images whose file has the content of a training image's file.
+
+    Parameters
+    ----------
+    train, test : iterable of Sample, str or PathLike
+        Such as the ``train`` and ``test`` of a data set. Links are followed.
+
+    Returns
+    -------
+    list of (Path, Path)
+        The training image and the test image, in the order of ``test``. Of several equal training
+        images the first is given.
+
+    Raises
+    ------
+    MissingPathError
+        If a file does not exist.
+
+    Notes
+    -----
+    Files are the same if all their bytes are: an image that was saved again, cut or resized is not
+    found. Only files of equal size are read, first their beginnings, and only those with equal
+    beginnings as a whole (BLAKE2b). So most files of most data sets are never read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name, content in (("a.png", b"one"), ("b.png", b"two"), ("c.png", b"one")):
+    ...         _ = Path(folder, name).write_bytes(content)
+    ...     a, b, c = sorted(Path(folder).iterdir())
+    ...     [(first.name, second.name) for first, second in find_shared([a], [b, c])]
+    [('a.png', 'c.png')]
+    """
+    trained, tested = _paths(train), _paths(test)
+    # Each round looks closer, at the files that the rounds before could not tell apart.
+    groups: dict[Hashable, tuple[list[Path], list[Path]]] = {None: (trained, tested)}
+    for look in (_size, _head, _content):
+        closer: dict[Hashable, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
+        for key, sides in groups.items():
+            for side, paths in enumerate(sides):
+                for path in paths:
+                    closer[key, look(path)][side].append(path)
+        groups = {key: sides for key, sides in closer.items() if all(sides)}
+    first = {path: same[0] for same, paths in groups.values() for path in paths}
+    return [(first[path], path) for path in tested if path in first]
+
+
+def _paths(images: Iterable[Sample | str | os.PathLike[str]]) -> list[Path]:
+    return [Path(image.path if isinstance(image, Sample) else image) for image in images]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError as error:
+        raise MissingPathError(f"find_shared: {path} does not exist.") from error
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.blake2b(file.read(_HEAD)).digest()
+
+
+def _content(path: Path) -> Hashable:
+    if path.stat().st_size <= _HEAD:
+        return None  # all of it was in the head
+    digest = hashlib.blake2b()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.digest()
