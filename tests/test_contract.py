@@ -25,7 +25,15 @@ from sklearn.utils import estimator_checks
 from torch import nn
 
 import anomalib_lite
-from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, load, persistence
+from anomalib_lite import (
+    GatedCascade,
+    MahalanobisVFM,
+    PaDiM,
+    PatchCore,
+    SubspaceAD,
+    load,
+    persistence,
+)
 from anomalib_lite.datasets import Sample
 from anomalib_lite.detectors import BaseDetector
 from anomalib_lite.errors import (
@@ -47,6 +55,7 @@ ALL_DETECTORS: list[Any] = [
     PatchCore(Small(), **QUICK),
     PaDiM(Small(), n_components=12, **QUICK),
     MahalanobisVFM(Small(), **QUICK),
+    SubspaceAD(Small(), n_components=4, **QUICK),
     GatedCascade(Small(), PatchCore(Small(), **QUICK), max_missed=0.3, **QUICK),
 ]
 

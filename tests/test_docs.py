@@ -24,7 +24,16 @@ import torch
 from PIL import Image
 from scipy.stats import beta
 
-from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, errors, load, plotting
+from anomalib_lite import (
+    GatedCascade,
+    MahalanobisVFM,
+    PaDiM,
+    PatchCore,
+    SubspaceAD,
+    errors,
+    load,
+    plotting,
+)
 from anomalib_lite.backbones import EMBEDDED
 from anomalib_lite.backbones._timm import default_layers
 from anomalib_lite.calibration import calibration_size
@@ -267,7 +276,7 @@ def test_numbers_of_anomalies() -> None:
         assert int(labelled) == 2 * min_anomalies(float(max_missed))
 
 
-@pytest.mark.parametrize("detector", [PatchCore, PaDiM, MahalanobisVFM, GatedCascade])
+@pytest.mark.parametrize("detector", [PatchCore, PaDiM, MahalanobisVFM, SubspaceAD, GatedCascade])
 def test_every_parameter_is_explained(detector: Any) -> None:
     page = "gated_cascade.md" if detector is GatedCascade else "detectors.md"
     text = (DOCS / page).read_text(encoding="utf-8")

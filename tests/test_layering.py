@@ -29,7 +29,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_validation", "_files", "_device", "adapter", "model_file"),
     (
         *("images", "fusion", "backbones", "engines", "embeddings"),
-        *("neighbors", "coreset", "memory_bank", "gaussian", "anomaly_map", "calibration"),
+        *("neighbors", "coreset", "memory_bank", "gaussian", "subspace"),
+        *("anomaly_map", "calibration"),
         *("synthetic", "lora", "datasets", "metrics"),
     ),
     ("detectors",),
@@ -47,6 +48,7 @@ BESIDE = {
     ("coreset", "neighbors"),
     ("memory_bank", "coreset"),
     ("memory_bank", "neighbors"),
+    ("subspace", "gaussian"),
     ("synthetic", "images"),
     ("lora", "images"),
     ("lora", "fusion"),

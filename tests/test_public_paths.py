@@ -7,7 +7,8 @@ import importlib
 import pytest
 
 PATHS = {
-    "anomalib_lite": "GatedCascade MahalanobisVFM MemoryBank PaDiM PatchCore evaluate load",
+    "anomalib_lite": "GatedCascade MahalanobisVFM MemoryBank PaDiM PatchCore SubspaceAD "
+    "evaluate load",
     "anomalib_lite.anomaly_map": "IMAGE_SCORES anomaly_maps image_scores reweight",
     "anomalib_lite.backbones": "EMBEDDED Backbone",
     "anomalib_lite.calibration": "calibration_size conformal_threshold",
@@ -15,7 +16,7 @@ PATHS = {
     "anomalib_lite.coreset": "METHODS Coreset covering_radius greedy_k_center select_coreset",
     "anomalib_lite.datasets": "ELPV NEUDET Dataset Folder KolektorSDD MVTecAD MVTecAD2 Sample",
     "anomalib_lite.demo": "run_demo",
-    "anomalib_lite.detectors": "BaseDetector Detections MahalanobisVFM PaDiM PatchCore",
+    "anomalib_lite.detectors": "BaseDetector Detections MahalanobisVFM PaDiM PatchCore SubspaceAD",
     "anomalib_lite.engines": "ENGINES CompiledBackbone open_backbone",
     "anomalib_lite.errors": "AnomalibLiteError CalibrationWarning ImageError NotFittedError",
     "anomalib_lite.evaluation": "Report evaluate",
@@ -28,6 +29,7 @@ PATHS = {
     "pixel_average_precision seg_f1",
     "anomalib_lite.persistence": "FORMAT_VERSION load",
     "anomalib_lite.plotting": "color_bar contact_sheet legend_colors overlay",
+    "anomalib_lite.subspace": "Subspace",
     "anomalib_lite.synthetic": "KINDS SyntheticAnomalies SyntheticAnomaly SyntheticSet",
 }
 
