@@ -92,7 +92,7 @@ class Subspace(BaseEstimator):
     >>> away = X[:1].copy()
     >>> away[0, 0] += 5
     >>> subspace.residual(np.concatenate([X[:1], away])).round(1).tolist()
-    [0.0, 4.7]
+    [0.0, 3.5]
     """
 
     def __init__(self, n_components: int | float = 0.99) -> None:
