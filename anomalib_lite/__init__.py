@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from anomalib_lite.evaluation import evaluate as evaluate
     from anomalib_lite.memory_bank import MemoryBank as MemoryBank
     from anomalib_lite.persistence import load as load
+    from anomalib_lite.router import ProductRouter as ProductRouter
 
 _HOME = {
     "GatedCascade": "anomalib_lite.cascade",
     "MahalanobisVFM": "anomalib_lite.detectors",
     "PaDiM": "anomalib_lite.detectors",
     "PatchCore": "anomalib_lite.detectors",
+    "ProductRouter": "anomalib_lite.router",
     "SubspaceAD": "anomalib_lite.detectors",
     "MemoryBank": "anomalib_lite.memory_bank",
     "evaluate": "anomalib_lite.evaluation",
@@ -41,6 +43,7 @@ __all__ = [
     "MemoryBank",
     "PaDiM",
     "PatchCore",
+    "ProductRouter",
     "SubspaceAD",
     "evaluate",
     "load",

@@ -162,7 +162,7 @@ class Subspace(BaseEstimator):
         InvalidValueError
             If D differs from that of :meth:`fit`, or rows are not finite.
         """
-        return np.sqrt(self.sq_residual(X))
+        return np.asarray(np.sqrt(self.sq_residual(X)))
 
     def sq_residual(self, X: Any) -> np.ndarray:
         """Return the squares of :meth:`residual`, of shape (N,), float64."""
@@ -261,7 +261,7 @@ class _Axes:
             rest = y @ self.across.T
         else:
             rest = y - (y @ self.components.T) @ self.components
-        return np.einsum("nd,nd->n", rest, rest)
+        return np.asarray(np.einsum("nd,nd->n", rest, rest))
 
 
 def _find_axes(moments: Moments, n_components: int | float) -> _Axes:

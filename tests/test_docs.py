@@ -29,6 +29,7 @@ from anomalib_lite import (
     MahalanobisVFM,
     PaDiM,
     PatchCore,
+    ProductRouter,
     SubspaceAD,
     errors,
     load,
@@ -276,9 +277,12 @@ def test_numbers_of_anomalies() -> None:
         assert int(labelled) == 2 * min_anomalies(float(max_missed))
 
 
-@pytest.mark.parametrize("detector", [PatchCore, PaDiM, MahalanobisVFM, SubspaceAD, GatedCascade])
+@pytest.mark.parametrize(
+    "detector", [PatchCore, PaDiM, MahalanobisVFM, SubspaceAD, GatedCascade, ProductRouter]
+)
 def test_every_parameter_is_explained(detector: Any) -> None:
-    page = "gated_cascade.md" if detector is GatedCascade else "detectors.md"
+    others = {GatedCascade: "gated_cascade.md", ProductRouter: "router.md"}
+    page = others.get(detector, "detectors.md")
     text = (DOCS / page).read_text(encoding="utf-8")
     for name, parameter in inspect.signature(detector).parameters.items():
         default = parameter.default

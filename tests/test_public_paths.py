@@ -7,8 +7,8 @@ import importlib
 import pytest
 
 PATHS = {
-    "anomalib_lite": "GatedCascade MahalanobisVFM MemoryBank PaDiM PatchCore SubspaceAD "
-    "evaluate load",
+    "anomalib_lite": "GatedCascade MahalanobisVFM MemoryBank PaDiM PatchCore "
+    "ProductRouter SubspaceAD evaluate load",
     "anomalib_lite.anomaly_map": "IMAGE_SCORES anomaly_maps image_scores reweight",
     "anomalib_lite.backbones": "EMBEDDED Backbone",
     "anomalib_lite.calibration": "calibration_size conformal_threshold",
@@ -29,6 +29,7 @@ PATHS = {
     "pixel_average_precision seg_f1",
     "anomalib_lite.persistence": "FORMAT_VERSION load",
     "anomalib_lite.plotting": "color_bar contact_sheet legend_colors overlay",
+    "anomalib_lite.router": "ProductDetections ProductRouter",
     "anomalib_lite.subspace": "Subspace",
     "anomalib_lite.synthetic": "KINDS SyntheticAnomalies SyntheticAnomaly SyntheticSet",
 }

@@ -224,7 +224,7 @@ def _test(
             _check_lengths(found, len(chunk), with_masks)
             scores[start : start + len(chunk)] = found.scores
             decisions[start : start + len(chunk)] = found.labels
-            if hasattr(found, "routes"):
+            if hasattr(found, "heatmap_call_rate"):  # of a cascade
                 routes.append(found.routes)
             if with_masks:
                 for sample, amap in zip(chunk, found.maps, strict=True):
