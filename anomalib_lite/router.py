@@ -134,6 +134,8 @@ class ProductRouter(DetectorMixin, BaseEstimator):
     [False, False, True]
     """
 
+    detectors_: dict[str, BaseDetector]
+
     def __init__(
         self, detector: Any = None, *, unknown_rate: float = 0.01, random_state: Any = 0
     ) -> None:
