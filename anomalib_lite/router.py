@@ -439,7 +439,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
             detector._take_backbone(backbone)
 
     def _members(self) -> dict[str, DetectorMixin]:
-        members = {}
+        members: dict[str, DetectorMixin] = {}
         for i, detector in enumerate(self.detectors_.values()):
             member = copy.copy(detector)
             del member.backbone_  # the file has it once, as the router's
