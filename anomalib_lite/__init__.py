@@ -19,21 +19,35 @@ if TYPE_CHECKING:
     from anomalib_lite.detectors import MahalanobisVFM as MahalanobisVFM
     from anomalib_lite.detectors import PaDiM as PaDiM
     from anomalib_lite.detectors import PatchCore as PatchCore
+    from anomalib_lite.detectors import SubspaceAD as SubspaceAD
     from anomalib_lite.evaluation import evaluate as evaluate
     from anomalib_lite.memory_bank import MemoryBank as MemoryBank
     from anomalib_lite.persistence import load as load
+    from anomalib_lite.router import ProductRouter as ProductRouter
 
 _HOME = {
     "GatedCascade": "anomalib_lite.cascade",
     "MahalanobisVFM": "anomalib_lite.detectors",
     "PaDiM": "anomalib_lite.detectors",
     "PatchCore": "anomalib_lite.detectors",
+    "ProductRouter": "anomalib_lite.router",
+    "SubspaceAD": "anomalib_lite.detectors",
     "MemoryBank": "anomalib_lite.memory_bank",
     "evaluate": "anomalib_lite.evaluation",
     "load": "anomalib_lite.persistence",
 }
 
-__all__ = ["GatedCascade", "MahalanobisVFM", "MemoryBank", "PaDiM", "PatchCore", "evaluate", "load"]
+__all__ = [
+    "GatedCascade",
+    "MahalanobisVFM",
+    "MemoryBank",
+    "PaDiM",
+    "PatchCore",
+    "ProductRouter",
+    "SubspaceAD",
+    "evaluate",
+    "load",
+]
 
 
 def __getattr__(name: str) -> object:

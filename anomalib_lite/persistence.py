@@ -11,7 +11,7 @@ from anomalib_lite._validation import closest
 from anomalib_lite._version import __version__
 from anomalib_lite.adapter import Adapter
 from anomalib_lite.cascade import GatedCascade
-from anomalib_lite.detectors import DetectorMixin, MahalanobisVFM, PaDiM, PatchCore
+from anomalib_lite.detectors import DetectorMixin, MahalanobisVFM, PaDiM, PatchCore, SubspaceAD
 from anomalib_lite.errors import InvalidValueError, ModelFileError
 from anomalib_lite.model_file import (
     ADAPTER,
@@ -21,11 +21,13 @@ from anomalib_lite.model_file import (
     read_model,
     select,
 )
+from anomalib_lite.router import ProductRouter
 
 __all__ = ["FORMAT_VERSION", "load"]
 
 DETECTORS: dict[str, type[DetectorMixin]] = {
-    cls.__name__: cls for cls in (GatedCascade, MahalanobisVFM, PaDiM, PatchCore)
+    cls.__name__: cls
+    for cls in (GatedCascade, MahalanobisVFM, PaDiM, PatchCore, ProductRouter, SubspaceAD)
 }
 
 
@@ -51,7 +53,7 @@ def load(
 
     Returns
     -------
-    BaseDetector or GatedCascade
+    BaseDetector, GatedCascade or ProductRouter
         Fitted; on the same machine its scores and maps are equal to the bit.
 
     Raises

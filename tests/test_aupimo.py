@@ -63,29 +63,6 @@ ANOMALIB_AUPRO = [
 
 
 @pytest.mark.parametrize(("seed", "levels", "counts", "expected"), AUTHORS)
-def test_ignored_pixels_count_neither_as_normal_nor_as_anomalous() -> None:
-    random = np.random.default_rng(0)
-    maps = random.random((4, 12, 20)).astype(np.float32)
-    masks = np.zeros((4, 12, 20), np.uint8)
-    masks[2:, 3:6, 4:9] = 1
-    limits = (1e-2, 0.3)
-    expected = aupimo_scores(list(masks[:, :, :15]), list(maps[:, :, :15]), limits)
-    hidden = np.zeros(masks.shape, bool)
-    hidden[:, :, 15:] = True
-    ignoring = list(np.ma.masked_array(masks, hidden))
-    maps[:, :, 15:] = 5  # the highest scores
-    np.testing.assert_allclose(aupimo_scores(ignoring, list(maps), limits), expected)
-    streamed = PixelMetrics(fpr_limits=limits).update(ignoring, maps).compute()
-    assert streamed["aupimo"] == pytest.approx(np.nanmean(expected))
-    for name, metric in (("pixel_auroc", pixel_auroc), ("aupro", aupro)):
-        cut = metric(list(masks[:, :, :15]), list(maps[:, :, :15]))
-        assert metric(ignoring, list(maps)) == pytest.approx(cut)
-        assert streamed[name] == pytest.approx(cut)
-    nothing = np.ma.masked_array(masks[0], True)
-    more = aupimo_scores([*ignoring, nothing], [*maps, maps[0]], limits)
-    np.testing.assert_allclose(more[:4], expected)
-
-
 def test_equals_the_authors_code(seed: int, levels: int, counts, expected) -> None:
     masks, maps = pictures(seed, (7, 20, 26), 4, levels, 0.4)
     limits = (counts[0] / 2080, counts[1] / 2080)
@@ -203,3 +180,26 @@ def test_refuses_what_is_no_map() -> None:
         aupimo([None], np.zeros((2, 2, 2)))
     with pytest.raises(InvalidTypeError, match="bool or integer"):
         aupimo([np.full((1, 2), 0.5)], [np.zeros((1, 2))])
+
+
+def test_ignored_pixels_count_neither_as_normal_nor_as_anomalous() -> None:
+    random = np.random.default_rng(0)
+    maps = random.random((4, 12, 20)).astype(np.float32)
+    masks = np.zeros((4, 12, 20), np.uint8)
+    masks[2:, 3:6, 4:9] = 1
+    limits = (1e-2, 0.3)
+    expected = aupimo_scores(list(masks[:, :, :15]), list(maps[:, :, :15]), limits)
+    hidden = np.zeros(masks.shape, bool)
+    hidden[:, :, 15:] = True
+    ignoring = list(np.ma.masked_array(masks, hidden))
+    maps[:, :, 15:] = 5  # the highest scores
+    np.testing.assert_allclose(aupimo_scores(ignoring, list(maps), limits), expected)
+    streamed = PixelMetrics(fpr_limits=limits).update(ignoring, maps).compute()
+    assert streamed["aupimo"] == pytest.approx(np.nanmean(expected))
+    for name, metric in (("pixel_auroc", pixel_auroc), ("aupro", aupro)):
+        cut = metric(list(masks[:, :, :15]), list(maps[:, :, :15]))
+        assert metric(ignoring, list(maps)) == pytest.approx(cut)
+        assert streamed[name] == pytest.approx(cut)
+    nothing = np.ma.masked_array(masks[0], True)
+    more = aupimo_scores([*ignoring, nothing], [*maps, maps[0]], limits)
+    np.testing.assert_allclose(more[:4], expected)

@@ -16,7 +16,7 @@ from cli_fixtures import FAST, Refused, read
 from PIL import Image
 
 import anomalib_lite
-from anomalib_lite import MahalanobisVFM, PaDiM, PatchCore, cli, load
+from anomalib_lite import MahalanobisVFM, PaDiM, PatchCore, SubspaceAD, cli, load
 from anomalib_lite.cli._options import FIT_OPTIONS, MAHALANOBIS_OPTIONS, PADIM_OPTIONS
 
 
@@ -85,6 +85,25 @@ class TestFit:
         assert cli.main(command.split()) == 0
         assert "patches and " in capsys.readouterr().out
         assert load(path).shrinkage == 0.3
+
+    @pytest.mark.parametrize(("given", "expected"), [("0.9", 0.9), ("30", 30), (None, 0.99)])
+    def test_subspace_ad_takes_a_share_or_a_number(
+        self,
+        given: str | None,
+        expected: float,
+        wall: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        path = tmp_path / "s.safetensors"
+        command = f"fit {wall}/train/good -o {path} --image-size 64 --false-alarm-rate 0.2 "
+        command += "--detector subspace_ad" + (f" --n-components {given}" if given else "")
+        assert cli.main(command.split()) == 0
+        assert "of 152 directions, of " in capsys.readouterr().out
+        again = load(path)
+        assert isinstance(again, SubspaceAD)
+        assert again.n_components == expected
+        assert type(again.n_components) is type(expected)
 
     def test_a_directory_is_not_a_model(
         self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

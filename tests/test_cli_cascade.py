@@ -19,7 +19,7 @@ import torch
 from cli_fixtures import Refused, read, save, scratched
 from PIL import Image
 
-from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, cli, load
+from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, SubspaceAD, cli, load
 from anomalib_lite.cascade import SHARED_PARAMETERS
 from anomalib_lite.cli._fit import make_detector
 from anomalib_lite.cli._main import make_parser
@@ -170,7 +170,12 @@ class TestFit:
 
     @pytest.mark.parametrize(
         ("name", "cls"),
-        [("padim", PaDiM), ("mahalanobis_vfm", MahalanobisVFM), ("patchcore", PatchCore)],
+        [
+            ("padim", PaDiM),
+            ("mahalanobis_vfm", MahalanobisVFM),
+            ("subspace_ad", SubspaceAD),
+            ("patchcore", PatchCore),
+        ],
     )
     def test_the_heatmap_model_can_be_chosen(self, name: str, cls: type) -> None:
         made = make_detector(parse(*CASCADE, "--heatmap-model", name))

@@ -24,7 +24,17 @@ import torch
 from PIL import Image
 from scipy.stats import beta
 
-from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, errors, load, plotting
+from anomalib_lite import (
+    GatedCascade,
+    MahalanobisVFM,
+    PaDiM,
+    PatchCore,
+    ProductRouter,
+    SubspaceAD,
+    errors,
+    load,
+    plotting,
+)
 from anomalib_lite.backbones import EMBEDDED
 from anomalib_lite.backbones._timm import default_layers
 from anomalib_lite.calibration import calibration_size
@@ -267,9 +277,12 @@ def test_numbers_of_anomalies() -> None:
         assert int(labelled) == 2 * min_anomalies(float(max_missed))
 
 
-@pytest.mark.parametrize("detector", [PatchCore, PaDiM, MahalanobisVFM, GatedCascade])
+@pytest.mark.parametrize(
+    "detector", [PatchCore, PaDiM, MahalanobisVFM, SubspaceAD, GatedCascade, ProductRouter]
+)
 def test_every_parameter_is_explained(detector: Any) -> None:
-    page = "gated_cascade.md" if detector is GatedCascade else "detectors.md"
+    others = {GatedCascade: "gated_cascade.md", ProductRouter: "router.md"}
+    page = others.get(detector, "detectors.md")
     text = (DOCS / page).read_text(encoding="utf-8")
     for name, parameter in inspect.signature(detector).parameters.items():
         default = parameter.default

@@ -7,7 +7,8 @@ import importlib
 import pytest
 
 PATHS = {
-    "anomalib_lite": "GatedCascade MahalanobisVFM MemoryBank PaDiM PatchCore evaluate load",
+    "anomalib_lite": "GatedCascade MahalanobisVFM MemoryBank PaDiM PatchCore "
+    "ProductRouter SubspaceAD evaluate load",
     "anomalib_lite.anomaly_map": "IMAGE_SCORES anomaly_maps image_scores reweight",
     "anomalib_lite.backbones": "EMBEDDED Backbone",
     "anomalib_lite.calibration": "calibration_size conformal_threshold",
@@ -17,7 +18,7 @@ PATHS = {
     "MVTecAD2 MVTecLOCO MagneticTile RealIAD Sample Textile VisA find_shared load_mask "
     "open_dataset",
     "anomalib_lite.demo": "run_demo",
-    "anomalib_lite.detectors": "BaseDetector Detections MahalanobisVFM PaDiM PatchCore",
+    "anomalib_lite.detectors": "BaseDetector Detections MahalanobisVFM PaDiM PatchCore SubspaceAD",
     "anomalib_lite.domain_shift": "cosine_distance feature_drift frechet_distance mmd "
     "sliced_wasserstein",
     "anomalib_lite.engines": "ENGINES CompiledBackbone open_backbone",
@@ -34,6 +35,8 @@ PATHS = {
     "bootstrap_interval paired_test PixelMetrics",
     "anomalib_lite.persistence": "FORMAT_VERSION load",
     "anomalib_lite.plotting": "color_bar contact_sheet legend_colors overlay",
+    "anomalib_lite.router": "ProductDetections ProductRouter",
+    "anomalib_lite.subspace": "Subspace",
     "anomalib_lite.synthetic": "KINDS SyntheticAnomalies SyntheticAnomaly SyntheticSet",
 }
 

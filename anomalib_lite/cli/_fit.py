@@ -40,8 +40,9 @@ def add_to(commands: Any) -> None:
         choices=tuple(DETECTORS),
         default="patchcore",
         help="padim: parts that always lie in the same place (give --image-size HxW); "
-        "mahalanobis_vfm: for a foundation model (give --backbone); gated_cascade: a small network "
-        "decides about clear images, a heatmap model about the rest; default: patchcore",
+        "mahalanobis_vfm: for a foundation model (give --backbone); subspace_ad: few images and "
+        "a foundation model; gated_cascade: a small network decides about clear images, a heatmap "
+        "model about the rest; default: patchcore",
     )
     parser.add_argument(
         "--heatmap-model",

@@ -20,6 +20,11 @@ def _layers(text: str) -> list[str | int]:
     return [int(name) if re.fullmatch(r"-?\d+", name) else name for name in text.split(",")]
 
 
+def _number_or_share(text: str) -> int | float:
+    """Parse ``"100"`` to an int and ``"0.99"`` to a float."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
+
+
 def _name_or_number(text: str) -> str | float:
     try:
         return float(text)
@@ -48,8 +53,8 @@ FIT_OPTIONS: dict[str, Option] = {
     "image_score": (
         str,
         "max",
-        "max, a share such as top1%% or 'top1%% pixels', smoothed (PaDiM's default) or structure; "
-        "PatchCore: reweighted",
+        "max, a share such as top1%% (SubspaceAD's default) or 'top1%% pixels', smoothed (PaDiM's "
+        "default) or structure; PatchCore: reweighted",
     ),
     "index": (str, "flat", "PatchCore: flat (exact), or a FAISS index-factory string"),
     "smoothing": (float, 4.0, "smoothing of heatmaps, in pixels of the image size"),
@@ -66,7 +71,12 @@ FIT_OPTIONS: dict[str, Option] = {
     "random_state": (int, 0, "seed"),
 }
 PADIM_OPTIONS: dict[str, Option] = {
-    "n_components": (int, None, "PaDiM: length of an embedding (default: 100, or 550 of many)"),
+    "n_components": (
+        _number_or_share,
+        None,
+        "PaDiM: length of an embedding (default: 100, or 550 of many); SubspaceAD: number of "
+        "principal components, or share of the variance that they hold (default: 0.99)",
+    ),
     "reduction": (str, "random", "PaDiM: random or semi_orthogonal"),
     "ridge": (float, 0.01, "PaDiM: number added to the diagonal of each covariance"),
 }
@@ -96,5 +106,10 @@ CASCADE_PARAMETERS = {
     "gate_epochs": "epochs",
 }
 ALL_FIT_OPTIONS = FIT_OPTIONS | PADIM_OPTIONS | MAHALANOBIS_OPTIONS | CASCADE_OPTIONS
-HEATMAP_MODELS = {"patchcore": "PatchCore", "padim": "PaDiM", "mahalanobis_vfm": "MahalanobisVFM"}
+HEATMAP_MODELS = {
+    "patchcore": "PatchCore",
+    "padim": "PaDiM",
+    "mahalanobis_vfm": "MahalanobisVFM",
+    "subspace_ad": "SubspaceAD",
+}
 DETECTORS = HEATMAP_MODELS | {"gated_cascade": "GatedCascade"}

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"{detector.threshold_:.6g}; see {' and '.join(map(str, places))}"
     )
     if summary.routes:
-        print(_decided_by(summary.routes))
+        print(_decided_by(summary.routes, detector._routes))
 
 
 def _image_files(given: Sequence[str]) -> list[Any]:
@@ -92,8 +92,10 @@ def _image_files(given: Sequence[str]) -> list[Any]:
     return list({os.path.abspath(file): file for file in files}.values())  # noqa: PTH100
 
 
-def _decided_by(routes: Counter[str]) -> str:
-    """Say how many images each model of a cascade decided."""
+def _decided_by(routes: Counter[str], possible: Sequence[str]) -> str:
+    """Say how many images each model of a cascade decided, or show each product of a router."""
+    if "gate_normal" not in possible:
+        return "products: " + ", ".join(f"{routes[r]:,} {r}" for r in possible if routes[r])
     normal, anomalous, called = (routes[r] for r in ("gate_normal", "gate_anomalous", "detector"))
     return (
         f"decided by the gate: {normal + anomalous:,} ({normal:,} normal, {anomalous:,} "

@@ -6,6 +6,7 @@ from anomalib_lite.detectors.detections import Detections
 from anomalib_lite.detectors.mahalanobis_vfm import MahalanobisVFM
 from anomalib_lite.detectors.padim import PaDiM
 from anomalib_lite.detectors.patchcore import PatchCore
+from anomalib_lite.detectors.subspace_ad import SubspaceAD
 
 __all__ = [
     "BaseDetector",
@@ -14,5 +15,6 @@ __all__ = [
     "MahalanobisVFM",
     "PaDiM",
     "PatchCore",
+    "SubspaceAD",
     "plan_patches",
 ]

@@ -52,10 +52,12 @@ class SavedDetector(ABC):
         ``calibration_scores`` (n,), ``map_statistics`` (2, 3) for ``image_score="structure"``, and
         the detector's arrays: for PatchCore ``embeddings`` (M, D)
         float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``; for
-        PaDiM ``mean`` (P, d) and ``factors`` (P, d (d + 1) / 2), float32, and ``components``;
-        names of an adapter's tensors begin with ``adapter.``. A cascade has the header of each of
+        PaDiM ``mean`` (P, d) and ``factors`` (P, d (d + 1) / 2), float32, and ``components``; for
+        SubspaceAD ``mean`` (D,) and ``scatter`` (D (D + 1) / 2,), float64. Names of an adapter's
+        tensors begin with ``adapter.``. A cascade has the header of each of
         its members under ``parts``, and names of their tensors begin with ``detector.`` and
-        ``gate.``. The weights of a finetuned gate are always in the file.
+        ``gate.``; a router has its products there as ``product0`` and so on, without backbones.
+        The weights of a finetuned gate are always in the file.
 
         Examples
         --------

@@ -267,7 +267,7 @@ def _test(
             _check_lengths(found, len(chunk), read_mask is not None)
             scores[start : start + len(chunk)] = found.scores
             decisions[start : start + len(chunk)] = found.labels
-            if hasattr(found, "routes"):
+            if hasattr(found, "heatmap_call_rate"):  # of a cascade
                 routes.append(found.routes)
             if read_mask is not None:
                 for sample, amap in zip(chunk, found.maps, strict=True):
