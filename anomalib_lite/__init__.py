@@ -16,6 +16,7 @@ from anomalib_lite._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from anomalib_lite.cascade import GatedCascade as GatedCascade
+    from anomalib_lite.cascade.router import ProductRouter as ProductRouter
     from anomalib_lite.detectors import MahalanobisVFM as MahalanobisVFM
     from anomalib_lite.detectors import PaDiM as PaDiM
     from anomalib_lite.detectors import PatchCore as PatchCore
@@ -23,14 +24,13 @@ if TYPE_CHECKING:
     from anomalib_lite.evaluation import evaluate as evaluate
     from anomalib_lite.memory_bank import MemoryBank as MemoryBank
     from anomalib_lite.persistence import load as load
-    from anomalib_lite.router import ProductRouter as ProductRouter
 
 _HOME = {
     "GatedCascade": "anomalib_lite.cascade",
     "MahalanobisVFM": "anomalib_lite.detectors",
     "PaDiM": "anomalib_lite.detectors",
     "PatchCore": "anomalib_lite.detectors",
-    "ProductRouter": "anomalib_lite.router",
+    "ProductRouter": "anomalib_lite.cascade.router",
     "SubspaceAD": "anomalib_lite.detectors",
     "MemoryBank": "anomalib_lite.memory_bank",
     "evaluate": "anomalib_lite.evaluation",

@@ -510,7 +510,7 @@ def test_any_change_of_a_source_changes_the_key(copied_sources: Path) -> None:
         (copied_sources / folder / "_added.py").rename(copied_sources / folder / "_renamed.py")
         seen.add(hash_of_sources())
     assert len(seen) == 1 + len(paths) + 4
-    (copied_sources / "images.py").write_text("")  # makes no graph
+    (copied_sources / "calibration.py").write_text("")  # makes no graph
     assert hash_of_sources() in seen
 
 

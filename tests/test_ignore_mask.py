@@ -15,7 +15,7 @@ from test_contract import ALL_DETECTORS
 
 from anomalib_lite import PaDiM, PatchCore, load
 from anomalib_lite.errors import AnomalibLiteError, InvalidValueError, MissingPathError
-from anomalib_lite.ignore_mask import IgnoreMask, per_image, read_ignore_mask
+from anomalib_lite.images.ignore_mask import IgnoreMask, per_image, read_ignore_mask
 
 SIZE = (HEIGHT, WIDTH)
 REGION = np.s_[6:22, 44:72]  # around the defect of ``bad``

@@ -28,13 +28,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "_threads"),
     ("_validation", "_files", "_device", "adapter", "model_file"),
     (
-        *("ignore_mask", "tiling", "images", "fusion", "backbones", "engines", "embeddings"),
+        *("images", "fusion", "backbones", "engines"),
         *("neighbors", "coreset", "memory_bank", "gaussian", "subspace"),
         *("anomaly_map", "calibration"),
         *("synthetic", "lora", "datasets", "metrics", "domain_shift"),
     ),
     ("detectors",),
-    ("cascade", "router"),
+    ("cascade",),
     ("persistence", "evaluation", "plotting", "report"),
     ("__init__", "demo", "cli"),
 )
@@ -44,9 +44,6 @@ BESIDE = {
     ("backbones", "fusion"),
     ("engines", "backbones"),
     ("engines", "fusion"),
-    ("images", "ignore_mask"),
-    ("images", "tiling"),
-    ("embeddings", "images"),
     ("coreset", "neighbors"),
     ("memory_bank", "coreset"),
     ("memory_bank", "neighbors"),
@@ -184,7 +181,7 @@ def test_the_reader_sees_every_kind_of_import() -> None:
     assert Import("engines._compiled", "start", "engines._cache") in imports()  # a file as a name
     assert Import("coreset", "start", "coreset._selection") in imports()
     assert folder_of("coreset") == folder_of("coreset._selection") == "coreset"
-    assert folder_of("images") == folder_of("__init__") == ""
+    assert folder_of("calibration") == folder_of("__init__") == ""
 
 
 def test_the_reader_finds_circles_and_counts_lines() -> None:
@@ -314,7 +311,7 @@ def test_every_public_name_can_be_had() -> None:
 
 def test_the_top_of_the_package_fits_on_a_page() -> None:
     entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
-    assert len(entries) <= 36
+    assert len(entries) <= 34
     assert len([name for name in entries if is_private(Path(name).stem)]) <= 6
 
 

@@ -35,7 +35,7 @@ PATHS = {
     "bootstrap_interval paired_test PixelMetrics",
     "anomalib_lite.persistence": "FORMAT_VERSION load",
     "anomalib_lite.plotting": "color_bar contact_sheet legend_colors overlay",
-    "anomalib_lite.router": "ProductDetections ProductRouter",
+    "anomalib_lite.cascade.router": "ProductDetections ProductRouter",
     "anomalib_lite.subspace": "Subspace",
     "anomalib_lite.synthetic": "KINDS SyntheticAnomalies SyntheticAnomaly SyntheticSet",
 }

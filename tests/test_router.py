@@ -26,6 +26,7 @@ from anomalib_lite import (
     load,
 )
 from anomalib_lite.backbones import Backbone
+from anomalib_lite.cascade.router import ProductDetections
 from anomalib_lite.datasets import Sample
 from anomalib_lite.errors import (
     CalibrationWarning,
@@ -36,7 +37,6 @@ from anomalib_lite.errors import (
 )
 from anomalib_lite.evaluation import evaluate
 from anomalib_lite.model_file import read_model
-from anomalib_lite.router import ProductDetections
 
 QUICK: dict[str, Any] = PLAIN | {"image_size": (48, 80), "false_alarm_rate": 0.2}
 

@@ -32,7 +32,6 @@ from anomalib_lite.detectors import BaseDetector, plan_patches
 from anomalib_lite.detectors._patch_accumulator import Plan
 from anomalib_lite.detectors.fitting import Accumulator
 from anomalib_lite.detectors.fitting.shards import _NETWORK_BYTES
-from anomalib_lite.embeddings import embed_all
 from anomalib_lite.errors import (
     AnomalibLiteError,
     CalibrationWarning,
@@ -43,6 +42,7 @@ from anomalib_lite.errors import (
     WorkerError,
 )
 from anomalib_lite.images import Extractor, ImageSource
+from anomalib_lite.images.embeddings import embed_all
 from anomalib_lite.metrics import auroc
 
 HEIGHT, WIDTH = 48, 80

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from anomalib_lite import PatchCore, load
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
-from anomalib_lite.tiling import embed_tiles, owners, tile_starts
+from anomalib_lite.images.tiling import embed_tiles, owners, tile_starts
 
 
 def cells(tiles: np.ndarray) -> np.ndarray:

@@ -47,7 +47,6 @@ from anomalib_lite.cascade.routing import (
 )
 from anomalib_lite.cascade.sweep import Sweep, sweep_routings, threshold_pairs
 from anomalib_lite.detectors import BaseDetector, Detections, DetectorMixin, PatchCore
-from anomalib_lite.embeddings import stack
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import (
     CalibrationWarning,
@@ -56,6 +55,7 @@ from anomalib_lite.errors import (
     NotFittedError,
 )
 from anomalib_lite.images import ImageSource
+from anomalib_lite.images.embeddings import stack
 
 __all__ = ["SHARED_PARAMETERS", "CascadeDetections", "GatedCascade"]
 

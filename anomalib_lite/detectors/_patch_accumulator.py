@@ -11,8 +11,8 @@ import numpy as np
 
 from anomalib_lite.coreset import select_coreset
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
-from anomalib_lite.embeddings import Embeddings, patch_rows
 from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.images.embeddings import Embeddings, patch_rows
 
 __all__ = ["PatchAccumulator", "Plan", "plan_patches"]
 

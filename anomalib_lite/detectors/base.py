@@ -41,11 +41,11 @@ from anomalib_lite.detectors.fitting import (
     iter_grids,
     none_usable,
 )
-from anomalib_lite.embeddings import Embeddings, embed_all, stack, take
 from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
-from anomalib_lite.ignore_mask import IgnoreMask, per_image, read_ignore_mask
 from anomalib_lite.images import Extractor, ImageSource
+from anomalib_lite.images.embeddings import Embeddings, embed_all, stack, take
+from anomalib_lite.images.ignore_mask import IgnoreMask, per_image, read_ignore_mask
 
 __all__ = ["BaseDetector", "DetectorMixin"]
 
@@ -208,7 +208,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             Regions that nobody looks at, in fitting, calibration, scores and heatmaps: one for all
             images, which is saved with the detector and holds for every image from then on; or one
             (or None) for each. What is not 0 is ignored; see
-            :func:`~anomalib_lite.ignore_mask.read_ignore_mask`.
+            :func:`~anomalib_lite.images.ignore_mask.read_ignore_mask`.
 
         Returns
         -------
@@ -353,14 +353,9 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         scores = np.full(len(source.items), np.nan, np.float32)
         heatmaps: list[Any] = [None] * len(source.items)
         skipped: list[tuple[int, str]] = []
+        tiles: Any = {"tile": self.tile, "overlap": self.overlap}
         extractor = Extractor(
-            self.backbone_,
-            self.image_size,
-            self.batch_size,
-            self.on_error,
-            self.verbose,
-            tile=self.tile,
-            overlap=self.overlap,
+            self.backbone_, self.image_size, self.batch_size, self.on_error, self.verbose, **tiles
         )
         for batch, E in extractor.embed_batches(
             source, channels=self._channels, skipped=skipped, progress="score"
@@ -464,14 +459,9 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         order = np.arange(n) if leave_one_out else random.permutation(n)
         in_order = source.take(order)
         backbone = self.backbone_ if update else self._open_to_fit(in_order, random)
+        tiles: Any = {"tile": self.tile, "overlap": self.overlap}
         extractor = Extractor(
-            backbone,
-            self.image_size,
-            self.batch_size,
-            self.on_error,
-            self.verbose,
-            tile=self.tile,
-            overlap=self.overlap,
+            backbone, self.image_size, self.batch_size, self.on_error, self.verbose, **tiles
         )
         distributor = None
         if self.n_jobs is not None and not update:  # an update is for a few images

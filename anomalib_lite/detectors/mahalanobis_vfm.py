@@ -21,11 +21,11 @@ from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
-from anomalib_lite.embeddings import Embeddings
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.gaussian import Gaussian, Moments, check_shrinkage
 from anomalib_lite.images import ImageSource
+from anomalib_lite.images.embeddings import Embeddings
 
 __all__ = ["MahalanobisVFM"]
 

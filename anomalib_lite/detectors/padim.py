@@ -13,9 +13,9 @@ from anomalib_lite._validation import check_choice, check_int, check_memory, che
 from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
-from anomalib_lite.embeddings import Embeddings
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import GaussianGrid
+from anomalib_lite.images.embeddings import Embeddings
 
 __all__ = ["PaDiM"]
 

@@ -17,8 +17,8 @@ from anomalib_lite.coreset import METHODS, coreset_size, select_coreset
 from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator
-from anomalib_lite.embeddings import Embeddings, patch_rows
 from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.images.embeddings import Embeddings, patch_rows
 from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
 
 __all__ = ["PatchCore"]

@@ -13,10 +13,10 @@ from anomalib_lite._validation import check_choice, check_memory
 from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
-from anomalib_lite.embeddings import Embeddings
 from anomalib_lite.engines import FUSIONS
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import Moments
+from anomalib_lite.images.embeddings import Embeddings, patch_rows
 from anomalib_lite.subspace import Subspace, check_components
 
 __all__ = ["SubspaceAD"]
@@ -181,8 +181,9 @@ class SubspaceAD(BaseDetector):
         self, E: np.ndarray, subspace: Subspace | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         subspace = subspace or self.subspace_
-        squares = subspace.sq_residual(E.reshape(-1, E.shape[3]))
-        patch_scores = squares.astype(np.float32).reshape(E.shape[:3])
+        seen = ~np.isnan(E[..., 0])  # the others are ignored
+        patch_scores = np.zeros(E.shape[:3], np.float32)
+        patch_scores[seen] = subspace.sq_residual(patch_rows(E))
         return patch_scores, self._score_maps(patch_scores)
 
     def _score_left_out(self, E: Embeddings, fitted: None) -> np.ndarray:
@@ -192,7 +193,7 @@ class SubspaceAD(BaseDetector):
         for i in range(len(E)):
             grid = E[i][None]
             own = Moments(len(moments.mean))
-            own.add(grid.reshape(-1, grid.shape[3]))
+            own.add(patch_rows(grid))
             scores.append(self._score_patches(grid, self._find(moments.without(own)))[1])
         return np.concatenate(scores)
 
@@ -239,7 +240,7 @@ class PatchMoments(Accumulator):
         shard.moments = Moments(len(self.moments.mean))
         # Together if they have one size: each sum of moments costs d x d numbers.
         for block in [E] if isinstance(E, np.ndarray) else E:
-            shard.moments.add(block.reshape(-1, block.shape[-1]))
+            shard.moments.add(patch_rows(block[None] if block.ndim == 3 else block))
         return shard
 
     def merge(self, other: Self) -> None:

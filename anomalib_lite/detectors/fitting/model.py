@@ -13,8 +13,8 @@ import numpy as np
 from sklearn.base import BaseEstimator
 
 from anomalib_lite.anomaly_map import image_scores, standardize, structure
-from anomalib_lite.embeddings import Embeddings, contiguous
 from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.images.embeddings import Embeddings, contiguous
 
 __all__ = [
     "Accumulator",

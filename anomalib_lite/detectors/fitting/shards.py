@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from anomalib_lite._validation import check_grid
 from anomalib_lite.detectors.fitting.model import ShardResult, ShardSource, ShardTask
-from anomalib_lite.embeddings import Embeddings, assemble, contiguous, embed_all
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.images import Extractor, ImageSource
+from anomalib_lite.images.embeddings import Embeddings, assemble, contiguous, embed_all
 
 __all__ = [
     "Distribute",
@@ -262,7 +262,7 @@ def embed_distributed(
 ) -> tuple[Embeddings, list[tuple[int, str]]]:
     """Embed all images at once where joblib's backend decides.
 
-    Returns embeddings and skipped images as :func:`~anomalib_lite.embeddings.embed_all` does.
+    Returns what :func:`~anomalib_lite.images.embeddings.embed_all` does.
     """
     skipped: list[tuple[int, str]] = []
     n = len(source)

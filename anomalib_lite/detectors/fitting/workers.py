@@ -16,10 +16,10 @@ import numpy as np
 
 from anomalib_lite import errors
 from anomalib_lite.detectors.fitting.model import EmbeddingModel, ShardResult, ShardTask
-from anomalib_lite.embeddings import embed_all
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import AnomalibLiteError, InvalidValueError, WorkerError
 from anomalib_lite.images import Extractor, ImageSource
+from anomalib_lite.images.embeddings import embed_all
 
 __all__ = ["distribute"]
 

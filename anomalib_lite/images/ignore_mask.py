@@ -69,6 +69,27 @@ class IgnoreMask:
             return self.mask
         return self._keep(tuple(size), lambda: _drawn(self.polygons or [], size))
 
+    def fill(self, image: Any, where: str = "IgnoreMask") -> Any:
+        """Return a copy of an image whose regions are gray, so that nobody sees what is there.
+
+        Parameters
+        ----------
+        image : PIL image of mode L or RGB, or float32 array of shape (H, W, 3) in [0, 1]
+        where : str
+            Caller, named in errors.
+
+        Raises
+        ------
+        InvalidValueError
+            If the mask has another size.
+        """
+        if isinstance(image, np.ndarray):
+            return np.where(self.of(image.shape[:2], where)[..., None], np.float32(0.5), image)
+        mask, gray = self.of(image.size[::-1], where), 128 if image.mode == "L" else (128,) * 3
+        filled = image.copy()
+        filled.paste(gray, mask=Image.fromarray(mask.astype(np.uint8) * 255))
+        return filled
+
     def cells(
         self, size: tuple[int, int], grid: tuple[int, int], where: str = "IgnoreMask"
     ) -> np.ndarray:

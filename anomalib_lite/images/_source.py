@@ -28,8 +28,8 @@ from anomalib_lite.errors import (
     InvalidValueError,
     MissingPathError,
 )
-from anomalib_lite.ignore_mask import IgnoreMask
-from anomalib_lite.tiling import embed_tiles
+from anomalib_lite.images.ignore_mask import IgnoreMask
+from anomalib_lite.images.tiling import embed_tiles
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -192,7 +192,7 @@ class ImageSource(Sequence[np.ndarray]):
         image = self.decode(index, gray=True)
         size = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
         if self.ignored is not None and (ignored := self.ignored_in(index)) is not None:
-            image = _filled(image, ignored.of(size, f"{self.where}: {self.names[index]}"))
+            image = ignored.fill(image, f"{self.where}: {self.names[index]}")
         if isinstance(image_size, int | np.integer):
             scale = image_size / (tile or min(size))
             height, width = (max(stride, round(side * scale / stride) * stride) for side in size)
@@ -438,16 +438,6 @@ def load_all(
     return [images[i] for i in sorted(images)]
 
 
-def _filled(image: Any, mask: np.ndarray) -> Any:
-    """Return a copy of an image whose ignored regions are gray, so that nobody can see them."""
-    if isinstance(image, np.ndarray):
-        return np.where(mask[..., None], np.float32(0.5), image)
-    image = image.copy()
-    gray = 128 if image.mode == "L" else (128, 128, 128)
-    image.paste(gray, mask=Image.fromarray(mask.astype(np.uint8) * 255))
-    return image
-
-
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
     """Return pixels as uint8 in [0, 255], from uint8 or from floats in [0, 1]."""
     return pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8)
@@ -545,7 +535,7 @@ class Extractor:
     tile, overlap : int, optional
         Side of the squares that an image is cut into, and what neighbours share at least, in pixels
         of the original image. Each goes through the backbone at ``image_size``, an int; see
-        :func:`~anomalib_lite.tiling.embed_tiles`.
+        :func:`~anomalib_lite.images.tiling.embed_tiles`.
 
     Examples
     --------

@@ -23,7 +23,6 @@ from anomalib_lite.anomaly_map import anomaly_maps
 from anomalib_lite.calibration import calibration_size, threshold_and_shortfall
 from anomalib_lite.detectors import BaseDetector, Detections, DetectorMixin, PatchCore
 from anomalib_lite.detectors.fitting import none_usable
-from anomalib_lite.embeddings import assemble, stack
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import (
     CalibrationWarning,
@@ -33,6 +32,7 @@ from anomalib_lite.errors import (
 )
 from anomalib_lite.gaussian import Gaussian
 from anomalib_lite.images import Batch, Extractor, ImageSource
+from anomalib_lite.images.embeddings import assemble, stack
 
 __all__ = ["ProductDetections", "ProductRouter"]
 
@@ -330,6 +330,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
             embeddings = (E for _, E in batches())  # never all in memory
         detector.fit_embeddings(embeddings)
         detector._take_backbone(backbone)
+        detector.ignore_mask_ = None
         detector.skipped_ = [(source.names[i], reason) for i, reason in sorted(skipped)]
         return np.array([found[i] for i in sorted(found)])
 
@@ -389,7 +390,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
 
     def _extractor(self, detector: BaseDetector, backbone: AnyBackbone) -> Extractor:
         options = detector.image_size, detector.batch_size, detector.on_error, detector.verbose
-        return Extractor(backbone, *options)
+        return Extractor(backbone, *options, tile=detector.tile, overlap=detector.overlap)
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "detectors_"):

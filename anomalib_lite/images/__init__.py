@@ -1,0 +1,27 @@
+"""Anything that is an image -> batches of one size -> their patch embeddings."""
+
+from anomalib_lite.images._source import (
+    IMAGE_SUFFIXES,
+    Batch,
+    Embedder,
+    Extractor,
+    ImageSource,
+    by_size,
+    iter_batches,
+    list_files,
+    load_all,
+    to_uint8,
+)
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Batch",
+    "Embedder",
+    "Extractor",
+    "ImageSource",
+    "by_size",
+    "iter_batches",
+    "list_files",
+    "load_all",
+    "to_uint8",
+]
