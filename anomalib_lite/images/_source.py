@@ -400,7 +400,9 @@ def iter_batches(
             if len(waiting[largest]) >= batch_size or n_waiting >= 2 * batch_size or not pending:
                 indices, batch, sizes = zip(*waiting.pop(largest), strict=True)
                 ignored = [] if source.ignored is None else [source.ignored_in(i) for i in indices]
-                pixels = np.stack(batch) if len(batch) > 1 else batch[0][None]  # no copy of one
+                pixels = (
+                    np.stack(batch) if tile is None else batch[0][None]
+                )  # no copy of a large one
                 yield Batch(list(indices), pixels, list(sizes), ignored)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
