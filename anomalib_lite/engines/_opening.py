@@ -110,8 +110,10 @@ def _open_compiled(
 ) -> CompiledBackbone | None:
     """Open a network in an engine other than torch; None if ``"auto"`` must be torch."""
     name, where = "openvino" if engine == "auto" else engine, arguments["where"]
-    reason: AnomalibLiteError | None = refusal(name, device, where)
-    if reason is None and not one_pass:
+    reason: AnomalibLiteError | None
+    if one_pass:
+        reason = refusal(name, device, where)
+    else:
         reason = InvalidValueError(
             f"{where}: engine={name!r} can do neither multi_scale nor attention_guided. "
             "Use engine='auto' or 'torch'."

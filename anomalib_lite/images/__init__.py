@@ -2,6 +2,7 @@
 
 from anomalib_lite.images._source import (
     IMAGE_SUFFIXES,
+    TILE_PIXELS,
     Batch,
     Embedder,
     Extractor,
@@ -15,6 +16,7 @@ from anomalib_lite.images._source import (
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "TILE_PIXELS",
     "Batch",
     "Embedder",
     "Extractor",

@@ -33,6 +33,7 @@ from anomalib_lite.images.tiling import embed_tiles
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "TILE_PIXELS",
     "Batch",
     "Embedder",
     "Extractor",
@@ -52,7 +53,7 @@ IMAGE_SUFFIXES = frozenset(
 MIN_SIDE = 8
 
 # Pixels of the tiles that go through a network together.
-_TILE_PIXELS = 8 * 256 * 256
+TILE_PIXELS = 4 * 256 * 256
 _DECODERS = min(8, n_cores())
 # PIL's limit on pixels is a global variable; it is lifted only while a thread that holds this lock
 # reads a header.
@@ -619,12 +620,16 @@ class Extractor:
                 yield batch, embeddings
                 bar.update(len(batch.pixels))
 
+    @property
+    def tile_side(self) -> int:
+        """Side of a tile in the backbone, in pixels."""
+        assert isinstance(self.image_size, int | np.integer)
+        return max(1, round(self.image_size / self.backbone.stride)) * self.backbone.stride
+
     def _embed_tiles(self, image: np.ndarray, channels: np.ndarray | None) -> np.ndarray:
         """Return the embeddings (1, h, w, D) of an image (H, W, 3), cut into tiles."""
-        assert isinstance(self.image_size, int | np.integer)
         assert self.tile is not None
-        stride = self.backbone.stride
-        side = max(stride, round(self.image_size / stride) * stride)
+        stride, side = self.backbone.stride, self.tile_side
         shared = -(-self.overlap * side // (self.tile * stride)) * stride
         return embed_tiles(
             partial(self.backbone.embed, channels=channels),
@@ -632,7 +637,7 @@ class Extractor:
             side=side,
             overlap=min(shared, side - stride),
             stride=stride,
-            batch_size=max(1, min(self.batch_size, _TILE_PIXELS // side**2)),
+            batch_size=max(1, min(self.batch_size, TILE_PIXELS // side**2)),
         )
 
 

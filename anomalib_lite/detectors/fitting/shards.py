@@ -13,7 +13,7 @@ from tqdm import tqdm
 from anomalib_lite._validation import check_grid
 from anomalib_lite.detectors.fitting.model import ShardResult, ShardSource, ShardTask
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
-from anomalib_lite.images import Extractor, ImageSource
+from anomalib_lite.images import TILE_PIXELS, Extractor, ImageSource
 from anomalib_lite.images.embeddings import Embeddings, assemble, contiguous, embed_all
 
 __all__ = [
@@ -228,7 +228,8 @@ class ImageShards(_Sharded):
     def _bytes_in_flight(self, pixels: np.ndarray, embedding_bytes: int) -> int:
         """Return the bytes that images take on their way, from one image and its embeddings."""
         if self._extractor.tile is not None:  # image by image, and a few tiles of each at a time
-            return 4 * pixels.nbytes + embedding_bytes // 4 + _NETWORK_BYTES * _PIXELS_AT_ONCE
+            at_once = max(self._extractor.tile_side**2, TILE_PIXELS)
+            return 4 * pixels.nbytes + embedding_bytes // 4 + _NETWORK_BYTES * at_once
         # The shards must not depend on the batch, unless it is unusually large.
         n, size = max(self._extractor.batch_size, _USUAL_BATCH), pixels[..., 0].size
         at_once = max(size, min(n * size, _PIXELS_AT_ONCE))
