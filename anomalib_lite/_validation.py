@@ -43,6 +43,12 @@ def check_number(name: str, value: object, where: str, interval: str) -> float:
     raise InvalidValueError(f"{where}: {name} must be a number in {interval}, got {value!r}.")
 
 
+def check_bool(name: str, value: object, where: str) -> None:
+    """Raise InvalidTypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise InvalidTypeError(f"{where}: {name} must be True or False, got {value!r}.")
+
+
 def check_int(name: str, value: object, where: str, *, low: int, high: int | None = None) -> int:
     """Return ``value`` as an int if it is a whole number of at least ``low``."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_):

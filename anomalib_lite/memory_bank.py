@@ -221,7 +221,7 @@ class MemoryBank(BaseEstimator):
         Parameters
         ----------
         X : array of shape (Q, D), float32
-            QuantizedQueries. A single query has shape (1, D).
+            Queries. A single query has shape (1, D).
         n_neighbors : int, optional
             Number of neighbours; by default the ``n_neighbors`` of the bank.
         return_distance : bool, default=True

@@ -14,7 +14,7 @@ python=${1:-python}
 
 products="tests/test_int8.py tests/test_coreset.py tests/test_memory_bank.py"
 numbers="$products tests/test_gaussian.py tests/test_anomaly_map.py tests/test_contract.py"
-networks="tests/test_backbones.py tests/test_engines.py tests/test_lora.py tests/test_docs.py::test_page[engines.md]"
+networks="tests/test_backbones.py tests/test_lora.py tests/test_docs.py::test_page[engines.md]"
 
 # name | environment | options and files
 settings=(

@@ -55,7 +55,9 @@ def open_cpu(backbone: Any = LITE0, engine: str = "openvino", **options: Any) ->
 
 
 def capabilities() -> list[str]:
-    """What OpenVINO says that this processor has units for."""
+    """What OpenVINO says that this processor has units for; nothing if it is kept from some."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        return []
     return list(import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 

@@ -102,3 +102,23 @@ def test_an_unknown_strategy_names_the_known_and_the_closest() -> None:
     with pytest.raises(InvalidValueError, match=r"\['.*concat.*'\], got 'conct'.*'concat'\?"):
         patch_embeddings(random_maps((1, 3, 4, 6)), "conct")
     assert "concat" in STRATEGIES
+
+
+def test_single_is_the_last_layer_alone() -> None:
+    fine, coarse = random_maps((2, 3, 8, 12), (2, 5, 4, 6))
+    got = patch_embeddings([fine, coarse], "single").numpy()
+    expected = naive_pool(coarse.numpy(), 3).transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("neighbourhood", [None, 3])
+def test_mean_averages_the_layers(neighbourhood: int | None) -> None:
+    maps = random_maps((2, 5, 8, 12), (2, 5, 4, 6), (2, 5, 8, 12))
+    got = patch_embeddings(maps, "mean", neighbourhood).numpy()
+    pooled = [naive_pool(m.numpy(), neighbourhood or 1) for m in maps]
+    expected = sum(naive_resize(m, 8, 12) for m in pooled) / 3
+    np.testing.assert_allclose(got, expected.transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        InvalidValueError, match=r"fusion='mean' needs layers of equally many .*5, 3"
+    ):
+        patch_embeddings(random_maps((1, 5, 8, 12), (1, 3, 4, 6)), "mean")

@@ -373,7 +373,11 @@ def test_exact_products_are_found_exact(
     multiply_by(exact, exact)
     assert int8.fault() is None
     assert int8.worthwhile(much=True)
-    assert isinstance(MemoryBank(3).fit(X := normal(900, 20)).kneighbors(X)[1], np.ndarray)
+    X, Q = normal(900, 20), normal(50, 20, 1)
+    bank = MemoryBank(3).fit(X)
+    expected = MemoryBank(3, algorithm="faiss").fit(X).kneighbors(Q)
+    np.testing.assert_array_equal(bank.kneighbors(Q)[1], expected[1])
+    assert isinstance(bank._fast_index, Int8Index)
 
 
 def test_a_product_that_goes_wrong_in_a_search_makes_no_wrong_neighbour(

@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
-from anomalib_lite import PatchCore
+from anomalib_lite import PatchCore, load
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.calibration import conformal_threshold
 from anomalib_lite.errors import (
@@ -399,3 +399,31 @@ def test_image_sizes_of_every_form(image_size: Any) -> None:
     maps = detector.anomaly_map([*bad(1), good(1, 2, (60, 48))[0]])
     assert [m.shape for m in maps] == [(HEIGHT, WIDTH), (60, 48)]
     assert detector.predict(bad(2)).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("memory_budget", [None, "200MB"])
+@pytest.mark.parametrize("calibration", ["split", "leave_one_out"])
+def test_normalized_patches_are_compared_by_their_direction(
+    memory_budget: str | None, calibration: str, tmp_path: Path
+) -> None:
+    if memory_budget and calibration == "leave_one_out":
+        pytest.skip("not to be combined")
+    rng = np.random.default_rng(0)
+    E = rng.normal(size=(30, 4, 5, 8)).astype(np.float32) * rng.lognormal(size=(30, 4, 5, 1))
+    new = rng.normal(size=(6, 4, 5, 8)).astype(np.float32)
+    detector = PatchCore(
+        normalize=True, coreset_ratio=1.0, false_alarm_rate=0.2, calibration=calibration,
+        memory_budget=memory_budget,
+    ).fit_embeddings(E)  # fmt: skip
+    bank = E.reshape(-1, 8) / np.linalg.norm(E.reshape(-1, 8), axis=1, keepdims=True)
+    np.testing.assert_allclose(np.linalg.norm(detector.memory_bank_.embeddings_, axis=1), 1, 1e-6)
+    unit = new.reshape(-1, 8) / np.linalg.norm(new.reshape(-1, 8), axis=1, keepdims=True)
+    cosine = (unit.astype(np.float64) @ bank.T).max(axis=1).reshape(6, -1)
+    expected = np.sqrt(2 - 2 * cosine).max(axis=1)
+    np.testing.assert_allclose(detector.score_embeddings(new), expected, rtol=1e-4)
+    np.testing.assert_allclose(detector.score_embeddings(7 * new), expected, rtol=1e-4)
+    detector.save(tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(again.score_embeddings(new), detector.score_embeddings(new))
+    with pytest.raises(TypeError, match="PatchCore: normalize must be True or False, got 1"):
+        PatchCore(normalize=1).fit_embeddings(E)

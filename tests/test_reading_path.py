@@ -13,6 +13,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+from detector_fixtures import skip_without
 from PIL import Image
 
 import anomalib_lite
@@ -94,6 +95,7 @@ def paths(tmp_path: Path) -> list[Path]:
 def test_six_files_and_fifteen_functions(
     engine: str, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    skip_without(engine)
     detector = PatchCore(image_size=48, false_alarm_rate=0.5, engine=engine).fit(paths)
     journey, search = Journey(), faiss.knn
 
@@ -127,6 +129,7 @@ def test_from_fit_to_the_coreset(
     paths: list[Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    skip_without(engine)
     parameters: dict[str, Any] = {"image_size": 48, "false_alarm_rate": 0.5, "engine": engine}
     PatchCore(**parameters).fit(paths)  # so that the graph of the engine is there
     journey, select, detector = Journey(*leaves), patchcore.select_coreset, PatchCore(**parameters)

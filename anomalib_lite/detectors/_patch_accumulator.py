@@ -12,7 +12,7 @@ import numpy as np
 from anomalib_lite.coreset import select_coreset
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.errors import InvalidValueError
-from anomalib_lite.images.embeddings import Embeddings, patch_rows
+from anomalib_lite.images.embeddings import Embeddings, patch_rows, unit_rows
 
 __all__ = ["PatchAccumulator", "Plan", "plan_patches"]
 
@@ -39,6 +39,8 @@ class PatchAccumulator(Accumulator):
         Seed of the coresets.
     plan : Plan
         How the budget of memory is spent.
+    normalize : bool, default=False
+        Whether patches are divided by their length.
 
     Attributes
     ----------
@@ -53,10 +55,20 @@ class PatchAccumulator(Accumulator):
         patches that existed before.
     """
 
-    def __init__(self, n_features: int, method: str, ratio: float, seed: int, plan: Plan) -> None:
+    def __init__(
+        self,
+        n_features: int,
+        method: str,
+        ratio: float,
+        seed: int,
+        plan: Plan,
+        *,
+        normalize: bool = False,
+    ) -> None:
         self.rows = np.empty((0, n_features), np.float32)
         self.n_seen, self.radius = 0, 0.0
         self.method, self.ratio, self.seed = method, ratio, seed
+        self.normalize = normalize
         self.thinned, self.capacity = plan.thin, plan.capacity
         self.images_per_shard = plan.images_per_shard
         self._room = self.rows  # (capacity, D), whose first rows are ``rows``
@@ -64,7 +76,7 @@ class PatchAccumulator(Accumulator):
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
         """Return an accumulator of the shard's patches, or of a coreset of them."""
         shard = copy.copy(self)
-        shard.rows = patch_rows(E)
+        shard.rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
         shard.n_seen = len(shard.rows)
         shard.seed = (self.seed + position) % 2**32  # each shard has draws of its own
         if self.thinned:

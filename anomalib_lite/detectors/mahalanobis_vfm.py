@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from anomalib_lite._validation import (
+    check_bool,
     check_choice,
     check_image_size,
     check_int,
@@ -22,7 +23,7 @@ from anomalib_lite.calibration import calibration_size
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.engines import AnyBackbone
-from anomalib_lite.errors import InvalidTypeError, InvalidValueError
+from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import Gaussian, Moments, check_shrinkage
 from anomalib_lite.images import ImageSource
 from anomalib_lite.images.embeddings import Embeddings
@@ -201,14 +202,14 @@ class MahalanobisVFM(BaseDetector):
                 "MahalanobisVFM: image_score='structure' cannot be averaged with the distance of "
                 f"the whole image. Set global_weight=0, got {self.global_weight!r}."
             )
-        _check_bool("normalize", self.normalize)
+        check_bool("normalize", self.normalize, "MahalanobisVFM")
         check_shrinkage(self.shrinkage, "MahalanobisVFM")
         self._check_adaptation()
 
     def _check_adaptation(self) -> None:
         where = "MahalanobisVFM"
         for name in ("adaptive", "multi_scale", "attention_guided"):
-            _check_bool(name, getattr(self, name))
+            check_bool(name, getattr(self, name), where)
         check_int("rank", self.rank, where, low=1)
         check_int("epochs", self.epochs, where, low=1)
         if self.alpha is not None:
@@ -443,8 +444,3 @@ def split_patches_and_image(E: np.ndarray, normalize: bool) -> tuple[np.ndarray,
     if normalize:
         X, G = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (X, G))
     return X, G
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool | np.bool_):
-        raise InvalidTypeError(f"MahalanobisVFM: {name} must be True or False, got {value!r}.")

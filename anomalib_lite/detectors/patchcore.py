@@ -11,14 +11,20 @@ from typing import Any, Self
 import numpy as np
 
 from anomalib_lite._device import device_of
-from anomalib_lite._validation import check_choice, check_int, check_memory, check_number
+from anomalib_lite._validation import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_memory,
+    check_number,
+)
 from anomalib_lite.anomaly_map import check_image_score, image_scores, reweight
 from anomalib_lite.coreset import METHODS, coreset_size, select_coreset
 from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator
 from anomalib_lite.errors import InvalidValueError
-from anomalib_lite.images.embeddings import Embeddings, patch_rows
+from anomalib_lite.images.embeddings import Embeddings, patch_rows, unit_rows
 from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
 
 __all__ = ["PatchCore"]
@@ -39,8 +45,12 @@ class PatchCore(BaseDetector):
         Weights file for a timm name; by default they come from the hub.
     layers : sequence of str or int, optional
         Layers to use; by default strides 8 and 16, or two blocks of a vision transformer.
-    fusion : {"concat"}, default="concat"
-        How the maps of several layers become one embedding a patch.
+    fusion : {"concat", "single", "mean", "nearest"}, default="concat"
+        How the maps of several layers become one embedding a patch; see
+        :func:`~anomalib_lite.fusion.patch_embeddings`.
+    normalize : bool, default=False
+        Whether to divide each embedding by its length, so that patches are compared by their
+        direction, as AnomalyDINO and RAD do; meant for vision transformers.
     image_size : int or (int, int), default=256
         Size at which images go through the backbone. An int is the shorter side in pixels, the
         aspect is kept; a pair (H, W) is exact.
@@ -170,6 +180,7 @@ default="max"
         weights: str | Path | None = None,
         layers: Sequence[str | int] | None = None,
         fusion: str = "concat",
+        normalize: bool = False,
         image_size: int | tuple[int, int] = 256,
         tile: int | None = None,
         overlap: int = 0,
@@ -198,6 +209,7 @@ default="max"
         self.weights = weights
         self.layers = layers
         self.fusion = fusion
+        self.normalize = normalize
         self.image_size = image_size
         self.tile = tile
         self.overlap = overlap
@@ -229,6 +241,7 @@ default="max"
         check_image_score(self.image_score, "PatchCore", "reweighted", "structure")
         check_index(self.index, "PatchCore", nprobe=self.nprobe, efSearch=self.ef_search)
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
+        check_bool("normalize", self.normalize, "PatchCore")
         self._check_tiles()
         if self.image_score == "reweighted" and self.n_neighbors != 1:
             raise InvalidValueError(
@@ -265,7 +278,7 @@ default="max"
         random: np.random.RandomState,
     ) -> AllPatches | PatchAccumulator:
         if self.memory_budget is None:
-            return AllPatches()
+            return AllPatches(normalize=bool(self.normalize))
         height, width, n_features = shape
         bank, ratio = getattr(self, "memory_bank_", None), float(self.coreset_ratio)
         plan = plan_patches(
@@ -278,7 +291,9 @@ default="max"
             present=0 if bank is None else len(bank.embeddings_),
         )
         seed = int(copy.deepcopy(random).randint(2**31))  # with a budget or without: the same draws
-        return PatchAccumulator(n_features, self.coreset, ratio, seed, plan)
+        return PatchAccumulator(
+            n_features, self.coreset, ratio, seed, plan, normalize=bool(self.normalize)
+        )
 
     def _fit_accumulated(
         self, accumulated: AllPatches | PatchAccumulator, random: np.random.RandomState
@@ -340,6 +355,8 @@ default="max"
     ) -> tuple[np.ndarray, np.ndarray]:
         bank = self.memory_bank_ if bank is None else bank
         rows = E.reshape(-1, E.shape[-1])
+        if self.normalize:
+            rows = unit_rows(rows)
         ignored = np.isnan(rows[:, 0])
         if not ignored.any():
             distances, neighbors = bank.search(rows, self.n_neighbors)
@@ -426,10 +443,11 @@ class AllPatches(Accumulator):
     n_seen: int = 0
     radius: float = 0.0
     thinned: bool = False
+    normalize: bool = False
 
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
         """Return an accumulator of the shard's patches."""
-        rows = patch_rows(E)
+        rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
         return replace(self, rows=rows, n_seen=len(rows))
 
     def merge(self, other: Self) -> None:

@@ -25,11 +25,10 @@ _UNFINISHED_S = 24 * 60 * 60
 def cache_dir() -> Path:
     """Directory of the graphs: ``ANOMALIB_LITE_CACHE``, else the user's cache directory.
 
-    >>> import os
-    >>> os.environ["ANOMALIB_LITE_CACHE"] = "somewhere"
-    >>> cache_dir().parts
+    >>> from unittest import mock
+    >>> with mock.patch.dict("os.environ", ANOMALIB_LITE_CACHE="somewhere"):
+    ...     cache_dir().parts
     ('somewhere',)
-    >>> del os.environ["ANOMALIB_LITE_CACHE"]
     """
     own = os.environ.get("ANOMALIB_LITE_CACHE")
     if own:

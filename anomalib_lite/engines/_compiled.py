@@ -33,12 +33,12 @@ _EXTRAS = {"openvino": "fast", "onnxruntime": "onnx"}
 _RUNTIMES: dict[str, Any] = {"openvino": OpenVinoGraph, "onnxruntime": OnnxRuntimeGraph}
 # The code that makes a graph. If one of these files changes, graphs are converted again.
 _PACKAGE = Path(__file__).parents[1]
+_FOLDERS, _FILES = ("backbones", "engines"), ("_device.py", "adapter.py", "fusion.py")
 # Largest error in a short number type, as a share of the embeddings' length. Rounding gives 1 %, or
 # 7 % in networks with depthwise convolutions; wrong numbers give far more.
 _MOST_ROUNDING = 0.25
 # Values of the variable that keep OpenVINO from AVX2, which it needs on x86.
 _BEFORE_AVX2 = ("SSE41", "AVX")
-_FOLDERS, _FILES = ("backbones", "engines"), ("_device.py", "adapter.py", "fusion.py")
 
 
 def refusal(engine: str, device: Any, where: str) -> AnomalibLiteError | None:
@@ -208,8 +208,11 @@ class CompiledBackbone:
 
         The graph was checked where it was made, which may have been on another processor.
         """
-        self._runtime = _RUNTIMES[self.engine](self._graph, self.dtype)
-        if not self._runtime.supports_dtype:
+        short = self.dtype != "float32"
+        able = not (short and self.engine == "openvino" and _is_limited())
+        if able:
+            self._runtime = _RUNTIMES[self.engine](self._graph, self.dtype)
+        if not (able and self._runtime.supports_dtype):
             return InvalidValueError(
                 f"{self.where}: engine={self.engine!r} cannot compute in {self.dtype} on this "
                 "processor. Use dtype='float32' or engine='torch'."
@@ -223,7 +226,7 @@ class CompiledBackbone:
                 f"{self.where}: engine={self.engine!r} cannot run this backbone on this processor: "
                 f"{error}. Use engine='torch'."
             )
-        if self.dtype == "float32":
+        if not short:
             return None
         exact = _RUNTIMES[self.engine](self._graph, "float32").embed(pixels)
         rounding = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
@@ -341,11 +344,19 @@ def _caused_by(cause: Exception, error: InvalidValueError) -> InvalidValueError:
 def _resolve_dtype(dtype: str, engine: str, depthwise: bool) -> str:
     if dtype != "auto":
         return dtype
-    if engine == "openvino" and not depthwise:
+    if engine == "openvino" and not depthwise and not _is_limited():
         able = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if "BF16" in able:
             return "bfloat16"
     return "float32"
+
+
+def _is_limited() -> bool:
+    """Tell whether OpenVINO is kept from some instructions.
+
+    What it says that it can do does not consider that, and it may crash where it tries.
+    """
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in ("", "ALL", "DEFAULT")
 
 
 def _file_id(path: Path) -> str | None:

@@ -1,7 +1,7 @@
 """Anything that is an image -> batches of one size -> their patch embeddings."""
 
+from anomalib_lite.images._listing import IMAGE_SUFFIXES, list_files
 from anomalib_lite.images._source import (
-    IMAGE_SUFFIXES,
     TILE_PIXELS,
     Batch,
     Embedder,
@@ -9,7 +9,6 @@ from anomalib_lite.images._source import (
     ImageSource,
     by_size,
     iter_batches,
-    list_files,
     load_all,
     to_uint8,
 )

@@ -102,5 +102,5 @@ def owners(starts: list[int], side: int, cell: int, n_cells: int) -> dict[int, t
     >>> owners([0, 48, 96], 64, 16, 10)
     {0: (0, 4), 48: (4, 7), 96: (7, 10)}
     """
-    ends = [round((a + b + side) / 2 / cell) for a, b in pairwise(starts)]
+    ends = [(a + b + side + cell) // (2 * cell) for a, b in pairwise(starts)]
     return dict(zip(starts, zip([0, *ends], [*ends, n_cells], strict=True), strict=True))

@@ -65,7 +65,7 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
     """
 
     calibration: str
-    image_score: str
+    image_score: str = "max"
     memory_budget: Any
     batch_size: int
     n_features_: int
