@@ -45,6 +45,7 @@ TOLD_ELSEWHERE = {
     "embeddings": "detectors",
     "model_file": "persistence",
     "neighbors": "memory_bank",
+    "registry": "backbones",
     "report": "cli",
 }
 

@@ -26,7 +26,7 @@ NAME = "anomalib_lite"
 # and from its own floor what BESIDE lists. docs/index.md has the same as a picture.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "_threads"),
-    ("_validation", "_files", "_device", "adapter", "model_file"),
+    ("_validation", "_files", "_device", "adapter", "model_file", "registry"),
     (
         *("images", "fusion", "backbones", "engines", "embeddings"),
         *("neighbors", "coreset", "memory_bank", "gaussian", "anomaly_map", "calibration"),

