@@ -31,8 +31,16 @@ def _name_or_number(text: str) -> str | float:
 Option = tuple[Any, Any, str]
 
 FIT_OPTIONS: dict[str, Option] = {
-    "backbone": (str, "efficientnet_lite0", "embedded network, or any timm name"),
-    "weights": (str, None, "weights file for a timm name (default: from the hub)"),
+    "backbone": (
+        str,
+        "efficientnet_lite0",
+        "short name (see: anomalib-lite backbones), or any timm name",
+    ),
+    "weights": (
+        str,
+        None,
+        "weights file for a name (default: installed, ANOMALIB_LITE_WEIGHTS, or the hub)",
+    ),
     "layers": (_layers, None, "names or positions, separated by commas (default: chosen)"),
     "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
     "coreset_ratio": (float, 0.1, "PatchCore: share of patches to keep, in (0, 1]"),

@@ -7,7 +7,6 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from anomalib_lite.errors import MissingPathError
 from anomalib_lite.registry._networks import NETWORKS
 
 __all__ = ["WEIGHTS_VARIABLE", "cached_file", "directory_file", "package_file", "whereabouts"]
@@ -75,6 +74,9 @@ def directory_file(name: str, where: str) -> Path | None:
         return None
     directory = Path(chosen)
     if not directory.is_dir():
+        # Imported here, since it loads scikit-learn, which listing the networks does not need.
+        from anomalib_lite.errors import MissingPathError
+
         raise MissingPathError(
             f"{where}: the environment variable {WEIGHTS_VARIABLE} names {chosen}, which is no "
             "directory. Make it, or unset the variable."
