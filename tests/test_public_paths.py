@@ -28,6 +28,7 @@ PATHS = {
     "pixel_average_precision seg_f1",
     "anomalib_lite.persistence": "FORMAT_VERSION load",
     "anomalib_lite.plotting": "color_bar contact_sheet legend_colors overlay",
+    "anomalib_lite.registry": "NETWORKS Network whereabouts",
     "anomalib_lite.synthetic": "KINDS SyntheticAnomalies SyntheticAnomaly SyntheticSet",
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.utils import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from anomalib_lite.errors import InvalidValueError
