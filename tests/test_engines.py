@@ -393,6 +393,17 @@ print([name for name in sys.modules if name.startswith("openvino_telemetry")])
 """
 
 
+def test_weights_of_the_directory_are_known_without_torch(
+    weights: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANOMALIB_LITE_WEIGHTS", str(weights["test_resnet"].parent))
+    expected = open_cpu("test_resnet").embed(pixels(1))
+    monkeypatch.setattr("anomalib_lite.backbones.Backbone", None)  # torch's network
+    np.testing.assert_array_equal(open_cpu("test_resnet").embed(pixels(1)), expected)
+    with pytest.raises(TypeError, match="NoneType"):  # so it would have been missed
+        open_cpu("test_vit")
+
+
 @pytest.mark.parametrize("engine", COMPILED)
 def test_with_a_warm_cache_torch_is_not_imported(engine: str, tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", pixels(8, 32, 48))
