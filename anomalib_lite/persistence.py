@@ -9,7 +9,6 @@ from typing import Any
 
 from anomalib_lite._validation import closest
 from anomalib_lite._version import __version__
-from anomalib_lite.adapter import Adapter
 from anomalib_lite.cascade import GatedCascade
 from anomalib_lite.cascade.router import ProductRouter
 from anomalib_lite.detectors import DetectorMixin, MahalanobisVFM, PaDiM, PatchCore, SubspaceAD
@@ -22,6 +21,7 @@ from anomalib_lite.model_file import (
     read_model,
     select,
 )
+from anomalib_lite.networks.adapter import Adapter
 
 __all__ = ["FORMAT_VERSION", "load"]
 

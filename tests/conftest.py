@@ -24,6 +24,9 @@ os.environ["ANOMALIB_LITE_CACHE"] = _CACHE.name
 if not os.environ.get("ANOMALIB_LITE_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# Nor are the user's weights.
+os.environ.pop("ANOMALIB_LITE_WEIGHTS", None)
+
 _DEFAULT = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
 

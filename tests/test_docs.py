@@ -35,12 +35,12 @@ from anomalib_lite import (
     load,
     plotting,
 )
-from anomalib_lite.backbones import EMBEDDED
 from anomalib_lite.backbones._timm import default_layers
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.cascade.routing import min_anomalies
 from anomalib_lite.cli import main
 from anomalib_lite.cli._main import make_parser
+from anomalib_lite.networks import NETWORKS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, DOCS, EXAMPLES = ROOT / "anomalib_lite", ROOT / "docs", ROOT / "examples"
@@ -49,12 +49,12 @@ PAGES = [*sorted(DOCS.glob("*.md")), *([README] if README.exists() else [])]
 
 # Modules that are described on the page of another module.
 TOLD_ELSEWHERE = {
-    "adapter": "lora",
     "cascade": "gated_cascade",
     "demo": "cli",
     "embeddings": "detectors",
     "model_file": "persistence",
     "neighbors": "memory_bank",
+    "networks": "backbones",
     "report": "cli",
 }
 
@@ -252,12 +252,23 @@ def table(page: str, first_cell: str) -> list[list[str]]:
 def test_default_layers() -> None:
     for name, layers, n_features, pixels in table("backbones.md", "backbone"):
         with torch.device("meta"):  # only the structure
-            network = timm.create_model(EMBEDDED.get(name, (name,))[0], features_only=True)
+            timm_name = NETWORKS[name].timm if name in NETWORKS else name
+            network = timm.create_model(timm_name, features_only=True)
         info = network.feature_info.info
         chosen = [stage for stage in info if stage["module"] in default_layers(info, (8, 16))]
         assert [stage["module"] for stage in chosen] == layers.split(", "), name
         assert sum(stage["num_chs"] for stage in chosen) == int(n_features), name
         assert min(stage["reduction"] for stage in chosen) == int(pixels), name
+
+
+def test_short_names() -> None:
+    rows = table("backbones.md", "short name")
+    assert [name for name, *_ in rows] == list(NETWORKS)
+    for name, *cells in rows:
+        figures = NETWORKS[name]
+        numbers = [f"{figures.millions:.1f}", str(figures.n_features), str(figures.image_size)]
+        gflops = f"{figures.gflops:.3g}"
+        assert cells == [figures.timm, *numbers, gflops, figures.speed, figures.licence], name
 
 
 def test_numbers_of_images() -> None:

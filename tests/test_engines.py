@@ -344,7 +344,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_names_are_read_without_torch() -> None:
-    names = "_device", "adapter", "engines", "fusion", "model_file"
+    names = "_device", "networks", "engines", "fusion", "model_file"
     code = f"import sys, {', '.join(f'anomalib_lite.{name}' for name in names)}\n"
     code += "from anomalib_lite.engines import ENGINES, FUSIONS\n"
     code += "sys.exit(str({'torch', 'timm'} & set(sys.modules) or '') or 0)"
@@ -399,6 +399,17 @@ for step in sys.argv[2:]:
     print(step, detector.engine_, sorted({"torch", "timm", "torchvision"} & set(sys.modules)))
 print([name for name in sys.modules if name.startswith("openvino_telemetry")])
 """
+
+
+def test_weights_of_the_directory_are_known_without_torch(
+    weights: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANOMALIB_LITE_WEIGHTS", str(weights["test_resnet"].parent))
+    expected = open_cpu("test_resnet").embed(pixels(1))
+    monkeypatch.setattr("anomalib_lite.backbones.Backbone", None)  # torch's network
+    np.testing.assert_array_equal(open_cpu("test_resnet").embed(pixels(1)), expected)
+    with pytest.raises(TypeError, match="NoneType"):  # so it would have been missed
+        open_cpu("test_vit")
 
 
 @pytest.mark.parametrize("engine", COMPILED)
@@ -496,7 +507,7 @@ def test_sources_of_graphs_exist() -> None:
     found = {path.relative_to(PACKAGE).as_posix() for path in _compiled.sources()}
     assert all((PACKAGE / name).is_file() for name in found)
     needed = ("engines/_conversion.py", "backbones/_backbone.py", "backbones/_folding.py")
-    assert {*needed, "fusion.py", "adapter.py", "_device.py"} <= found
+    assert {*needed, "fusion.py", "networks/adapter.py", "_device.py"} <= found
 
 
 def test_any_change_of_a_source_changes_the_key(copied_sources: Path) -> None:
@@ -506,17 +517,17 @@ def test_any_change_of_a_source_changes_the_key(copied_sources: Path) -> None:
     for path in paths:
         path.write_text(path.read_text("utf-8") + "# edited\n", "utf-8")
         seen.add(hash_of_sources())
-    for folder in ("backbones", "engines"):
+    for folder in ("backbones", "engines", "networks"):
         (copied_sources / folder / "_added.py").touch()
         seen.add(hash_of_sources())
         (copied_sources / folder / "_added.py").rename(copied_sources / folder / "_renamed.py")
         seen.add(hash_of_sources())
-    assert len(seen) == 1 + len(paths) + 4
+    assert len(seen) == 1 + len(paths) + 6
     (copied_sources / "calibration.py").write_text("")  # makes no graph
     assert hash_of_sources() in seen
 
 
-@pytest.mark.parametrize("name", ["fusion.py", "adapter.py", "_device.py"])
+@pytest.mark.parametrize("name", ["fusion.py", "_device.py"])
 def test_a_listed_source_that_is_gone_is_noticed(name: str, copied_sources: Path) -> None:
     (copied_sources / name).rename(copied_sources / "moved.py")
     with pytest.raises(FileNotFoundError, match=name):

@@ -26,7 +26,7 @@ NAME = "anomalib_lite"
 # and from its own floor what BESIDE lists. docs/index.md has the same as a picture.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "_threads"),
-    ("_validation", "_files", "_device", "adapter", "model_file"),
+    ("_validation", "_files", "_device", "networks", "model_file"),
     (
         *("images", "fusion", "backbones", "engines"),
         *("neighbors", "coreset", "memory_bank", "gaussian", "subspace"),

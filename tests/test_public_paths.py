@@ -37,6 +37,7 @@ PATHS = {
     "anomalib_lite.plotting": "color_bar contact_sheet legend_colors overlay",
     "anomalib_lite.cascade.router": "ProductDetections ProductRouter",
     "anomalib_lite.subspace": "Subspace",
+    "anomalib_lite.networks": "NETWORKS Network whereabouts",
     "anomalib_lite.synthetic": "KINDS SyntheticAnomalies SyntheticAnomaly SyntheticSet",
 }
 

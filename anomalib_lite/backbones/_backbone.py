@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from anomalib_lite._device import resolve_device, resolve_dtype
 from anomalib_lite._validation import closest
-from anomalib_lite.adapter import Adapter
 from anomalib_lite.backbones._attention import class_attention, find_attention
 from anomalib_lite.backbones._folding import fold_batch_norms
 from anomalib_lite.backbones._timm import EMBEDDED, default_layers, from_timm
 from anomalib_lite.backbones._weights import load_state, weights_sha256
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.fusion import patch_embeddings
+from anomalib_lite.networks.adapter import Adapter
 
 __all__ = ["EMBEDDED", "Backbone"]
 
@@ -42,14 +42,16 @@ class Backbone:
     Parameters
     ----------
     backbone : str or torch.nn.Module
-        ``"efficientnet_lite0"`` (weights installed with this package), any timm name, or a
-        module. A module without ``layers`` must return feature maps itself: a tensor, or a
-        list, tuple or dict of tensors of shape (B, C, h, w). Pixels are normalised with the mean
-        and standard deviation in its ``pretrained_cfg`` (timm's modules have one), else with
-        ImageNet's.
+        ``"efficientnet_lite0"`` (weights installed with this package), another short name of
+        :data:`~anomalib_lite.networks.NETWORKS`, any timm name, or a module. A module without
+        ``layers`` must return feature maps itself: a tensor, or a list, tuple or dict of tensors
+        of shape (B, C, h, w). Pixels are normalised with the mean and standard deviation in its
+        ``pretrained_cfg`` (timm's modules have one), else with ImageNet's.
     weights : str or Path, optional
-        A ``.safetensors`` or ``.pth`` file with timm's key names. Without it, the weights of a
-        timm name come from the hub.
+        A ``.safetensors`` or ``.pth`` file with timm's key names. Without it, the weights come
+        from an installed Python package, else from ``<name>.safetensors`` or ``<name>.pth`` in
+        the directory that the environment variable ``ANOMALIB_LITE_WEIGHTS`` names, else from
+        the hub's cache on this machine, else from the hub.
     layers : sequence of str or int, optional
         Names of layers, or their positions in timm's list of feature stages. By default those
         stages of a convolutional network whose strides are in ``strides``, or the blocks at one
@@ -103,9 +105,10 @@ class Backbone:
     Raises
     ------
     InvalidValueError
-        For an unknown name or layer, or weights that do not fit.
+        For an unknown name or layer, weights that do not fit, or a hub that does not answer
+        within 8 seconds (or as many as the hub's variable HF_HUB_ETAG_TIMEOUT says).
     MissingPathError
-        If the weights file does not exist.
+        If the weights file or the directory of the environment variable does not exist.
 
     Examples
     --------

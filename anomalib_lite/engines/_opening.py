@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from anomalib_lite._device import DTYPES
 from anomalib_lite._validation import check_choice
-from anomalib_lite.adapter import Adapter
 from anomalib_lite.engines._compiled import CompiledBackbone, compile_backbone, refusal
 from anomalib_lite.errors import AnomalibLiteError, InvalidValueError
 from anomalib_lite.fusion import STRATEGIES
+from anomalib_lite.networks.adapter import Adapter
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a cached graph does not need it
     from anomalib_lite.backbones import Backbone

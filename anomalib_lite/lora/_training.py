@@ -22,13 +22,13 @@ import torch
 from torch import nn
 
 from anomalib_lite._validation import check_int, check_number
-from anomalib_lite.adapter import Adapter
 from anomalib_lite.backbones import Backbone
 from anomalib_lite.errors import InvalidValueError, MissingDependencyError
 from anomalib_lite.gaussian import Moments
 from anomalib_lite.images import ImageSource, load_all
 from anomalib_lite.lora._epochs import early_best
 from anomalib_lite.lora._task import Example, Task, batches_of, split_patches_and_image
+from anomalib_lite.networks.adapter import Adapter
 from anomalib_lite.synthetic import SyntheticAnomalies
 
 __all__ = ["Adapter", "adaptive_rank", "train_adapter"]
