@@ -18,8 +18,8 @@ test-processors: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-# The tests, those as other processors, and the whole comparison with anomalib: about an hour and a
-# half on two cores.
+# The tests, those as other processors, and the whole comparison with anomalib: hours on two cores,
+# most of them the peer's.
 nightly: test test-processors bench-peers
 
 # The coreset and the search against FAISS, anomalib (in the environment of bench-peers, made if it

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Run the tests whose numbers depend on the processor as other processors would run them, and print
-# a table: one setting a row. Fails if a test fails in any setting. About 25 minutes on two cores.
+# a table: one setting a row. Fails if a test fails in any setting. About half an hour on two cores.
 #
 #   tests/processors.sh [PYTHON]     PYTHON has the extra "test" (default: python)
 #   ONLY="laptop oldest" tests/processors.sh     only these settings
 #
 # A setting can only take instructions away: on a processor without AVX-512, rows that name it repeat
-# what the processor has. ONEDNN_MAX_CPU_ISA is oneDNN's (products of torch), ATEN_CPU_CAPABILITY is
+# what the processor has. ONEDNN_MAX_CPU_ISA is oneDNN's (products of torch; OpenVINO follows it only in
+# part, so its own tests are not among these), ATEN_CPU_CAPABILITY is
 # torch's own, OPENBLAS_CORETYPE is that of numpy and scipy, FAISS_OPT_LEVEL that of FAISS.
 set -uo pipefail
 cd "$(dirname "$0")/.."
