@@ -190,6 +190,8 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
 
     # Strides of the stages that the embeddings are made of, unless ``layers`` says.
     _strides: tuple[int, ...] = (8, 16)
+    # "summary" puts the numbers of the whole image into each of its patches.
+    _fusions: ClassVar[tuple[str, ...]] = tuple(name for name in FUSIONS if name != "summary")
     tile: int | None = None
     overlap: int = 0
     _one_mask = False  # whether all images to fit on must ignore the same regions
@@ -548,7 +550,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         """Raise for the first parameter that cannot be used."""
         where = type(self).__name__
         self._check_image_parameters()
-        check_choice("fusion", self.fusion, FUSIONS, where)
+        check_choice("fusion", self.fusion, self._fusions, where)
         check_choice("calibration", self.calibration, CALIBRATIONS, where)
         check_number("smoothing", self.smoothing, where, "[0, 1000]")
         if self.n_jobs is not None and self.n_jobs != -1:

@@ -192,9 +192,10 @@ class MahalanobisVFM(BaseDetector):
         self.random_state = random_state
         self.verbose = verbose
 
+    _fusions = ("summary",)
+
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        check_choice("fusion", self.fusion, ("summary",), "MahalanobisVFM")
         check_image_score(self.image_score, "MahalanobisVFM", "structure")
         check_number("global_weight", self.global_weight, "MahalanobisVFM", "[0, 1]")
         if self.image_score == "structure" and self.global_weight != 0:

@@ -38,7 +38,7 @@ class PaDiM(BaseDetector):
         ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``.
     layers : sequence of str or int, optional
         Layers to use; by default those of stride 4, 8 and 16.
-    fusion : {"nearest", "concat"}, default="nearest"
+    fusion : {"nearest", "concat", "single", "mean"}, default="nearest"
         How the maps of several layers become one embedding a patch; see
         :mod:`~anomalib_lite.fusion`.
     n_components : int, optional

@@ -9,11 +9,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from anomalib_lite._validation import check_choice, check_memory
+from anomalib_lite._validation import check_memory
 from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
-from anomalib_lite.engines import FUSIONS
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import Moments
 from anomalib_lite.images.embeddings import Embeddings, patch_rows
@@ -32,7 +31,7 @@ class SubspaceAD(BaseDetector):
         ``smoothing``, ``false_alarm_rate``, ``device``, ``dtype``, ``engine``, ``batch_size``,
         ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``. In the paper:
         ``"vit_giant_patch14_reg4_dinov2.lvd142m"`` with ``image_size=672``.
-    fusion : {"concat", "nearest"}, default="concat"
+    fusion : {"concat", "single", "mean", "nearest"}, default="concat"
         How the maps of several layers become one embedding a patch; see
         :mod:`~anomalib_lite.fusion`.
     n_components : int or float in (0, 1), default=0.99
@@ -129,9 +128,6 @@ class SubspaceAD(BaseDetector):
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        # "summary" would put the same numbers into all patches of an image.
-        patches_alone = [name for name in FUSIONS if name != "summary"]
-        check_choice("fusion", self.fusion, patches_alone, "SubspaceAD")
         check_components(self.n_components, "SubspaceAD")
         check_image_score(self.image_score, "SubspaceAD", "structure")
 
