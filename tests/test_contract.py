@@ -376,7 +376,7 @@ def test_parameters_can_be_chosen_and_judged_by_cross_validation(detector: Any) 
         ({"weights": "gone.pth"}, "weights"),
         ({"random_state": "seed"}, "random_state.*got 'seed'"),
         ({"random_state": -1}, "random_state.*got -1"),
-        ({"fusion": "summry"}, "fusion must be one of .*got 'summry'. Did you mean 'summary'"),
+        ({"fusion": "summry"}, "fusion must be one of .*got 'summry'"),
         ({"image_score": "mx"}, "image_score must be one of .*got 'mx'. Did you mean 'max'"),
         ({"image_score": None}, "image_score must be one of .*got None"),
         ({"calibration": "loo"}, "calibration must be one of .*got 'loo'"),
@@ -743,3 +743,10 @@ def test_a_file_that_does_not_fit_is_refused(fitted: Any, tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ModelFileError, match=r"model.safetensors is cut short"):
         load(path, backbone=Small())
+
+
+@pytest.mark.parametrize("detector", [PatchCore(), PaDiM(), SubspaceAD()], ids=name_of)
+def test_patches_alone_are_fused(detector: Any) -> None:
+    """A summary of the image in each patch is for MahalanobisVFM, which takes them apart."""
+    with pytest.raises(InvalidValueError, match="fusion must be one of .* got 'summary'"):
+        detector.set_params(fusion="summary").fit(NORMAL)
