@@ -748,5 +748,5 @@ def test_a_file_that_does_not_fit_is_refused(fitted: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize("detector", [PatchCore(), PaDiM(), SubspaceAD()], ids=name_of)
 def test_patches_alone_are_fused(detector: Any) -> None:
     """A summary of the image in each patch is for MahalanobisVFM, which takes them apart."""
-    with pytest.raises(InvalidValueError, match="fusion must be one of .* got 'summary'"):
+    with pytest.raises(InvalidValueError, match=r"fusion must be one of .* got 'summary'"):
         detector.set_params(fusion="summary").fit(NORMAL)
