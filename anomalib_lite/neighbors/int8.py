@@ -53,7 +53,7 @@ _CHECKED_SIZES = ((1024, 1024), (256, 300), (1024, 1), (1, 1024), (33, 7), (7, 3
 _CHECKED_COLUMNS = (4, 60, 156, 388, 772)
 # Of a thread's first products, and later of one in so many multiplications, a few rows and columns
 # are computed again.
-_ALL_SAMPLED, _WORK_PER_SAMPLE = 8, 2**28
+_ALL_SAMPLED, _WORK_PER_SAMPLE = 3, 2**28
 _SAMPLES = 8
 
 _scratch = threading.local()
