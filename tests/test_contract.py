@@ -688,10 +688,10 @@ def test_any_image_score_fits_scores_and_is_saved(detector: Any, how: str, tmp_p
     np.testing.assert_allclose(detector.score(MIXED), one_by_one, rtol=1e-5)
     if how == "structure":
         assert detector.map_statistics_.shape == (2, 3)
-        with pytest.raises(
-            InvalidValueError, match="'structure' needs at least 4 images held back"
-        ):
-            detector.fit(good(6))
+        for n, calibration in ((6, "split"), (1, "split"), (1, "leave_one_out")):
+            few = clone(detector).set_params(calibration=calibration)
+            with pytest.raises(InvalidValueError, match=r"covariance|'structure' needs at least"):
+                few.fit(good(n))
 
 
 @pytest.mark.parametrize("n_images", [40, 300])

@@ -397,7 +397,7 @@ def iter_batches(
                 indices, batch, sizes = zip(*waiting.pop(largest), strict=True)
                 ignored = [] if source.ignored is None else [source.ignored_in(i) for i in indices]
                 pixels = (
-                    np.stack(batch) if tile is None else batch[0][None]
+                    batch[0][None] if tile and len(batch) == 1 else np.stack(batch)
                 )  # no copy of a large one
                 yield Batch(list(indices), pixels, list(sizes), ignored)
     finally:

@@ -196,6 +196,8 @@ def paired_test(
     a = rankdata(numbers("scores_a", scores_a, where))
     b = rankdata(numbers("scores_b", scores_b, where))
     difference = float(metric(y, a)) - float(metric(y, b))
+    if np.isnan(difference):
+        return PairedTest(difference, difference)
     n_as_large = 0
     for _ in range(n_resamples):
         exchanged = rng.randint(0, 2, y.size) == 1

@@ -178,13 +178,14 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         One half of the images teaches, the other half calibrates: an image that had a say in its
         own standard would score too low. ``left_out`` images do both.
         """
-        if self.image_score != "structure" or scores.ndim == 1:
+        if self.image_score != "structure" or hasattr(self, "map_statistics_"):  # by an update
             return scores
         n_taught = len(scores) if left_out else len(scores) // 2
         if n_taught < 2:
             raise InvalidValueError(
-                f"{type(self).__name__}: image_score='structure' needs at least 4 images held "
-                f"back, to learn how the maps of normal images vary, got {len(scores)}. Give more "
+                f"{type(self).__name__}: image_score='structure' needs at least "
+                f"{2 if left_out else 4} images to learn how maps of normal images vary (with "
+                f"calibration='split', held back), got {len(scores)}. Give more "
                 "images, or set another image_score."
             )
         taught = scores[:n_taught].astype(np.float64)
