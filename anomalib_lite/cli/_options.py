@@ -56,7 +56,8 @@ FIT_OPTIONS: dict[str, Option] = {
     "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
     "tile": (int, None, "PatchCore: side of the tiles of large images (default: no tiles)"),
     "overlap": (int, 0, "PatchCore: pixels that neighbouring tiles share"),
-    "coreset_ratio": (float, 0.1, "PatchCore: share of patches to keep, in (0, 1]"),
+    "coreset_size": (int, 5000, "PatchCore: number of patches to keep"),
+    "coreset_ratio": (float, None, "PatchCore: share of patches to keep, in (0, 1]"),
     "n_neighbors": (int, 1, "PatchCore: number of nearest patches that a score averages"),
     "image_score": (
         str,

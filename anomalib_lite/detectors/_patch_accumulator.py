@@ -41,6 +41,8 @@ class PatchAccumulator(Accumulator):
         How the budget of memory is spent.
     normalize : bool, default=False
         Whether patches are divided by their length.
+    n_to_come : int, default=0
+        Number of images that are to be accumulated, and of those held back; 0 if unknown.
 
     Attributes
     ----------
@@ -48,8 +50,8 @@ class PatchAccumulator(Accumulator):
         Patches that are kept.
     thinned : bool
         Whether ``rows`` are coresets, of ``ratio`` of the patches each, or all patches.
-    n_seen : int
-        Number of patches that have passed.
+    n_seen, n_images : int
+        Number of patches and images that have passed.
     radius : float
         Largest distance from a patch that has passed to the nearest of ``rows`` and of the
         patches that existed before.
@@ -64,9 +66,11 @@ class PatchAccumulator(Accumulator):
         plan: Plan,
         *,
         normalize: bool = False,
+        n_to_come: int = 0,
     ) -> None:
         self.rows = np.empty((0, n_features), np.float32)
-        self.n_seen, self.radius = 0, 0.0
+        self.n_seen, self.n_images, self.radius = 0, 0, 0.0
+        self.n_to_come = n_to_come
         self.method, self.ratio, self.seed = method, ratio, seed
         self.normalize = normalize
         self.thinned, self.capacity = plan.thin, plan.capacity
@@ -77,7 +81,7 @@ class PatchAccumulator(Accumulator):
         """Return an accumulator of the shard's patches, or of a coreset of them."""
         shard = copy.copy(self)
         shard.rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
-        shard.n_seen = len(shard.rows)
+        shard.n_seen, shard.n_images = len(shard.rows), len(E)
         shard.seed = (self.seed + position) % 2**32  # each shard has draws of its own
         if self.thinned:
             shard.rows = shard.rows[shard._thin(existing)]
@@ -90,6 +94,7 @@ class PatchAccumulator(Accumulator):
         rows = other.rows[other._thin()] if self.thinned and not other.thinned else other.rows
         self._append(rows)
         self.n_seen += other.n_seen
+        self.n_images += other.n_images
         self.radius = max(self.radius, other.radius)
 
     def _thin(self, existing: np.ndarray | None = None) -> np.ndarray:
@@ -120,8 +125,8 @@ class PatchAccumulator(Accumulator):
         if n > self.capacity:
             raise InvalidValueError(
                 f"PatchCore: memory_budget has room for {self.capacity:,} patches, which is less "
-                f"than coreset_ratio={self.ratio:g} keeps of the {self.n_seen:,} that have come "
-                "so far and those that follow. Raise memory_budget or lower coreset_ratio."
+                f"than a share of {self.ratio:g} of the {self.n_seen:,} that have come so far and "
+                "those that follow. Raise memory_budget, or lower coreset_ratio or coreset_size."
             )
         if n > len(self._room):
             # Memory that is never written to costs nothing: make room for all that may come.
@@ -157,6 +162,7 @@ def plan_patches(
     n_features: int,
     ratio: float,
     n_images: int | None,
+    size_given: bool = False,
     in_flight: int = 0,
     present: int = 0,
 ) -> Plan:
@@ -174,6 +180,8 @@ def plan_patches(
         Share of all patches that the bank keeps.
     n_images : int or None
         Number of images; None if it is not known yet.
+    size_given : bool, default=False
+        Whether the share comes from ``coreset_size``, which an error then names.
     in_flight : int
         Bytes taken by other images: on their way through the backbone, or held back.
     present : int
@@ -207,7 +215,8 @@ def plan_patches(
     need = fixed + max(2 * bank * row, (bank + patches) * row + shard)
     if budget < need:
         what = f"a bank of {bank:,} patches of {n_features} numbers and the making of it"
-        refuse_budget("PatchCore", budget, need, what, lower=f"coreset_ratio={ratio:g}, ")
+        lower = "coreset_size, " if size_given else f"coreset_ratio={ratio:g}, "
+        refuse_budget("PatchCore", budget, need, what, lower=lower)
     free = budget - fixed - present * row - shard
     if n_rows is None:  # keep all at first, and thin them out when the room is full
         return Plan(images_per_shard, False, free // (2 * row))

@@ -19,7 +19,8 @@ from anomalib_lite._validation import (
     check_number,
 )
 from anomalib_lite.anomaly_map import check_image_score, image_scores, reweight
-from anomalib_lite.coreset import METHODS, coreset_size, select_coreset
+from anomalib_lite.coreset import METHODS, select_coreset
+from anomalib_lite.coreset import coreset_size as check_share
 from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator
@@ -61,8 +62,12 @@ class PatchCore(BaseDetector):
     overlap : int, default=0
         Pixels that neighbouring tiles share at least, below ``tile``. A patch comes from the tile
         in which it lies most central.
-    coreset_ratio : float, default=0.1
-        Share of all patches kept in the bank, in (0, 1].
+    coreset_size : int, default=5000
+        Number of patches kept in the bank, from all images together; all of them if there are
+        fewer. Each image adds the same share of its patches, also one held back for calibration
+        and one of a later :meth:`partial_fit`, so later images make the bank larger.
+    coreset_ratio : float, optional
+        Share of all patches kept in the bank, in (0, 1], in place of ``coreset_size``.
     coreset : {"greedy", "random", "kmeans"}, default="greedy"
         How the patches to keep are chosen.
     n_neighbors : int, default=1
@@ -130,6 +135,8 @@ default="max"
         another rate.
     n_features_ : int
         D, the length of an embedding.
+    coreset_ratio_ : float
+        Share of the patches that was kept.
     n_absorbed_ : int
         Number of patches that come from calibration images: the last rows of the bank.
     backbone_ : Backbone or CompiledBackbone
@@ -184,7 +191,8 @@ default="max"
         image_size: int | tuple[int, int] = 256,
         tile: int | None = None,
         overlap: int = 0,
-        coreset_ratio: float = 0.1,
+        coreset_size: int = 5000,
+        coreset_ratio: float | None = None,
         coreset: str = "greedy",
         n_neighbors: int = 1,
         image_score: str = "max",
@@ -213,6 +221,7 @@ default="max"
         self.image_size = image_size
         self.tile = tile
         self.overlap = overlap
+        self.coreset_size = coreset_size
         self.coreset_ratio = coreset_ratio
         self.coreset = coreset
         self.n_neighbors = n_neighbors
@@ -236,7 +245,9 @@ default="max"
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        check_number("coreset_ratio", self.coreset_ratio, "PatchCore", "(0, 1]")
+        check_int("coreset_size", self.coreset_size, "PatchCore", low=1)
+        if self.coreset_ratio is not None:
+            check_number("coreset_ratio", self.coreset_ratio, "PatchCore", "(0, 1]")
         check_choice("coreset", self.coreset, METHODS, "PatchCore")
         check_image_score(self.image_score, "PatchCore", "reweighted", "structure")
         check_index(self.index, "PatchCore", nprobe=self.nprobe, efSearch=self.ef_search)
@@ -278,36 +289,64 @@ default="max"
         random: np.random.RandomState,
     ) -> AllPatches | PatchAccumulator:
         if self.memory_budget is None:
-            return AllPatches(normalize=bool(self.normalize))
+            return AllPatches(normalize=bool(self.normalize), n_to_come=n_images or 0)
         height, width, n_features = shape
-        bank, ratio = getattr(self, "memory_bank_", None), float(self.coreset_ratio)
+        bank = getattr(self, "memory_bank_", None)
+        ratio = self._ratio_to_plan(None if n_images is None else n_images * height * width)
         plan = plan_patches(
             check_memory("memory_budget", self.memory_budget, "PatchCore"),
             patches=height * width,
             n_features=n_features,
             ratio=ratio,
+            size_given=self.coreset_ratio is None,
             n_images=n_images,
             in_flight=in_flight,
             present=0 if bank is None else len(bank.embeddings_),
         )
         seed = int(copy.deepcopy(random).randint(2**31))  # with a budget or without: the same draws
         return PatchAccumulator(
-            n_features, self.coreset, ratio, seed, plan, normalize=bool(self.normalize)
+            n_features,
+            self.coreset,
+            ratio,
+            seed,
+            plan,
+            normalize=bool(self.normalize),
+            n_to_come=n_images or 0,
         )
+
+    def _ratio_to_plan(self, n_patches: int | None) -> float:
+        """Return the share to keep of about ``n_patches`` to come, before they have come."""
+        if self.coreset_ratio is not None:
+            return float(self.coreset_ratio)
+        if hasattr(self, "coreset_ratio_"):
+            return self.coreset_ratio_
+        if n_patches is None:
+            raise InvalidValueError(
+                "PatchCore: coreset_size is a share of a known number of images, got a stream of "
+                "embeddings. Set coreset_ratio, such as coreset_ratio=0.01."
+            )
+        return min(1.0, self.coreset_size / n_patches)
 
     def _fit_accumulated(
         self, accumulated: AllPatches | PatchAccumulator, random: np.random.RandomState
     ) -> np.ndarray | None:
         """Add a coreset of the patches to the bank; return which of them were kept, if known."""
-        bank, ratio = getattr(self, "memory_bank_", None), float(self.coreset_ratio)
+        bank = getattr(self, "memory_bank_", None)
         device, kept = device_of(self.device, "PatchCore"), None
+        if self.coreset_ratio is not None:
+            self.coreset_ratio_ = float(self.coreset_ratio)
+        elif bank is None and accumulated.thinned:
+            self.coreset_ratio_ = accumulated.ratio
+        elif bank is None:  # those held back will add as large a share
+            patches = accumulated.n_seen * accumulated.n_to_come / accumulated.n_images
+            self.coreset_ratio_ = min(1.0, self.coreset_size / max(1.0, patches))
         if accumulated.thinned:
             rows = accumulated.rows.copy()  # without the room that was kept for more
             radius = accumulated.radius
         else:
             coreset = select_coreset(
                 accumulated.rows,
-                max(1, round(ratio * len(accumulated.rows))),
+                max(1, round(self.coreset_ratio_ * len(accumulated.rows))),
                 method=self.coreset,
                 random_state=random,
                 existing=None if bank is None else self._existing_patches(),
@@ -319,11 +358,14 @@ default="max"
         if bank is not None:
             self._extend(rows, radius)
             return kept
-        coreset_size(ratio, accumulated.n_seen, "coreset_ratio", "PatchCore")  # at least 1
+        kept_by = f"coreset_size={self.coreset_size}"
+        if self.coreset_ratio is not None:
+            kept_by = f"coreset_ratio={self.coreset_ratio:g}"
+            check_share(self.coreset_ratio, accumulated.n_seen, "coreset_ratio", "PatchCore")
         if len(rows) < self.n_neighbors:
             raise InvalidValueError(
                 f"PatchCore: n_neighbors={self.n_neighbors} is more than the {len(rows)} patches "
-                f"that coreset_ratio={self.coreset_ratio:g} keeps."
+                f"that {kept_by} keeps."
             )
         self.memory_bank_ = MemoryBank(**self._bank_parameters(device)).fit(rows)
         self.memory_bank_.covering_radius_ = radius
@@ -423,7 +465,10 @@ default="max"
         arrays = {"embeddings": bank.embeddings_}
         if bank.index_ is not None:
             arrays["index"] = serialize(bank.index_)
-        return arrays, {"covering_radius": bank.covering_radius_, "n_absorbed": self.n_absorbed_}
+        state = {"covering_radius": bank.covering_radius_, "n_absorbed": self.n_absorbed_}
+        if self.coreset_ratio is None:
+            state["coreset_ratio"] = self.coreset_ratio_
+        return arrays, state
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         parameters = self._bank_parameters(device_of(self.device, "PatchCore"))
@@ -432,6 +477,8 @@ default="max"
         )
         self.memory_bank_.covering_radius_ = float(state["covering_radius"])
         self.n_absorbed_ = int(state.get("n_absorbed", 0))  # files of 0.1.0 may not say
+        ratio = self.coreset_ratio
+        self.coreset_ratio_ = float(state["coreset_ratio"] if ratio is None else ratio)
         self.n_features_ = self.memory_bank_.n_features_in_
 
 
@@ -441,6 +488,8 @@ class AllPatches(Accumulator):
 
     rows: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
     n_seen: int = 0
+    n_images: int = 0
+    n_to_come: int = 0
     radius: float = 0.0
     thinned: bool = False
     normalize: bool = False
@@ -448,12 +497,13 @@ class AllPatches(Accumulator):
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
         """Return an accumulator of the shard's patches."""
         rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
-        return replace(self, rows=rows, n_seen=len(rows))
+        return replace(self, rows=rows, n_seen=len(rows), n_images=len(E))
 
     def merge(self, other: Self) -> None:
         """Take over the patches of the other; or append them, if there are some already."""
         self.rows = np.concatenate([self.rows, other.rows]) if self.n_seen else other.rows
         self.n_seen += other.n_seen
+        self.n_images += other.n_images
 
 
 def _reweight(
