@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,12 @@ from anomalib_lite._validation import (
 from anomalib_lite.anomaly_map import check_image_score, image_scores, reweight
 from anomalib_lite.coreset import METHODS, coreset_size, select_coreset
 from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
+from anomalib_lite.detectors._position_window import (
+    WindowedBank,
+    check_position_window,
+    patch_cells,
+    window_reach,
+)
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator
 from anomalib_lite.errors import InvalidValueError
@@ -74,6 +81,11 @@ default="max"
         peak and roughness of the map are from those of normal maps, which are learned from half of
         the images held back; or Equation 7 of the paper (b = 9), which needs ``n_neighbors=1``.
         See :func:`~anomalib_lite.anomaly_map.image_scores`.
+    position_window : int, optional
+        Compares each patch only with bank patches at most so many patches away in row and in
+        column, for parts that always lie in the same place. Positions are those in the grid of the
+        first image fitted on, to which images of other sizes are scaled. By default a patch is
+        compared with all. Needs ``index="flat"``; not with ``"reweighted"``; see Notes.
     index : str, default="flat"
         ``"flat"`` for exact search, or a FAISS index-factory string.
     nprobe, ef_search : int, optional
@@ -188,6 +200,7 @@ default="max"
         coreset: str = "greedy",
         n_neighbors: int = 1,
         image_score: str = "max",
+        position_window: int | None = None,
         index: str = "flat",
         nprobe: int | None = None,
         ef_search: int | None = None,
@@ -217,6 +230,7 @@ default="max"
         self.coreset = coreset
         self.n_neighbors = n_neighbors
         self.image_score = image_score
+        self.position_window = position_window
         self.index = index
         self.nprobe = nprobe
         self.ef_search = ef_search
@@ -243,6 +257,9 @@ default="max"
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
         check_bool("normalize", self.normalize, "PatchCore")
         self._check_tiles()
+        if self.position_window is not None:
+            check_int("position_window", self.position_window, "PatchCore", low=0)
+            check_position_window("PatchCore", self.index, self.image_score)
         if self.image_score == "reweighted" and self.n_neighbors != 1:
             raise InvalidValueError(
                 "PatchCore: image_score='reweighted' is defined for n_neighbors=1, "
@@ -277,23 +294,25 @@ default="max"
         in_flight: int,
         random: np.random.RandomState,
     ) -> AllPatches | PatchAccumulator:
-        if self.memory_budget is None:
-            return AllPatches(normalize=bool(self.normalize))
         height, width, n_features = shape
         bank, ratio = getattr(self, "memory_bank_", None), float(self.coreset_ratio)
+        grid = None
+        if self.position_window is not None:
+            grid = bank.grid if isinstance(bank, WindowedBank) else (height, width)
+        if self.memory_budget is None:
+            return AllPatches(normalize=bool(self.normalize), grid=grid)
         plan = plan_patches(
             check_memory("memory_budget", self.memory_budget, "PatchCore"),
             patches=height * width,
-            n_features=n_features,
+            n_features=n_features if grid is None else n_features + 4,  # with room for places
             ratio=ratio,
             n_images=n_images,
             in_flight=in_flight,
             present=0 if bank is None else len(bank.embeddings_),
         )
         seed = int(copy.deepcopy(random).randint(2**31))  # with a budget or without: the same draws
-        return PatchAccumulator(
-            n_features, self.coreset, ratio, seed, plan, normalize=bool(self.normalize)
-        )
+        options: dict[str, Any] = {"normalize": bool(self.normalize), "grid": grid}
+        return PatchAccumulator(n_features, self.coreset, ratio, seed, plan, **options)
 
     def _fit_accumulated(
         self, accumulated: AllPatches | PatchAccumulator, random: np.random.RandomState
@@ -316,8 +335,11 @@ default="max"
             )
             kept, radius = coreset.indices, coreset.covering_radius
             rows = accumulated.rows[kept]
+        cells = accumulated.cells
+        if cells is not None and not accumulated.thinned:
+            cells = cells[kept]
         if bank is not None:
-            self._extend(rows, radius)
+            self._extend(rows, radius, cells)
             return kept
         coreset_size(ratio, accumulated.n_seen, "coreset_ratio", "PatchCore")  # at least 1
         if len(rows) < self.n_neighbors:
@@ -325,17 +347,29 @@ default="max"
                 f"PatchCore: n_neighbors={self.n_neighbors} is more than the {len(rows)} patches "
                 f"that coreset_ratio={self.coreset_ratio:g} keeps."
             )
-        self.memory_bank_ = MemoryBank(**self._bank_parameters(device)).fit(rows)
+        if cells is None:
+            self.memory_bank_ = MemoryBank(**self._bank_parameters(device)).fit(rows)
+        else:
+            self.memory_bank_ = self._windowed_bank(rows, cells, accumulated.grid, device)
         self.memory_bank_.covering_radius_ = radius
         self.n_absorbed_ = 0
         return kept
 
-    def _extend(self, rows: np.ndarray, radius: float) -> None:
+    def _windowed_bank(
+        self, rows: np.ndarray, cells: np.ndarray, grid: Any, device: str = "cpu"
+    ) -> WindowedBank:
+        assert self.position_window is not None
+        reach = window_reach(cells, grid, int(self.position_window), self.n_neighbors)
+        return WindowedBank(**self._bank_parameters(device)).fit(rows).place(cells, reach)
+
+    def _extend(self, rows: np.ndarray, radius: float, cells: np.ndarray | None) -> None:
         old = self.memory_bank_
         bank = copy.copy(old)  # the old one may still be needed
         bank.index_ = copy.deepcopy(old.index_)
         bank.add(rows)
         bank.covering_radius_ = max(old.covering_radius_, radius)
+        if isinstance(bank, WindowedBank):
+            bank.place(np.concatenate([bank.cells_, cells]), bank.reach_)
         self.memory_bank_ = bank
 
     def _bank_parameters(self, device: str) -> dict[str, Any]:
@@ -357,13 +391,15 @@ default="max"
         rows = E.reshape(-1, E.shape[-1])
         if self.normalize:
             rows = unit_rows(rows)
-        ignored = np.isnan(rows[:, 0])
+        ignored, search = np.isnan(rows[:, 0]), bank.search
+        if isinstance(bank, WindowedBank):
+            search = partial(bank.search_near, cells=patch_cells(E, bank.grid))
         if not ignored.any():
-            distances, neighbors = bank.search(rows, self.n_neighbors)
+            distances, neighbors = search(rows, self.n_neighbors)
         else:  # ignored patches are at no distance from normal ones
             distances = np.zeros((len(rows), self.n_neighbors), np.float32)
             neighbors = np.zeros((len(rows), self.n_neighbors), np.int64)
-            distances[~ignored], neighbors[~ignored] = bank.search(rows[~ignored], self.n_neighbors)
+            distances[~ignored], neighbors[~ignored] = search(rows[~ignored], self.n_neighbors)
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
         if self.image_score != "reweighted":
             scores = self._score_maps(patch_scores)
@@ -377,39 +413,47 @@ default="max"
     def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
         patches = [np.count_nonzero(~np.isnan(grid[..., 0])) for grid in E]
         images = np.repeat(np.arange(len(E)), patches)[fitted]  # of each row of the bank
-        scores = []
+        whole, scores = self.memory_bank_, []
         for i in range(len(E)):
-            others = self.memory_bank_.embeddings_[images != i]
+            others = whole.embeddings_[images != i]
             if len(others) < self.n_neighbors:
                 return np.empty(0, np.float32)  # no bank without this image
-            bank = MemoryBank(_SUPPORT_SIZE).fit(others)
+            if isinstance(whole, WindowedBank):
+                bank = self._windowed_bank(others, whole.cells_[images != i], whole.grid)
+            else:
+                bank = MemoryBank(_SUPPORT_SIZE).fit(others)
             scores.append(self._score_patches(E[i][None], bank)[1])
         return np.concatenate(scores)
 
     def _scores_are_monotone(self) -> bool:
         # With more patches in the bank every exact distance stays or falls, so no score of a
         # future normal image rises above the threshold by it. Equation 7, the structure of a map
-        # and approximate indexes do not have this property.
+        # and approximate indexes do not have this property. With a window it holds since the reach
+        # of each cell stays: one that shrank as nearer rows come would lose better ones.
         return self.index == "flat" and self.image_score not in ("reweighted", "structure")
 
-    def _remove_calibration_patches(self) -> np.ndarray:
+    def _remove_calibration_patches(self) -> MemoryBank:
         # Images held back now are scored by the same patches as those held back before, and by
         # those fitted on since: no score then depends on which image was held back when.
         bank, n = self.memory_bank_, len(self.memory_bank_.embeddings_) - self.n_absorbed_
         if self.n_absorbed_:
             self.memory_bank_ = copy.copy(bank)
             self.memory_bank_.embeddings_ = bank.embeddings_[:n]
-        return bank.embeddings_[n:]
+            if isinstance(self.memory_bank_, WindowedBank):
+                self.memory_bank_.place(self.memory_bank_.cells_[:n], self.memory_bank_.reach_)
+        return bank
 
     def _add_calibration_patches(
         self,
-        removed: np.ndarray | None,
+        removed: MemoryBank | None,
         accumulated: AllPatches | PatchAccumulator,
         random: np.random.RandomState,
     ) -> None:
         n_fitted = len(self.memory_bank_.embeddings_)
-        if removed is not None and len(removed):
-            self._extend(removed, 0.0)
+        if removed is not None and self.n_absorbed_:
+            rows = slice(len(removed.embeddings_) - self.n_absorbed_, None)
+            cells = removed.cells_[rows] if isinstance(removed, WindowedBank) else None
+            self._extend(removed.embeddings_[rows], 0.0, cells)
         if accumulated.n_seen:
             self._fit_accumulated(accumulated, random)
         self.n_absorbed_ = len(self.memory_bank_.embeddings_) - n_fitted
@@ -423,13 +467,16 @@ default="max"
         arrays = {"embeddings": bank.embeddings_}
         if bank.index_ is not None:
             arrays["index"] = serialize(bank.index_)
+        if isinstance(bank, WindowedBank):
+            arrays |= {"positions": bank.cells_, "reach": bank.reach_}
         return arrays, {"covering_radius": bank.covering_radius_, "n_absorbed": self.n_absorbed_}
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         parameters = self._bank_parameters(device_of(self.device, "PatchCore"))
-        self.memory_bank_ = MemoryBank.restore(
-            arrays["embeddings"], arrays.get("index"), **parameters
-        )
+        kind = MemoryBank if self.position_window is None else WindowedBank
+        self.memory_bank_ = kind.restore(arrays["embeddings"], arrays.get("index"), **parameters)
+        if isinstance(self.memory_bank_, WindowedBank):
+            self.memory_bank_.place(arrays["positions"], arrays["reach"])
         self.memory_bank_.covering_radius_ = float(state["covering_radius"])
         self.n_absorbed_ = int(state.get("n_absorbed", 0))  # files of 0.1.0 may not say
         self.n_features_ = self.memory_bank_.n_features_in_
@@ -444,15 +491,22 @@ class AllPatches(Accumulator):
     radius: float = 0.0
     thinned: bool = False
     normalize: bool = False
+    grid: tuple[int, int] | None = None  # in which the places of the patches are kept
+    cells: np.ndarray | None = None  # where the patches lie
 
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
         """Return an accumulator of the shard's patches."""
         rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
-        return replace(self, rows=rows, n_seen=len(rows))
+        cells = None if self.grid is None else patch_cells(E, self.grid)
+        return replace(self, rows=rows, n_seen=len(rows), cells=cells)
 
     def merge(self, other: Self) -> None:
         """Take over the patches of the other; or append them, if there are some already."""
         self.rows = np.concatenate([self.rows, other.rows]) if self.n_seen else other.rows
+        if self.cells is None or other.cells is None:
+            self.cells = other.cells
+        else:
+            self.cells = np.concatenate([self.cells, other.cells])
         self.n_seen += other.n_seen
 
 
