@@ -127,6 +127,7 @@ class WindowedBank(MemoryBank):
 
     cells_: np.ndarray
     reach_: np.ndarray
+    _places: tuple[np.ndarray, np.ndarray]  # rows and columns of the cells
     _lookup: tuple[np.ndarray, np.ndarray] | None = None
 
     def place(self, cells: np.ndarray, reach: np.ndarray) -> Self:
@@ -142,6 +143,7 @@ class WindowedBank(MemoryBank):
         if len(cells) and not 0 <= cells.min() <= cells.max() < reach.size:
             raise ValueError(f"positions name cells beyond {reach.shape}")
         self.cells_, self.reach_, self._lookup = cells.astype(np.int32), reach, None
+        self._places = _row_and_column(self.cells_, reach.shape[1])
         return self
 
     @property
@@ -175,10 +177,10 @@ class WindowedBank(MemoryBank):
         digits; those of the nearest ones are then computed from the differences.
         """
         height, width = self.grid
-        row, column = np.divmod(cells, width)
+        row, column = _row_and_column(cells, width)
         reach = self.reach_.ravel()[cells]
         squares = -(-width // _SQUARE)
-        square = (row // _SQUARE) * squares + column // _SQUARE
+        square = (row // _SQUARE).astype(np.int64) * squares + column // _SQUARE
         key = reach.astype(np.int64) * (squares * -(-height // _SQUARE)) + square
         in_groups = np.argsort(key, kind="stable")
         indices = np.empty((len(X), k), np.int64)
@@ -200,16 +202,17 @@ class WindowedBank(MemoryBank):
         for start in range(0, len(X), step):
             part = slice(start, start + step)
             origin = X[start].copy()
-            place, Q = (row[part, None], column[part, None]), X[part] - origin
+            Q = -2 * (X[part] - origin)
             sq, indices = np.empty((len(Q), 0), np.float32), np.empty((len(Q), 0), np.int64)
             for first in range(0, len(near_by), at_once):
                 rows = near_by[first : first + at_once]
                 C = self.embeddings_[rows]
                 C -= origin
-                sq_here = np.einsum("md,md->m", C, C) - 2 * (Q @ C.T)
-                there = np.divmod(self.cells_[rows], self.grid[1])
-                for mine, other in zip(place, there, strict=True):
-                    sq_here[np.abs(mine - other) > reach] = np.inf
+                sq_here = Q @ C.T  # |q - x|^2 = |q|^2 - 2 q x + |x|^2, of which the first is left out
+                sq_here += np.einsum("md,md->m", C, C)
+                outside = np.abs(row[part, None] - self._places[0][rows]) > reach
+                outside |= np.abs(column[part, None] - self._places[1][rows]) > reach
+                np.copyto(sq_here, np.inf, where=outside)
                 best = _smallest(sq_here, min(k, len(rows)))
                 sq = np.concatenate([sq, np.take_along_axis(sq_here, best, axis=1)], axis=1)
                 indices = np.concatenate([indices, rows[best]], axis=1)
@@ -226,10 +229,15 @@ class WindowedBank(MemoryBank):
             self._lookup = np.argsort(self.cells_, kind="stable"), starts
         by_cell, starts = self._lookup
         height, width = self.grid
-        lines = np.arange(max(0, row.min() - reach), min(height, row.max() + reach + 1)) * width
-        begin = starts[lines + max(0, column.min() - reach)]
-        end = starts[lines + min(width, column.max() + reach + 1)]
+        top, bottom = max(0, int(row.min()) - reach), min(height, int(row.max()) + reach + 1)
+        left, right = max(0, int(column.min()) - reach), min(width, int(column.max()) + reach + 1)
+        begin, end = (starts[np.arange(top, bottom) * width + side] for side in (left, right))
         return np.concatenate([by_cell[a:b] for a, b in zip(begin, end, strict=True)])
+
+
+def _row_and_column(cells: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    row, column = np.divmod(cells, width)
+    return row.astype(np.int16), column.astype(np.int16)  # half the bytes to compare
 
 
 def _smallest(values: np.ndarray, k: int) -> np.ndarray:

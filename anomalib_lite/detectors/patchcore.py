@@ -336,8 +336,11 @@ default="max"
             kept, radius = coreset.indices, coreset.covering_radius
             rows = accumulated.rows[kept]
         cells = accumulated.cells
-        if cells is not None and not accumulated.thinned:
-            cells = cells[kept]
+        if cells is not None:
+            cells = cells if kept is None else cells[kept]
+            by_cell = np.argsort(cells, kind="stable")  # rows that are searched together
+            rows, cells = rows[by_cell], cells[by_cell]
+            kept = None if kept is None else kept[by_cell]
         if bank is not None:
             self._extend(rows, radius, cells)
             return kept
