@@ -7,7 +7,7 @@ References
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -24,7 +24,7 @@ _SQUARE = 4
 _BLOCK_ROWS, _VALUES = 1 << 14, 1 << 22
 
 
-def check_position_window(where: str, index: str, image_score: str) -> None:
+def check_position_window(where: str, index: str, image_score: str, augment: Any) -> None:
     """Raise InvalidValueError for parameters that cannot go with a window."""
     if index != "flat":
         raise InvalidValueError(
@@ -35,6 +35,12 @@ def check_position_window(where: str, index: str, image_score: str) -> None:
         raise InvalidValueError(
             f"{where}: image_score='reweighted' compares with the neighbours of a bank patch "
             "wherever they lie, which no position_window bounds. Set another image_score."
+        )
+    moving = {"rotations", "flips"} & set([augment] if isinstance(augment, str) else augment or ())
+    if moving:
+        raise InvalidValueError(
+            f"{where}: augment={augment!r} moves patches to other places, so position_window would "
+            "compare with what never lies there. Use augment='brightness', or no position_window."
         )
 
 
@@ -208,7 +214,9 @@ class WindowedBank(MemoryBank):
                 rows = near_by[first : first + at_once]
                 C = self.embeddings_[rows]
                 C -= origin
-                sq_here = Q @ C.T  # |q - x|^2 = |q|^2 - 2 q x + |x|^2, of which the first is left out
+                sq_here = (
+                    Q @ C.T
+                )  # |q - x|^2 = |q|^2 - 2 q x + |x|^2, of which the first is left out
                 sq_here += np.einsum("md,md->m", C, C)
                 outside = np.abs(row[part, None] - self._places[0][rows]) > reach
                 outside |= np.abs(column[part, None] - self._places[1][rows]) > reach

@@ -31,6 +31,7 @@ from anomalib_lite.detectors._position_window import (
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator
 from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
 from anomalib_lite.images.embeddings import Embeddings, patch_rows, unit_rows
 from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
 
@@ -68,6 +69,12 @@ class PatchCore(BaseDetector):
     overlap : int, default=0
         Pixels that neighbouring tiles share at least, below ``tile``. A patch comes from the tile
         in which it lies most central.
+    augment : {"rotations", "flips", "brightness"} or tuple of these, optional
+        Transformed copies of the images to fit on, for few of them: 7 rotations in steps of 45
+        degrees, 2 mirror images, or 2 copies that are 0.8 and 1.2 times as bright; of several,
+        all. Images held back for calibration get none. Time and memory of :meth:`fit`, and the
+        bank, grow with the number of images and copies. With ``position_window`` only
+        ``"brightness"``, since the others move patches.
     coreset_ratio : float, default=0.1
         Share of all patches kept in the bank, in (0, 1].
     coreset : {"greedy", "random", "kmeans"}, default="greedy"
@@ -196,6 +203,7 @@ default="max"
         image_size: int | tuple[int, int] = 256,
         tile: int | None = None,
         overlap: int = 0,
+        augment: str | Sequence[str] | None = None,
         coreset_ratio: float = 0.1,
         coreset: str = "greedy",
         n_neighbors: int = 1,
@@ -226,6 +234,7 @@ default="max"
         self.image_size = image_size
         self.tile = tile
         self.overlap = overlap
+        self.augment = augment
         self.coreset_ratio = coreset_ratio
         self.coreset = coreset
         self.n_neighbors = n_neighbors
@@ -257,9 +266,11 @@ default="max"
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
         check_bool("normalize", self.normalize, "PatchCore")
         self._check_tiles()
+        if self.augment is not None:
+            check_augment(self.augment, "PatchCore")
         if self.position_window is not None:
             check_int("position_window", self.position_window, "PatchCore", low=0)
-            check_position_window("PatchCore", self.index, self.image_score)
+            check_position_window("PatchCore", self.index, self.image_score, self.augment)
         if self.image_score == "reweighted" and self.n_neighbors != 1:
             raise InvalidValueError(
                 "PatchCore: image_score='reweighted' is defined for n_neighbors=1, "
@@ -270,6 +281,10 @@ default="max"
                 "PatchCore: calibration='leave_one_out' needs index='flat', "
                 f"got {self.index!r}. Use calibration='split'."
             )
+
+    def _check_fit_on_embeddings(self) -> None:
+        if self.augment is not None:
+            refuse_augment("PatchCore", self.augment)
 
     def _check_tiles(self) -> None:
         if self.tile is None:
@@ -415,9 +430,10 @@ default="max"
 
     def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
         patches = [np.count_nonzero(~np.isnan(grid[..., 0])) for grid in E]
-        images = np.repeat(np.arange(len(E)), patches)[fitted]  # of each row of the bank
+        copies = n_versions(self.augment)  # are left out together with their image
+        images = np.repeat(np.arange(len(E)) // copies, patches)[fitted]  # of each row of the bank
         whole, scores = self.memory_bank_, []
-        for i in range(len(E)):
+        for i in range(len(E) // copies):
             others = whole.embeddings_[images != i]
             if len(others) < self.n_neighbors:
                 return np.empty(0, np.float32)  # no bank without this image
@@ -425,7 +441,7 @@ default="max"
                 bank = self._windowed_bank(others, whole.cells_[images != i], whole.grid)
             else:
                 bank = MemoryBank(_SUPPORT_SIZE).fit(others)
-            scores.append(self._score_patches(E[i][None], bank)[1])
+            scores.append(self._score_patches(E[i * copies][None], bank)[1])
         return np.concatenate(scores)
 
     def _scores_are_monotone(self) -> bool:
