@@ -25,6 +25,11 @@ def _number_or_share(text: str) -> int | float:
     return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
 
 
+def _names(text: str) -> str | list[str]:
+    """Parse ``"flips"`` or ``"flips,brightness"``."""
+    return text.split(",") if "," in text else text
+
+
 def _name_or_number(text: str) -> str | float:
     try:
         return float(text)
@@ -56,6 +61,12 @@ FIT_OPTIONS: dict[str, Option] = {
     "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
     "tile": (int, None, "PatchCore: side of the tiles of large images (default: no tiles)"),
     "overlap": (int, 0, "PatchCore: pixels that neighbouring tiles share"),
+    "augment": (
+        _names,
+        None,
+        "copies of the images to fit on: rotations, flips, brightness, or several with commas "
+        "(default: none); not PaDiM",
+    ),
     "coreset_size": (int, 5000, "PatchCore: number of patches to keep"),
     "coreset_ratio": (float, None, "PatchCore: share of patches to keep, in (0, 1]"),
     "n_neighbors": (int, 1, "PatchCore: number of nearest patches that a score averages"),
@@ -64,6 +75,11 @@ FIT_OPTIONS: dict[str, Option] = {
         "max",
         "max, a share such as top1%% (SubspaceAD's default) or 'top1%% pixels', smoothed (PaDiM's "
         "default) or structure; PatchCore: reweighted",
+    ),
+    "position_window": (
+        int,
+        None,
+        "PatchCore: compare with patches at most so many patches away (default: with all)",
     ),
     "index": (str, "flat", "PatchCore: flat (exact), or a FAISS index-factory string"),
     "smoothing": (float, 4.0, "smoothing of heatmaps, in pixels of the image size"),

@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 
 from anomalib_lite.coreset import select_coreset
+from anomalib_lite.detectors._position_window import patch_cells
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images.embeddings import Embeddings, patch_rows, unit_rows
@@ -43,11 +44,15 @@ class PatchAccumulator(Accumulator):
         Whether patches are divided by their length.
     n_to_come : int, default=0
         Number of images that are to be accumulated, and of those held back; 0 if unknown.
+    grid : (h, w), optional
+        Grid in which the places of the patches are kept; without one they are not.
 
     Attributes
     ----------
     rows : ndarray of shape (n, D), float32
         Patches that are kept.
+    cells : ndarray of shape (n,), int32, or None
+        Where they lie.
     thinned : bool
         Whether ``rows`` are coresets, of ``ratio`` of the patches each, or all patches.
     n_seen, n_images : int
@@ -67,8 +72,10 @@ class PatchAccumulator(Accumulator):
         *,
         normalize: bool = False,
         n_to_come: int = 0,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         self.rows = np.empty((0, n_features), np.float32)
+        self.grid, self.cells = grid, None if grid is None else np.empty(0, np.int32)
         self.n_seen, self.n_images, self.radius = 0, 0, 0.0
         self.n_to_come = n_to_come
         self.method, self.ratio, self.seed = method, ratio, seed
@@ -83,16 +90,24 @@ class PatchAccumulator(Accumulator):
         shard.rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
         shard.n_seen, shard.n_images = len(shard.rows), len(E)
         shard.seed = (self.seed + position) % 2**32  # each shard has draws of its own
+        if self.grid is not None:
+            shard.cells = patch_cells(E, self.grid)
         if self.thinned:
-            shard.rows = shard.rows[shard._thin(existing)]
+            kept = shard._thin(existing)
+            shard.rows, shard.cells = shard.rows[kept], _of(shard.cells, kept)
         return shard
 
     def merge(self, other: Self) -> None:
         """Append the rows of another; if all do not fit, thin out both, and all that follow."""
         if not self.thinned and len(self.rows) + len(other.rows) > self.capacity:
             self._compact(self._thin())
-        rows = other.rows[other._thin()] if self.thinned and not other.thinned else other.rows
+        rows, cells = other.rows, other.cells
+        if self.thinned and not other.thinned:
+            kept = other._thin()
+            rows, cells = rows[kept], _of(cells, kept)
         self._append(rows)
+        if self.cells is not None and cells is not None:
+            self.cells = np.concatenate([self.cells, cells])
         self.n_seen += other.n_seen
         self.n_images += other.n_images
         self.radius = max(self.radius, other.radius)
@@ -117,7 +132,7 @@ class PatchAccumulator(Accumulator):
         for start in range(0, len(indices), 4096):  # ascending, so no row is needed any more
             block = indices[start : start + 4096]
             self._room[start : start + len(block)] = self._room[block]
-        self.rows = self._room[: len(indices)]
+        self.rows, self.cells = self._room[: len(indices)], _of(self.cells, indices)
 
     def _append(self, rows: np.ndarray) -> None:
         """Copy rows behind those that are there."""
@@ -134,6 +149,10 @@ class PatchAccumulator(Accumulator):
             self._room[: len(self.rows)] = self.rows
         self._room[len(self.rows) : n] = rows
         self.rows = self._room[:n]
+
+
+def _of(cells: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
+    return None if cells is None else cells[indices]
 
 
 @dataclass(frozen=True)

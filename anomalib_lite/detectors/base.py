@@ -44,6 +44,7 @@ from anomalib_lite.detectors.fitting import (
 from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
 from anomalib_lite.images import Extractor, ImageSource
+from anomalib_lite.images.augmentation import AugmentedSource
 from anomalib_lite.images.embeddings import Embeddings, embed_all, stack, take
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image, read_ignore_mask
 
@@ -461,6 +462,9 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         order = np.arange(n) if leave_one_out else random.permutation(n)
         in_order = source.take(order)
         backbone = self.backbone_ if update else self._open_to_fit(in_order, random)
+        known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
+        if self.augment is not None:
+            in_order, order = self._with_copies(in_order, order, known)
         tiles: Any = {"tile": self.tile, "overlap": self.overlap}
         extractor = Extractor(
             backbone, self.image_size, self.batch_size, self.on_error, self.verbose, **tiles
@@ -475,14 +479,14 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
                 E, skipped = embed_all(extractor, in_order, progress="fit")
             else:
                 E, skipped = embed_distributed(in_order, distributor, self.verbose)
-            n = len(E)
-            if n == 0:
+            if (n := len(E)) == 0:
                 raise none_usable(in_order, skipped)
-        known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
         purposes = 2 if self.image_score == "structure" else 1
         n_held_back = (
             0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known, purposes)
         )
+        if isinstance(in_order, AugmentedSource):
+            n_held_back = in_order.n_held_back(skipped)
         shards: ShardSource
         if E is not None:
             shards = InMemory(E, n_held_back)
@@ -491,7 +495,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         self._fit_shards(shards, random, update)
         self._take_backbone(backbone)
         self.ignore_mask_ = one_for_all
-        named = [(source.names[i], r) for i, r in sorted((order[i], r) for i, r in skipped)]
+        named = [(source.names[i], r) for i, r in sorted({(order[i], r) for i, r in skipped})]
         self.skipped_ = [*self.skipped_, *named] if update else named
         return self
 

@@ -26,6 +26,7 @@ from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import Gaussian, Moments, check_shrinkage
 from anomalib_lite.images import ImageSource
+from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
 from anomalib_lite.images.embeddings import Embeddings
 
 __all__ = ["MahalanobisVFM"]
@@ -50,6 +51,9 @@ class MahalanobisVFM(BaseDetector):
     fusion : {"summary"}, default="summary"
         How features become embeddings: those of a patch beside those of its image; see
         :mod:`~anomalib_lite.fusion`.
+    augment : {"rotations", "flips", "brightness"} or tuple of these, optional
+        Transformed copies of the images to fit on; see :class:`~anomalib_lite.PatchCore`. ``adapt``
+        sees the images without their copies.
     adapt : {None, "lora"}, default=None
         ``"lora"`` adapts the attention of a vision transformer to the images to fit on, against
         synthetic anomalies, before the Gaussians are fitted; see
@@ -135,6 +139,7 @@ class MahalanobisVFM(BaseDetector):
         layers: Sequence[str | int] | None = None,
         fusion: str = "summary",
         image_size: int | tuple[int, int] = 256,
+        augment: str | Sequence[str] | None = None,
         adapt: str | None = None,
         rank: int = 16,
         alpha: float | None = None,
@@ -166,6 +171,7 @@ class MahalanobisVFM(BaseDetector):
         self.layers = layers
         self.fusion = fusion
         self.image_size = image_size
+        self.augment = augment
         self.adapt = adapt
         self.rank = rank
         self.alpha = alpha
@@ -205,6 +211,8 @@ class MahalanobisVFM(BaseDetector):
             )
         check_bool("normalize", self.normalize, "MahalanobisVFM")
         check_shrinkage(self.shrinkage, "MahalanobisVFM")
+        if self.augment is not None:
+            check_augment(self.augment, "MahalanobisVFM")
         self._check_adaptation()
 
     def _check_adaptation(self) -> None:
@@ -236,6 +244,8 @@ class MahalanobisVFM(BaseDetector):
             )
 
     def _check_fit_on_embeddings(self) -> None:
+        if self.augment is not None:
+            refuse_augment("MahalanobisVFM", self.augment)
         if self.adapt is not None:
             raise InvalidValueError(
                 "MahalanobisVFM: adapt='lora' needs images to adapt to, got embeddings. Call "
@@ -354,20 +364,20 @@ class MahalanobisVFM(BaseDetector):
         return patch_scores, weight * whole + (1 - weight) * self._score_maps(patch_scores)
 
     def _score_left_out(self, E: Embeddings, fitted: None) -> np.ndarray:
-        if len(E) < 4:
+        copies = n_versions(self.augment)  # are left out together with their image
+        if len(E) < 4 * copies:
             return np.empty(0, np.float32)
         patches, images = self.patches_.moments_, self.images_.moments_
         n_features = len(patches.mean)
         empty = MomentsAccumulator(Moments(n_features), Moments(n_features), bool(self.normalize))
         scores = []
-        for i in range(len(E)):
-            grid = E[i][None]
-            own = empty.accumulate(grid, i)
+        for i in range(0, len(E), copies):
+            own = empty.accumulate(E[i : i + copies], i)
             others = (
                 Gaussian(self.shrinkage).fit_moments(patches.without(own.patches)),
                 Gaussian(self.shrinkage).fit_moments(images.without(own.images)),
             )
-            scores.append(self._score_patches(grid, others)[1])
+            scores.append(self._score_patches(E[i][None], others)[1])
         return np.concatenate(scores)
 
     def _summary_lines(self) -> list[tuple[str, str]]:

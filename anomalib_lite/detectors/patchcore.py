@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,9 +23,16 @@ from anomalib_lite.anomaly_map import check_image_score, image_scores, reweight
 from anomalib_lite.coreset import METHODS, select_coreset
 from anomalib_lite.coreset import coreset_size as check_share
 from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
+from anomalib_lite.detectors._position_window import (
+    WindowedBank,
+    check_position_window,
+    patch_cells,
+    window_reach,
+)
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator
 from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
 from anomalib_lite.images.embeddings import Embeddings, patch_rows, unit_rows
 from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
 
@@ -62,6 +70,12 @@ class PatchCore(BaseDetector):
     overlap : int, default=0
         Pixels that neighbouring tiles share at least, below ``tile``. A patch comes from the tile
         in which it lies most central.
+    augment : {"rotations", "flips", "brightness"} or tuple of these, optional
+        Transformed copies of the images to fit on, for few of them: 7 rotations in steps of 45
+        degrees, 2 mirror images, or 2 copies that are 0.8 and 1.2 times as bright; of several,
+        all. Images held back for calibration get none. Time and memory of :meth:`fit`, and with
+        ``coreset_ratio`` the bank, grow with the number of images and copies. With
+        ``position_window`` only ``"brightness"``, since the others move patches.
     coreset_size : int, default=5000
         Number of patches kept in the bank, from all images together; all of them if there are
         fewer. Each image adds the same share of its patches, also one held back for calibration
@@ -79,6 +93,11 @@ default="max"
         peak and roughness of the map are from those of normal maps, which are learned from half of
         the images held back; or Equation 7 of the paper (b = 9), which needs ``n_neighbors=1``.
         See :func:`~anomalib_lite.anomaly_map.image_scores`.
+    position_window : int, optional
+        Compares each patch only with bank patches at most so many patches away in row and in
+        column, for parts that always lie in the same place. Positions are those in the grid of the
+        first image fitted on, to which images of other sizes are scaled. By default a patch is
+        compared with all. Needs ``index="flat"``; not with ``"reweighted"``; see Notes.
     index : str, default="flat"
         ``"flat"`` for exact search, or a FAISS index-factory string.
     nprobe, ef_search : int, optional
@@ -191,11 +210,13 @@ default="max"
         image_size: int | tuple[int, int] = 256,
         tile: int | None = None,
         overlap: int = 0,
+        augment: str | Sequence[str] | None = None,
         coreset_size: int = 5000,
         coreset_ratio: float | None = None,
         coreset: str = "greedy",
         n_neighbors: int = 1,
         image_score: str = "max",
+        position_window: int | None = None,
         index: str = "flat",
         nprobe: int | None = None,
         ef_search: int | None = None,
@@ -221,11 +242,13 @@ default="max"
         self.image_size = image_size
         self.tile = tile
         self.overlap = overlap
+        self.augment = augment
         self.coreset_size = coreset_size
         self.coreset_ratio = coreset_ratio
         self.coreset = coreset
         self.n_neighbors = n_neighbors
         self.image_score = image_score
+        self.position_window = position_window
         self.index = index
         self.nprobe = nprobe
         self.ef_search = ef_search
@@ -254,6 +277,11 @@ default="max"
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
         check_bool("normalize", self.normalize, "PatchCore")
         self._check_tiles()
+        if self.augment is not None:
+            check_augment(self.augment, "PatchCore")
+        if self.position_window is not None:
+            check_int("position_window", self.position_window, "PatchCore", low=0)
+            check_position_window("PatchCore", self.index, self.image_score, self.augment)
         if self.image_score == "reweighted" and self.n_neighbors != 1:
             raise InvalidValueError(
                 "PatchCore: image_score='reweighted' is defined for n_neighbors=1, "
@@ -264,6 +292,10 @@ default="max"
                 "PatchCore: calibration='leave_one_out' needs index='flat', "
                 f"got {self.index!r}. Use calibration='split'."
             )
+
+    def _check_fit_on_embeddings(self) -> None:
+        if self.augment is not None:
+            refuse_augment("PatchCore", self.augment)
 
     def _check_tiles(self) -> None:
         if self.tile is None:
@@ -288,15 +320,20 @@ default="max"
         in_flight: int,
         random: np.random.RandomState,
     ) -> AllPatches | PatchAccumulator:
-        if self.memory_budget is None:
-            return AllPatches(normalize=bool(self.normalize), n_to_come=n_images or 0)
         height, width, n_features = shape
         bank = getattr(self, "memory_bank_", None)
+        grid = None
+        if self.position_window is not None:
+            grid = bank.grid if isinstance(bank, WindowedBank) else (height, width)
+        options: dict[str, Any] = {"normalize": bool(self.normalize), "grid": grid}
+        options["n_to_come"] = n_images or 0
+        if self.memory_budget is None:
+            return AllPatches(**options)
         ratio = self._ratio_to_plan(None if n_images is None else n_images * height * width)
         plan = plan_patches(
             check_memory("memory_budget", self.memory_budget, "PatchCore"),
             patches=height * width,
-            n_features=n_features,
+            n_features=n_features if grid is None else n_features + 4,  # with room for places
             ratio=ratio,
             size_given=self.coreset_ratio is None,
             n_images=n_images,
@@ -304,15 +341,7 @@ default="max"
             present=0 if bank is None else len(bank.embeddings_),
         )
         seed = int(copy.deepcopy(random).randint(2**31))  # with a budget or without: the same draws
-        return PatchAccumulator(
-            n_features,
-            self.coreset,
-            ratio,
-            seed,
-            plan,
-            normalize=bool(self.normalize),
-            n_to_come=n_images or 0,
-        )
+        return PatchAccumulator(n_features, self.coreset, ratio, seed, plan, **options)
 
     def _ratio_to_plan(self, n_patches: int | None) -> float:
         """Return the share to keep of about ``n_patches`` to come, before they have come."""
@@ -355,8 +384,14 @@ default="max"
             )
             kept, radius = coreset.indices, coreset.covering_radius
             rows = accumulated.rows[kept]
+        cells = accumulated.cells
+        if cells is not None:
+            cells = cells if kept is None else cells[kept]
+            by_cell = np.argsort(cells, kind="stable")  # rows that are searched together
+            rows, cells = rows[by_cell], cells[by_cell]
+            kept = None if kept is None else kept[by_cell]
         if bank is not None:
-            self._extend(rows, radius)
+            self._extend(rows, radius, cells)
             return kept
         kept_by = f"coreset_size={self.coreset_size}"
         if self.coreset_ratio is not None:
@@ -367,17 +402,29 @@ default="max"
                 f"PatchCore: n_neighbors={self.n_neighbors} is more than the {len(rows)} patches "
                 f"that {kept_by} keeps."
             )
-        self.memory_bank_ = MemoryBank(**self._bank_parameters(device)).fit(rows)
+        if cells is None:
+            self.memory_bank_ = MemoryBank(**self._bank_parameters(device)).fit(rows)
+        else:
+            self.memory_bank_ = self._windowed_bank(rows, cells, accumulated.grid, device)
         self.memory_bank_.covering_radius_ = radius
         self.n_absorbed_ = 0
         return kept
 
-    def _extend(self, rows: np.ndarray, radius: float) -> None:
+    def _windowed_bank(
+        self, rows: np.ndarray, cells: np.ndarray, grid: Any, device: str = "cpu"
+    ) -> WindowedBank:
+        assert self.position_window is not None
+        reach = window_reach(cells, grid, int(self.position_window), self.n_neighbors)
+        return WindowedBank(**self._bank_parameters(device)).fit(rows).place(cells, reach)
+
+    def _extend(self, rows: np.ndarray, radius: float, cells: np.ndarray | None) -> None:
         old = self.memory_bank_
         bank = copy.copy(old)  # the old one may still be needed
         bank.index_ = copy.deepcopy(old.index_)
         bank.add(rows)
         bank.covering_radius_ = max(old.covering_radius_, radius)
+        if isinstance(bank, WindowedBank):
+            bank.place(np.concatenate([bank.cells_, cells]), bank.reach_)
         self.memory_bank_ = bank
 
     def _bank_parameters(self, device: str) -> dict[str, Any]:
@@ -399,13 +446,15 @@ default="max"
         rows = E.reshape(-1, E.shape[-1])
         if self.normalize:
             rows = unit_rows(rows)
-        ignored = np.isnan(rows[:, 0])
+        ignored, search = np.isnan(rows[:, 0]), bank.search
+        if isinstance(bank, WindowedBank):
+            search = partial(bank.search_near, cells=patch_cells(E, bank.grid))
         if not ignored.any():
-            distances, neighbors = bank.search(rows, self.n_neighbors)
+            distances, neighbors = search(rows, self.n_neighbors)
         else:  # ignored patches are at no distance from normal ones
             distances = np.zeros((len(rows), self.n_neighbors), np.float32)
             neighbors = np.zeros((len(rows), self.n_neighbors), np.int64)
-            distances[~ignored], neighbors[~ignored] = bank.search(rows[~ignored], self.n_neighbors)
+            distances[~ignored], neighbors[~ignored] = search(rows[~ignored], self.n_neighbors)
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
         if self.image_score != "reweighted":
             scores = self._score_maps(patch_scores)
@@ -418,40 +467,49 @@ default="max"
 
     def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
         patches = [np.count_nonzero(~np.isnan(grid[..., 0])) for grid in E]
-        images = np.repeat(np.arange(len(E)), patches)[fitted]  # of each row of the bank
-        scores = []
-        for i in range(len(E)):
-            others = self.memory_bank_.embeddings_[images != i]
+        copies = n_versions(self.augment)  # are left out together with their image
+        images = np.repeat(np.arange(len(E)) // copies, patches)[fitted]  # of each row of the bank
+        whole, scores = self.memory_bank_, []
+        for i in range(len(E) // copies):
+            others = whole.embeddings_[images != i]
             if len(others) < self.n_neighbors:
                 return np.empty(0, np.float32)  # no bank without this image
-            bank = MemoryBank(_SUPPORT_SIZE).fit(others)
-            scores.append(self._score_patches(E[i][None], bank)[1])
+            if isinstance(whole, WindowedBank):
+                bank = self._windowed_bank(others, whole.cells_[images != i], whole.grid)
+            else:
+                bank = MemoryBank(_SUPPORT_SIZE).fit(others)
+            scores.append(self._score_patches(E[i * copies][None], bank)[1])
         return np.concatenate(scores)
 
     def _scores_are_monotone(self) -> bool:
         # With more patches in the bank every exact distance stays or falls, so no score of a
         # future normal image rises above the threshold by it. Equation 7, the structure of a map
-        # and approximate indexes do not have this property.
+        # and approximate indexes do not have this property. With a window it holds since the reach
+        # of each cell stays: one that shrank as nearer rows come would lose better ones.
         return self.index == "flat" and self.image_score not in ("reweighted", "structure")
 
-    def _remove_calibration_patches(self) -> np.ndarray:
+    def _remove_calibration_patches(self) -> MemoryBank:
         # Images held back now are scored by the same patches as those held back before, and by
         # those fitted on since: no score then depends on which image was held back when.
         bank, n = self.memory_bank_, len(self.memory_bank_.embeddings_) - self.n_absorbed_
         if self.n_absorbed_:
             self.memory_bank_ = copy.copy(bank)
             self.memory_bank_.embeddings_ = bank.embeddings_[:n]
-        return bank.embeddings_[n:]
+            if isinstance(self.memory_bank_, WindowedBank):
+                self.memory_bank_.place(self.memory_bank_.cells_[:n], self.memory_bank_.reach_)
+        return bank
 
     def _add_calibration_patches(
         self,
-        removed: np.ndarray | None,
+        removed: MemoryBank | None,
         accumulated: AllPatches | PatchAccumulator,
         random: np.random.RandomState,
     ) -> None:
         n_fitted = len(self.memory_bank_.embeddings_)
-        if removed is not None and len(removed):
-            self._extend(removed, 0.0)
+        if removed is not None and self.n_absorbed_:
+            rows = slice(len(removed.embeddings_) - self.n_absorbed_, None)
+            cells = removed.cells_[rows] if isinstance(removed, WindowedBank) else None
+            self._extend(removed.embeddings_[rows], 0.0, cells)
         if accumulated.n_seen:
             self._fit_accumulated(accumulated, random)
         self.n_absorbed_ = len(self.memory_bank_.embeddings_) - n_fitted
@@ -465,6 +523,8 @@ default="max"
         arrays = {"embeddings": bank.embeddings_}
         if bank.index_ is not None:
             arrays["index"] = serialize(bank.index_)
+        if isinstance(bank, WindowedBank):
+            arrays |= {"positions": bank.cells_, "reach": bank.reach_}
         state = {"covering_radius": bank.covering_radius_, "n_absorbed": self.n_absorbed_}
         if self.coreset_ratio is None:
             state["coreset_ratio"] = self.coreset_ratio_
@@ -472,9 +532,10 @@ default="max"
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         parameters = self._bank_parameters(device_of(self.device, "PatchCore"))
-        self.memory_bank_ = MemoryBank.restore(
-            arrays["embeddings"], arrays.get("index"), **parameters
-        )
+        kind = MemoryBank if self.position_window is None else WindowedBank
+        self.memory_bank_ = kind.restore(arrays["embeddings"], arrays.get("index"), **parameters)
+        if isinstance(self.memory_bank_, WindowedBank):
+            self.memory_bank_.place(arrays["positions"], arrays["reach"])
         self.memory_bank_.covering_radius_ = float(state["covering_radius"])
         self.n_absorbed_ = int(state.get("n_absorbed", 0))  # files of 0.1.0 may not say
         ratio = self.coreset_ratio
@@ -493,15 +554,22 @@ class AllPatches(Accumulator):
     radius: float = 0.0
     thinned: bool = False
     normalize: bool = False
+    grid: tuple[int, int] | None = None  # in which the places of the patches are kept
+    cells: np.ndarray | None = None  # where the patches lie
 
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
         """Return an accumulator of the shard's patches."""
         rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
-        return replace(self, rows=rows, n_seen=len(rows), n_images=len(E))
+        cells = None if self.grid is None else patch_cells(E, self.grid)
+        return replace(self, rows=rows, n_seen=len(rows), n_images=len(E), cells=cells)
 
     def merge(self, other: Self) -> None:
         """Take over the patches of the other; or append them, if there are some already."""
         self.rows = np.concatenate([self.rows, other.rows]) if self.n_seen else other.rows
+        if self.cells is None or other.cells is None:
+            self.cells = other.cells
+        else:
+            self.cells = np.concatenate([self.cells, other.cells])
         self.n_seen += other.n_seen
         self.n_images += other.n_images
 

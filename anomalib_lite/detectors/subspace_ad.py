@@ -15,6 +15,7 @@ from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import Moments
+from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
 from anomalib_lite.images.embeddings import Embeddings, patch_rows
 from anomalib_lite.subspace import Subspace, check_components
 
@@ -34,6 +35,9 @@ class SubspaceAD(BaseDetector):
     fusion : {"concat", "single", "mean", "nearest"}, default="concat"
         How the maps of several layers become one embedding a patch; see
         :mod:`~anomalib_lite.fusion`.
+    augment : {"rotations", "flips", "brightness"} or tuple of these, optional
+        Transformed copies of the images to fit on; see :class:`~anomalib_lite.PatchCore`. The paper
+        has 30 rotations of each of few images.
     n_components : int or float in (0, 1), default=0.99
         Number of principal components, or the share of the variance that they hold; see
         :class:`~anomalib_lite.subspace.Subspace`.
@@ -61,8 +65,8 @@ class SubspaceAD(BaseDetector):
     Subspace Modeling", 2026, arXiv:2602.23013: with the mean m of the normal patches and their
     principal components V, a patch x has the score :math:`|(I - V^T V)(x - m)|^2`. It is squared,
     so scores, maps and threshold are in squares of the features' units. We deviate in that layers
-    are put side by side and not averaged, that images are not rotated, and that the image score is
-    a mean of patches.
+    are put side by side and not averaged, that images are rotated only with ``augment``, and that
+    the image score is a mean of patches.
 
     D (D + 1) / 2 numbers of 8 bytes are kept in the file, whatever the number of images.
 
@@ -89,6 +93,7 @@ class SubspaceAD(BaseDetector):
         layers: Sequence[str | int] | None = None,
         fusion: str = "concat",
         image_size: int | tuple[int, int] = 256,
+        augment: str | Sequence[str] | None = None,
         n_components: int | float = 0.99,
         image_score: str = "top1%",
         smoothing: float = 4.0,
@@ -110,6 +115,7 @@ class SubspaceAD(BaseDetector):
         self.layers = layers
         self.fusion = fusion
         self.image_size = image_size
+        self.augment = augment
         self.n_components = n_components
         self.image_score = image_score
         self.smoothing = smoothing
@@ -130,6 +136,12 @@ class SubspaceAD(BaseDetector):
         super()._check_parameters()
         check_components(self.n_components, "SubspaceAD")
         check_image_score(self.image_score, "SubspaceAD", "structure")
+        if self.augment is not None:
+            check_augment(self.augment, "SubspaceAD")
+
+    def _check_fit_on_embeddings(self) -> None:
+        if self.augment is not None:
+            refuse_augment("SubspaceAD", self.augment)
 
     def _fits_in_shards(self) -> bool:
         return self.calibration != "leave_one_out"
@@ -183,14 +195,14 @@ class SubspaceAD(BaseDetector):
         return patch_scores, self._score_maps(patch_scores)
 
     def _score_left_out(self, E: Embeddings, fitted: None) -> np.ndarray:
-        if len(E) < 2:
+        copies = n_versions(self.augment)  # are left out together with their image
+        if len(E) < 2 * copies:
             return np.empty(0, np.float32)
         moments, scores = self.subspace_.moments_, []
-        for i in range(len(E)):
-            grid = E[i][None]
+        for i in range(0, len(E), copies):
             own = Moments(len(moments.mean))
-            own.add(patch_rows(grid))
-            scores.append(self._score_patches(grid, self._find(moments.without(own)))[1])
+            own.add(patch_rows(E[i : i + copies]))
+            scores.append(self._score_patches(E[i][None], self._find(moments.without(own)))[1])
         return np.concatenate(scores)
 
     def _summary_lines(self) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """Tables and figures of the rows that run.py wrote.
 
-    python benchmarks/options/report.py --rows docs/options/rows.csv --study options
-    python benchmarks/options/report.py --rows rows.jsonl --to-csv docs/options/rows.csv
-    python benchmarks/options/report.py --rows docs/options/rows.csv --front docs/options/front.png
+python benchmarks/options/report.py --rows docs/options/rows.csv --study options
+python benchmarks/options/report.py --rows rows.jsonl --to-csv docs/options/rows.csv
+python benchmarks/options/report.py --rows docs/options/rows.csv --front docs/options/front.png
 """
 
 from __future__ import annotations

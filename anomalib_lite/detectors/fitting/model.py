@@ -13,7 +13,10 @@ import numpy as np
 from sklearn.base import BaseEstimator
 
 from anomalib_lite.anomaly_map import image_scores, standardize, structure
+from anomalib_lite.calibration import calibration_size
 from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.images import ImageSource
+from anomalib_lite.images.augmentation import AugmentedSource
 from anomalib_lite.images.embeddings import Embeddings, contiguous
 
 __all__ = [
@@ -66,6 +69,8 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
 
     calibration: str
     image_score: str = "max"
+    false_alarm_rate: float
+    augment: Any = None
     memory_budget: Any
     batch_size: int
     n_features_: int
@@ -171,6 +176,19 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         described = structure(patch_scores)
         statistics = getattr(self, "map_statistics_", None)
         return described if statistics is None else standardize(described, statistics)
+
+    def _with_copies(
+        self, images: ImageSource, order: np.ndarray, n_known: int
+    ) -> tuple[AugmentedSource, np.ndarray]:
+        """Put copies behind each image to fit on; return in ``order`` what each was made of.
+
+        Images held back get none: they must be like future ones.
+        """
+        n_held_back, purposes = 0, 2 if self.image_score == "structure" else 1
+        if self.calibration != "leave_one_out":
+            n_held_back = calibration_size(self.false_alarm_rate, len(images), n_known, purposes)
+        source = AugmentedSource(images, self.augment, n_held_back)
+        return source, order[source.origins]
 
     def _standardize_calibration(self, scores: np.ndarray, *, left_out: bool) -> np.ndarray:
         """Learn from the descriptions (n, 3) of normal maps how they vary; return scores.
