@@ -366,10 +366,11 @@ default="max"
             distances[~ignored], neighbors[~ignored] = bank.search(rows[~ignored], self.n_neighbors)
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
         if self.image_score != "reweighted":
-            scores = self._score_maps(patch_scores)
+            scores = self._score_maps(patch_scores, ignored.reshape(E.shape[:3]))
         else:
             scores = image_scores(patch_scores, "max")
-            worst = patch_scores.reshape(len(E), -1).argmax(axis=1)
+            seen = np.where(ignored, np.float32(-1), patch_scores.ravel())
+            worst = seen.reshape(len(E), -1).argmax(axis=1)
             worst += np.arange(len(E)) * (E.shape[1] * E.shape[2])
             scores = _reweight(scores, rows[worst], neighbors[worst, 0], bank)
         return patch_scores, scores

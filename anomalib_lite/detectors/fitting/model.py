@@ -161,14 +161,16 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         ]
         return np.concatenate(scores or [np.empty(0, np.float32)])
 
-    def _score_maps(self, patch_scores: np.ndarray) -> np.ndarray:
+    def _score_maps(self, patch_scores: np.ndarray, ignored: np.ndarray) -> np.ndarray:
         """Compute the scores (B,) of images from those of their patches, by ``image_score``.
 
-        For ``"structure"``, until the maps of normal images are known, their descriptions (B, 3).
+        ``ignored`` (B, h, w), bool, says which patches have no effect. For ``"structure"``, until
+        the maps of normal images are known, their descriptions (B, 3).
         """
+        left_out = ignored if ignored.any() else None
         if self.image_score != "structure":
-            return image_scores(patch_scores, self.image_score)
-        described = structure(patch_scores)
+            return image_scores(patch_scores, self.image_score, left_out)
+        described = structure(patch_scores, left_out)
         statistics = getattr(self, "map_statistics_", None)
         return described if statistics is None else standardize(described, statistics)
 
