@@ -79,6 +79,17 @@ def assert_alike(one: ProductRouter, other: ProductRouter) -> None:
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
 
 
+def test_maps_of_a_structure_score_have_a_threshold_of_their_own() -> None:
+    router = make(PatchCore(Small(), **QUICK, image_score="structure")).fit(
+        {"dark": photos(40, 40), "light": photos(180, 40)}
+    )
+    image = scratched(180, 1)
+    detector = router.detectors_["light"]
+    expected = detector.anomaly_map(image)[0] / detector.map_threshold_
+    np.testing.assert_allclose(router.detect(image).maps[0], expected, rtol=1e-4, atol=1e-5)
+    assert expected.max() > 1 > np.median(expected)
+
+
 # --- What it answers ------------------------------------------------------------------------
 
 

@@ -47,8 +47,9 @@ _JUST_ABOVE_1 = np.nextafter(np.float32(1), np.float32(2))
 class ProductDetections(Detections):
     """Results of a :class:`~anomalib_lite.ProductRouter` for each image.
 
-    ``scores`` and ``maps`` are in multiples of the threshold of the product's detector. The score
-    of an image that shows none of the products is infinite.
+    ``scores`` and ``maps`` are in multiples of the threshold of the product's detector, which is
+    its ``map_threshold_`` for the maps of ``image_score="structure"``. The score of an image that
+    shows none of the products is infinite.
 
     Attributes
     ----------
@@ -539,7 +540,7 @@ def _relative(scores: np.ndarray, detector: BaseDetector) -> np.ndarray:
 def _relative_maps(
     patch_scores: np.ndarray, batch: Batch, rows: np.ndarray, detector: BaseDetector
 ) -> list[np.ndarray]:
-    """Return heatmaps of some images of a batch, in multiples of the detector's threshold."""
-    unit = np.float32(max(detector.threshold_, float(np.finfo(np.float32).tiny)))
+    """Return heatmaps of some images of a batch, in multiples of the threshold of its heatmaps."""
+    unit = np.float32(max(detector._map_threshold, float(np.finfo(np.float32).tiny)))
     sizes = [batch.sizes[row] for row in rows]
     return anomaly_maps(patch_scores / unit, batch.pixels.shape[1:3], sizes, detector.smoothing)

@@ -124,6 +124,9 @@ default="max"
         The normal patches kept.
     threshold_ : float
         Score above which an image is called anomalous. Assign to it to set your own.
+    map_threshold_ : float
+        With ``image_score="structure"`` alone: the threshold in the units of the heatmaps, which
+        are distances and no standard deviations.
     calibration_scores_ : ndarray of shape (n,), float32
         Scores of the normal images that the threshold was taken from;
         ``conformal_threshold(detector.calibration_scores_, rate)`` gives the threshold for
