@@ -40,6 +40,20 @@ def add_to(commands: Any) -> None:
         metavar="DIR",
         help="folder layout: anomalous images (default: all others)",
     )
+    _add_mask_arguments(parser)
+    parser.add_argument(
+        "--fpr-limit",
+        type=float,
+        default=0.3,
+        metavar="VALUE",
+        help="false-positive rate up to which AUPRO integrates (default: 0.3)",
+    )
+    parser.add_argument("--no-pixel-metrics", action="store_true", help="only image metrics")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--csv", metavar="FILE", help="write the report as CSV")
+
+
+def _add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--masks",
         metavar="DIR",
@@ -57,16 +71,6 @@ def add_to(commands: Any) -> None:
         help="whether 255 belongs to neither class in masks (default: yes beside class numbers "
         "that cover more pixels, and an error beside others)",
     )
-    parser.add_argument(
-        "--fpr-limit",
-        type=float,
-        default=0.3,
-        metavar="VALUE",
-        help="false-positive rate up to which AUPRO integrates (default: 0.3)",
-    )
-    parser.add_argument("--no-pixel-metrics", action="store_true", help="only image metrics")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
-    parser.add_argument("--csv", metavar="FILE", help="write the report as CSV")
 
 
 def run(arguments: argparse.Namespace) -> None:
