@@ -30,6 +30,7 @@ from anomalib_lite.cascade.router import ProductDetections
 from anomalib_lite.datasets import Sample
 from anomalib_lite.errors import (
     CalibrationWarning,
+    ImageError,
     InvalidTypeError,
     InvalidValueError,
     MissingPathError,
@@ -321,6 +322,20 @@ def test_it_is_evaluated_and_predicts_from_the_command_line(
 
 
 # --- What it refuses --------------------------------------------------------------------------
+
+
+def test_images_that_are_too_large_are_refused_in_fit_add_and_detect() -> None:
+    large = np.zeros((50, 80, 3), np.uint8)
+    router = make(PatchCore(Small(), **QUICK, max_pixels=48 * 80))
+    message = r"^ProductRouter: .*50x80 pixels.*max_pixels=3,840"
+    with pytest.raises(ImageError, match=message):
+        router.fit({"dark": [*photos(40, 30), large]})
+    router.fit({"dark": photos(40, 30), "light": photos(180, 30)})
+    with pytest.raises(ImageError, match=message):
+        router.add({"gray": [*photos(100, 30), large]})
+    with pytest.raises(ImageError, match=message):
+        router.detect([large])
+    assert router.products_ == ["dark", "light"]
 
 
 @pytest.mark.parametrize(

@@ -171,8 +171,8 @@ class ProductRouter(DetectorMixin, BaseEstimator):
             ``false_alarm_rate``.
         """
         self._check_parameters()
-        products = _check_products(images)
         template = self._prototype()
+        products = _check_products(images, template.max_pixels)
         backbone = template._open_backbone()
         check_image_size(template.image_size, _WHERE, stride=backbone.stride)
         _warn(self._learn(products, template, backbone, {}, {}))
@@ -205,7 +205,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         """
         self._check_fitted()
         check_number("unknown_rate", self.unknown_rate, _WHERE, "(0, 1)")
-        products = _check_products(images)
+        products = _check_products(images, self.max_pixels)
         for name in products.keys() & self.detectors_.keys():
             raise InvalidValueError(
                 f"{_WHERE}: there is a product {name!r} already. Choose another name, or go on "
@@ -501,7 +501,7 @@ def _check_number_of_images(name: str, n: int) -> None:
         )
 
 
-def _check_products(images: Any) -> dict[str, ImageSource]:
+def _check_products(images: Any, max_pixels: int) -> dict[str, ImageSource]:
     """Return the images of each product by its name."""
     if not isinstance(images, Mapping):
         raise InvalidTypeError(
@@ -517,7 +517,10 @@ def _check_products(images: Any) -> dict[str, ImageSource]:
                 f"{UNKNOWN!r} nor {SKIPPED!r}, got {name!r}."
             )
         refuse_labelled(given, _WHERE, "fit takes normal images only.")
-    return {name: ImageSource(given, where=_WHERE) for name, given in images.items()}
+    return {
+        name: ImageSource(given, max_pixels=max_pixels, where=_WHERE)
+        for name, given in images.items()
+    }
 
 
 def _warn(shortfalls: list[tuple[str, str]]) -> None:
