@@ -279,6 +279,16 @@ class TestMasks:
 
 
 class TestSharedImages:
+    def test_absent_files_are_skipped_if_the_detector_does(
+        self, plate: MVTecAD, tmp_path: Path
+    ) -> None:
+        detector = MeanImage().fit(plate.train)
+        plate.train[3].path.unlink()
+        with pytest.raises(MissingPathError, match=r"find_shared: .*3\.png does not exist"):
+            evaluate(detector, plate)
+        detector.on_error = "skip"  # type: ignore[attr-defined]
+        assert evaluate(detector, plate).counts["test_in_train"] == 0
+
     def test_are_named_counted_and_tested_as_asked(self, root: Path) -> None:
         copy = root / "plate/test/good/copy.png"
         copy.write_bytes((root / "plate/train/good/7.png").read_bytes())

@@ -194,6 +194,20 @@ def test_a_process_needs_no_memory_for_the_maps() -> None:
     assert int(result.stdout) * 1024 < 70e6
 
 
+def test_an_image_that_is_ignored_as_a_whole_has_no_pixels() -> None:
+    masks, maps = images(0, "ties")
+    hidden = np.ma.MaskedArray(np.zeros((20, 30), bool), mask=True)
+    amap = np.linspace(-1e30, 1e30, 600, dtype=np.float32).reshape(20, 30)
+    alone = PixelMetrics().update([hidden], [amap])
+    assert all(math.isnan(value) for value in alone.compute().values())
+    assert all(math.isnan(v) for pair in alone.bounds().values() for v in pair)
+    expected = PixelMetrics(fpr_limits=RATES, memory_budget="12MB").update(masks, maps)
+    found = PixelMetrics(fpr_limits=RATES, memory_budget="12MB")
+    found.update([*masks, hidden], [*maps, amap])
+    assert found.compute() == expected.compute()
+    assert found.bounds() == expected.bounds(), "scores that do not count take no room"
+
+
 def test_is_nan_where_a_class_is_missing() -> None:
     amap = [np.arange(6, dtype=np.float32).reshape(2, 3)]
     for mask in (None, np.zeros((2, 3), int), np.ones((2, 3), int)):

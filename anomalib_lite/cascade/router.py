@@ -419,6 +419,11 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         return self._first().batch_size
 
     @property
+    def on_error(self) -> str:  # type: ignore[override]
+        """The detector's argument."""
+        return self._first().on_error
+
+    @property
     def max_pixels(self) -> int:  # type: ignore[override]
         """The detector's argument."""
         return self._first().max_pixels

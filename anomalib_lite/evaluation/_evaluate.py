@@ -144,7 +144,7 @@ def evaluate(
             "has maps='escalated', which makes them for some only. Set maps='always', or pass "
             "pixel_metrics=False."
         )
-    n_shared = _warn_of_shared(train, test)
+    n_shared = _warn_of_shared(train, test, getattr(detector, "on_error", "raise"))
     how = {"inverted": inverted_masks, "ignore_255": ignore_255}
     if with_masks:  # if masks are inverted, all are: say so before minutes of work
         next(s for s in test if s.label).mask(**how)
@@ -204,11 +204,13 @@ def _unpack(
     return name, train, test
 
 
-def _warn_of_shared(train: tuple[Sample, ...], test: tuple[Sample, ...]) -> dict[str, int]:
+def _warn_of_shared(
+    train: tuple[Sample, ...], test: tuple[Sample, ...], on_error: str
+) -> dict[str, int]:
     """Count the test images that are also in ``train``, and warn of them."""
     if not train:
         return {}
-    shared = find_shared(train, test)
+    shared = find_shared(train, test, on_error=on_error)
     if shared:
         names = ", ".join(f"{b} (trained on as {a})" for a, b in shared[:3])
         warnings.warn(
