@@ -304,7 +304,11 @@ def test_it_is_evaluated_and_predicts_from_the_command_line(
     twin: ProductRouter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = []
-    for i, pixels in enumerate([*photos(40, 3, 5), *scratched(180, 3), *photos(70, 1)]):
+    # Nothing like noise of any shade, and so farther away than any threshold.
+    stripes = np.zeros((1, 48, 80, 3), np.uint8)
+    stripes[:, ::8], stripes[:, 1::8] = (255, 255, 0), (255, 255, 0)
+    twin.unknown_thresholds_ = 1.5 * twin.unknown_thresholds_  # no normal image is unknown by luck
+    for i, pixels in enumerate([*photos(40, 3, 5), *scratched(180, 3), *stripes]):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
         samples.append(Sample(tmp_path / f"{i}.png", int(i >= 3), "good" if i < 3 else "bad"))
     report = evaluate(twin, samples)
