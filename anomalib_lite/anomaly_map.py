@@ -33,7 +33,9 @@ _SHARE = re.compile(r"top(\d*\.?\d+)%( pixels)?")
 _PIXELS_PER_PATCH = 8
 
 
-def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
+def image_scores(
+    patch_scores: np.ndarray, how: str, ignored: np.ndarray | None = None
+) -> np.ndarray:
     """Compute one score per image from the scores of its patches.
 
     Parameters
@@ -47,6 +49,9 @@ def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
         after smoothing with a Gaussian of one patch (reflecting at the borders). PatchCore's
         ``"reweighted"`` is ``"max"`` followed by :func:`reweight`; ``"structure"`` is
         :func:`structure` followed by :func:`standardize`.
+    ignored : array of shape (B, h, w), bool, optional
+        True for patches that have no effect on the score: a share is one of the other patches (or
+        of their pixels), and smoothing averages over these alone. Some must be left in each image.
 
     Returns
     -------
@@ -73,16 +78,35 @@ def image_scores(patch_scores: np.ndarray, how: str) -> np.ndarray:
     """
     check_image_score(how, "image_scores", name="how")
     share = _SHARE.fullmatch(how)
-    if share and share[2]:
-        height, width = (_PIXELS_PER_PATCH * n for n in patch_scores.shape[1:])
-        sizes = [(height, width)] * len(patch_scores)
-        maps = anomaly_maps(patch_scores, (height, width), sizes, _PIXELS_PER_PATCH / 2)
-        patch_scores = np.stack(maps) if maps else np.empty((0, height, width), np.float32)
-    elif how == "smoothed":
-        patch_scores = gaussian_filter1d(gaussian_filter1d(patch_scores, 1.0, axis=1), 1.0, axis=2)
-    if share is None:
-        return np.asarray(patch_scores.max(axis=(1, 2)))
-    return _mean_of_top(patch_scores, float(share[1]) / 100)
+    smooth = _pixel_maps if share and share[2] else _smoothed if how == "smoothed" else None
+    if smooth is not None and ignored is None:
+        patch_scores = smooth(patch_scores)
+    elif smooth is not None and ignored is not None:
+        # Divided by the weight of the patches that count, so that the others are not zeros.
+        weight = smooth((~ignored).astype(np.float32))
+        total = smooth(np.where(ignored, np.float32(0), patch_scores))
+        side = weight.shape[1] // ignored.shape[1]  # pixels a patch
+        ignored = ignored.repeat(side, axis=1).repeat(side, axis=2)
+        patch_scores = total / np.where(ignored, np.float32(1), weight)
+    if share is not None:
+        return _mean_of_top(patch_scores, float(share[1]) / 100, ignored)
+    if ignored is not None:
+        patch_scores = np.where(ignored, np.float32(-np.inf), patch_scores)
+    return np.asarray(patch_scores.max(axis=(1, 2)))
+
+
+def _pixel_maps(patch_scores: np.ndarray) -> np.ndarray:
+    """Return maps (B, 8 h, 8 w), smoothed by a Gaussian of half a patch."""
+    height, width = (_PIXELS_PER_PATCH * n for n in patch_scores.shape[1:])
+    sizes = [(height, width)] * len(patch_scores)
+    maps = anomaly_maps(patch_scores, (height, width), sizes, _PIXELS_PER_PATCH / 2)
+    return np.stack(maps) if maps else np.empty((0, height, width), np.float32)
+
+
+def _smoothed(patch_scores: np.ndarray) -> np.ndarray:
+    """Return the maps (B, h, w), smoothed by a Gaussian of one patch."""
+    rows = gaussian_filter1d(patch_scores, 1.0, axis=1)
+    return np.asarray(gaussian_filter1d(rows, 1.0, axis=2))
 
 
 def check_image_score(how: object, where: str, *more: str, name: str = "image_score") -> None:
@@ -96,20 +120,26 @@ def check_image_score(how: object, where: str, *more: str, name: str = "image_sc
         )
 
 
-def _mean_of_top(maps: np.ndarray, share: float) -> np.ndarray:
+def _mean_of_top(maps: np.ndarray, share: float, ignored: np.ndarray | None = None) -> np.ndarray:
     """Return the mean (B,) of the largest share of each map (B, h, w), of at least one value."""
+    if ignored is not None:  # each image has as many values as are left of it
+        left = [m[~i][None, None] for m, i in zip(maps, ignored, strict=True)]
+        return np.array([_mean_of_top(values, share)[0] for values in left], maps.dtype)
     rows = maps.reshape(len(maps), maps.shape[1] * maps.shape[2])
     n_top = max(1, round(rows.shape[1] * share))
     return np.asarray(np.partition(rows, -n_top, axis=1)[:, -n_top:].mean(axis=1))
 
 
-def structure(patch_scores: np.ndarray) -> np.ndarray:
+def structure(patch_scores: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
     r"""Describe each map by its spread, its peak and its roughness.
 
     Parameters
     ----------
     patch_scores : array of shape (B, h, w), float32
         Scores of the patches of each image.
+    ignored : array of shape (B, h, w), bool, optional
+        True for patches that are left out, and with them each pair of neighbours that has one.
+        Some must be left in each image.
 
     Returns
     -------
@@ -128,13 +158,22 @@ def structure(patch_scores: np.ndarray) -> np.ndarray:
     >>> structure(np.float32([[[0, 1], [0, 1]]]))
     array([[0.5, 1. , 0.5]], dtype=float32)
     """
-    n_steps, total = 0, np.zeros(len(patch_scores), np.float32)
+    counts: np.ndarray | bool = True if ignored is None else ~ignored
+    n_steps: np.ndarray | int = 0
+    total = np.zeros(len(patch_scores), np.float32)
     for axis in (1, 2):
         steps = np.abs(np.diff(patch_scores, axis=axis))
-        n_steps += steps.shape[1] * steps.shape[2]
+        if isinstance(counts, np.ndarray):
+            begins = np.arange(steps.shape[axis])
+            both = counts.take(begins, axis) & counts.take(begins + 1, axis)
+            steps = np.where(both, steps, np.float32(0))
+            n_steps = n_steps + np.count_nonzero(both, axis=(1, 2))
+        else:
+            n_steps += steps.shape[1] * steps.shape[2]
         total += steps.sum(axis=(1, 2))
-    peak = _mean_of_top(patch_scores, 0.01)
-    return np.stack([patch_scores.std(axis=(1, 2)), peak, total / max(n_steps, 1)], axis=1)
+    spread = patch_scores.std(axis=(1, 2), where=counts)
+    peak, roughness = _mean_of_top(patch_scores, 0.01, ignored), total / np.maximum(n_steps, 1)
+    return np.stack([spread, peak, roughness], axis=1, dtype=np.float32)
 
 
 def standardize(described: np.ndarray, statistics: np.ndarray) -> np.ndarray:

@@ -26,7 +26,14 @@ from anomalib_lite._validation import (
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.images import ImageSource, iter_batches
 
-__all__ = ["cosine_distance", "feature_drift", "frechet_distance", "mmd", "sliced_wasserstein"]
+__all__ = [
+    "cosine_distance",
+    "feature_drift",
+    "frechet_distance",
+    "median_distance",
+    "mmd",
+    "sliced_wasserstein",
+]
 
 # Rows in a block of distances or products: two blocks of 1,024 make 8 MB of float64.
 _BLOCK = 1024
@@ -69,7 +76,9 @@ def mmd(X: npt.ArrayLike, Y: npt.ArrayLike, *, bandwidth: float | None = None) -
         \frac{1}{M (M - 1)} \sum_{i \ne j} k(y_i, y_j) - \frac{2}{N M} \sum_{i, j} k(x_i, y_j)
 
     The kernel is computed in blocks, so the memory does not grow with N M; the time does. Values
-    with different bandwidths cannot be compared: to follow a stream, compute ``bandwidth`` once.
+    with different bandwidths cannot be compared, and the default depends on Y: to follow a stream,
+    give ``bandwidth=median_distance(X)`` of a reference X that stays. So does
+    :func:`feature_drift`.
 
     References
     ----------
@@ -89,11 +98,39 @@ def mmd(X: npt.ArrayLike, Y: npt.ArrayLike, *, bandwidth: float | None = None) -
         bandwidth = check_number("bandwidth", bandwidth, "mmd", "(0, inf)")
     # Distances do not change, and rounding errors of products become small.
     center = (X.mean(axis=0, dtype=np.float64) + Y.mean(axis=0, dtype=np.float64)) / 2
-    sigma = _median_distance(X, Y, center) if bandwidth is None else bandwidth
+    sigma = _median_distance([X, Y], center) if bandwidth is None else bandwidth
     n, m = len(X), len(Y)
     within_x = _kernel_sum(X, None, center, sigma) / (n * (n - 1))
     within_y = _kernel_sum(Y, None, center, sigma) / (m * (m - 1))
     return within_x + within_y - 2 * _kernel_sum(X, Y, center, sigma) / (n * m)
+
+
+def median_distance(X: npt.ArrayLike) -> float:
+    """Median distance between rows of a sample: a bandwidth for :func:`mmd` that X alone decides.
+
+    Parameters
+    ----------
+    X : array-like of shape (N, D)
+        Embeddings, float32 or float64; N at least 2.
+
+    Returns
+    -------
+    float
+        Above 0, Euclidean, taken from at most 1,000 rows at even steps. If more than half of the
+        pairs are copies, the mean distance of the others; 1 if all rows are equal.
+
+    Raises
+    ------
+    InvalidValueError, InvalidTypeError
+        If X is not a finite matrix of at least 2 rows.
+
+    Examples
+    --------
+    >>> median_distance([[0.0, 0.0], [3.0, 4.0], [0.0, 5.0]])
+    5.0
+    """
+    X, _ = _check_pair(X, X, "median_distance", low=2)
+    return _median_distance([X], X.mean(axis=0, dtype=np.float64))
 
 
 def sliced_wasserstein(
@@ -288,7 +325,9 @@ def feature_drift(
     -------
     dict of str to dict of str to float
         For each layer ``"mmd"``, ``"sliced_wasserstein"``, ``"cosine_distance"`` and
-        ``"frechet_distance"``, as the functions of these names give them.
+        ``"frechet_distance"``, as the functions of these names give them. The bandwidth of
+        ``"mmd"`` is the :func:`median_distance` of the reference alone, so that values of several
+        weeks, each compared with the same reference, can be compared with each other.
 
     Raises
     ------
@@ -334,7 +373,7 @@ def feature_drift(
     projections = check_random_state(random_state).randint(2**31 - 1)
     return {
         name: {
-            "mmd": mmd(X, Y),
+            "mmd": mmd(X, Y, bandwidth=median_distance(X)),
             "sliced_wasserstein": sliced_wasserstein(
                 X, Y, n_projections=n_projections, random_state=projections
             ),
@@ -421,11 +460,11 @@ def _kernel_sum(X: np.ndarray, Y: np.ndarray | None, center: np.ndarray, sigma: 
     return total
 
 
-def _median_distance(X: np.ndarray, Y: np.ndarray, center: np.ndarray) -> float:
-    """Return the median distance between rows of both samples, or 1 if all rows are equal."""
-    share = min(1.0, _MEDIAN_ROWS / (len(X) + len(Y)))
+def _median_distance(samples: Sequence[np.ndarray], center: np.ndarray) -> float:
+    """Return the median distance between rows of all samples, or 1 if all rows are equal."""
+    share = min(1.0, _MEDIAN_ROWS / sum(map(len, samples)))
     rows = []
-    for sample in (X, Y):
+    for sample in samples:
         n = max(1, round(share * len(sample)))
         chosen = np.arange(n) * len(sample) // n
         rows.append(sample[chosen].astype(np.float64) - center)

@@ -145,6 +145,60 @@ def test_a_share_of_pixels_is_one_of_the_smoothed_map(share: float, grid: tuple[
     np.testing.assert_allclose(image_scores(scores, f"top{share}% pixels"), expected, rtol=1e-4)
 
 
+def blocks(mask: np.ndarray) -> np.ndarray:
+    return np.kron(mask, np.ones((8, 8), bool))
+
+
+@pytest.mark.parametrize("how", ["max", "top20%", "top20% pixels", "smoothed", "structure"])
+@pytest.mark.parametrize("grid", [(10, 20), (7, 5), (1, 6)])
+def test_what_is_ignored_has_no_effect(how: str, grid: tuple[int, int]) -> None:
+    scores = patch_scores(3, *grid)
+    ignored = np.random.default_rng(1).random(scores.shape) < 0.6
+    ignored[0], ignored[:, 0, 0] = False, False  # all of the first counts, some of the others
+
+    def ask(maps: np.ndarray, left_out: np.ndarray | None) -> np.ndarray:
+        return (
+            structure(maps, left_out) if how == "structure" else image_scores(maps, how, left_out)
+        )
+
+    got = ask(scores, ignored)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got[0], ask(scores, None)[0], rtol=1e-6)
+    for other in (0, 7, 1000):
+        maps = np.where(ignored, np.float32(other), scores)
+        np.testing.assert_allclose(ask(maps, ignored), got, rtol=1e-6)
+    for image, left_out, score in zip(scores.astype(float), ignored, got, strict=True):
+        kept = image[~left_out]
+        if how in ("max", "top20%"):
+            n = 1 if how == "max" else max(1, round(kept.size / 5))
+            expected = np.sort(kept)[-n:].mean()
+        elif how == "structure":
+            steps = []
+            for axis in (0, 1):
+                neighbours = np.diff(left_out.astype(int), axis=axis) == 0
+                both = neighbours & ~np.delete(left_out, 0, axis=axis)
+                steps += np.abs(np.diff(image, axis=axis))[both].tolist()
+            peak = np.sort(kept)[-max(1, round(kept.size / 100)) :].mean()
+            expected = [kept.std(), peak, np.mean(steps) if steps else 0]
+        else:  # a mean over those that count, with the weights of the Gaussian
+            total, weight = np.where(left_out, 0, image), (~left_out).astype(float)
+            sigma = 1.0
+            if how == "top20% pixels":
+                size = (8 * grid[1], 8 * grid[0])
+                total, weight = (
+                    np.asarray(
+                        Image.fromarray(np.float32(x)).resize(size, Image.Resampling.BILINEAR)
+                    )
+                    for x in (total, weight)
+                )
+                left_out, sigma = blocks(left_out), 4.0
+            total, weight = (gaussian_filter(x.astype(float), sigma) for x in (total, weight))
+            values = np.sort(total[~left_out] / weight[~left_out])
+            n = 1 if how == "smoothed" else max(1, round(values.size / 5))
+            expected = values[-n:].mean()
+        np.testing.assert_allclose(score, expected, rtol=2e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("how", ["max", "top1%", "top3% pixels", "smoothed"])
 def test_no_images_have_no_scores(how: str) -> None:
     assert image_scores(np.empty((0, 4, 6), np.float32), how).shape == (0,)

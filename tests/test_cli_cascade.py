@@ -432,7 +432,7 @@ class TestPredict:
         object.__setattr__(detector.routing_, "threshold", 0.0)
         detector.save(tmp_path / "m")
         said = refused("predict", tmp_path / "m", *rest)
-        assert "threshold of its heatmap model" in said
+        assert "threshold of its heatmaps" in said
         assert "Go without pictures with --no-overlays" in said
 
     def test_weights_files_can_move(

@@ -688,6 +688,11 @@ def test_any_image_score_fits_scores_and_is_saved(detector: Any, how: str, tmp_p
     np.testing.assert_allclose(detector.score(MIXED), one_by_one, rtol=1e-5)
     if how == "structure":
         assert detector.map_statistics_.shape == (2, 3)
+        # Heatmaps are distances, scores are standard deviations.
+        assert load(tmp_path / "model.safetensors", backbone=Small()).map_threshold_ > 0
+        highest = np.median(detector.anomaly_map(good(40, 7)).max(axis=(1, 2)))
+        assert 0.3 * detector.map_threshold_ < highest < detector.map_threshold_
+        assert detector.anomaly_map(bad(4)).max() > 0.9 * detector.map_threshold_
         for n, calibration in ((6, "split"), (1, "split"), (1, "leave_one_out")):
             few = clone(detector).set_params(calibration=calibration)
             with pytest.raises(InvalidValueError, match=r"covariance|'structure' needs at least"):
@@ -705,6 +710,23 @@ def test_structure_keeps_the_false_alarm_rate(n_images: int) -> None:
     assert detector.n_absorbed_ == 0
     rate = (detector.score_embeddings(E[n_images:]) > detector.threshold_).mean()
     assert rate < 0.1 + 4 * (0.1 * 0.9 / n) ** 0.5
+    # All images held back tell the threshold of heatmaps: that of their largest values.
+    peaks = detector._score_patches(E[n_images:])[0].max(axis=(1, 2))
+    rate = (peaks > detector.map_threshold_).mean()
+    assert 0 < rate < 0.1 + 4 * (0.1 * 0.9 / n) ** 0.5
+
+
+def test_heatmaps_of_an_older_file_with_a_structure_score(tmp_path: Path) -> None:
+    detector = PatchCore(Small(), **PLAIN, image_score="structure", false_alarm_rate=0.2)
+    detector.set_params(image_size=(48, 80)).fit(good(30))
+    level, detector.map_threshold_ = detector.map_threshold_, None
+    detector.save(tmp_path / "model.safetensors")
+    old = load(tmp_path / "model.safetensors", backbone=Small())
+    assert old.detect(bad(1)).labels[0]
+    with pytest.raises(InvalidValueError, match=r"^PatchCore: the threshold of the heatmaps .*set"):
+        _ = old._map_threshold
+    old.map_threshold_ = level
+    assert old._map_threshold == level
 
 
 def test_a_loaded_detector_learns_as_the_one_saved(fitted: Any, twin: Any, tmp_path: Path) -> None:

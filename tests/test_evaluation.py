@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,21 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def plate(root: Path) -> MVTecAD:
     return MVTecAD(root, "plate")
+
+
+AFTER_A_LARGE_PARENT = """
+import os, sys
+block = b"x" * (600 << 20)
+code = "from anomalib_lite.evaluation import _report; print(_report._peak_memory_mb())"
+os.execv(sys.executable, [sys.executable, "-c", code])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_the_peak_is_not_that_of_the_process_before() -> None:
+    command = [sys.executable, "-c", AFTER_A_LARGE_PARENT]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert 20 < float(done.stdout) < 550
 
 
 @pytest.fixture
@@ -279,6 +296,15 @@ class TestMasks:
 
 
 class TestSharedImages:
+    def test_absent_files_are_skipped_if_the_detector_does(self, plate: MVTecAD) -> None:
+        detector = MeanImage().fit(plate.train)
+        gone = plate.train[3].path
+        gone.unlink()
+        with pytest.raises(MissingPathError, match=rf"find_shared: .*{gone.name} does not exist"):
+            evaluate(detector, plate)
+        detector.on_error = "skip"  # type: ignore[attr-defined]
+        assert evaluate(detector, plate).counts["test_in_train"] == 0
+
     def test_are_named_counted_and_tested_as_asked(self, root: Path) -> None:
         copy = root / "plate/test/good/copy.png"
         copy.write_bytes((root / "plate/train/good/7.png").read_bytes())

@@ -14,6 +14,7 @@ from sklearn.base import clone
 from test_contract import ALL_DETECTORS
 
 from anomalib_lite import PaDiM, PatchCore, load
+from anomalib_lite.anomaly_map import image_scores, standardize, structure
 from anomalib_lite.errors import AnomalibLiteError, InvalidValueError, MissingPathError
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image, read_ignore_mask
 
@@ -96,6 +97,49 @@ def test_ignored_patches_are_not_in_the_bank_nor_in_the_calibration() -> None:
         detector.calibration_scores_,
         clone(detector).fit(good(12), ignore_mask=MASK).calibration_scores_,
     )
+
+
+@pytest.mark.parametrize("how", ["top30%", "top30% pixels", "smoothed", "structure"])
+@pytest.mark.parametrize("calibration", ["split", "leave_one_out"])
+def test_ignored_patches_are_in_no_image_score(detector: Any, how: str, calibration: str) -> None:
+    detector.set_params(image_score=how, calibration=calibration, false_alarm_rate=0.2)
+    if "global_weight" in detector.get_params():
+        detector.set_params(global_weight=0.0)
+    corner = np.zeros(SIZE, bool)
+    corner[:30, :60] = True
+    detector.fit(good(24), ignore_mask=corner)
+    images = bad(4) * ~corner[..., None] + 128 * corner[..., None].astype(np.uint8)
+    E = detector.backbone_.embed(images)
+    cells = IgnoreMask(corner).cells(SIZE, E.shape[1:3])
+    E[:, cells] = np.nan
+    if detector._channels is not None:
+        E = E[..., detector._channels]
+    patch_scores = detector._score_patches(E)[0]
+    ignored = np.broadcast_to(cells, patch_scores.shape)
+    if how == "structure":
+        expected = standardize(structure(patch_scores, ignored), detector.map_statistics_)
+        with_zeros = standardize(structure(patch_scores), detector.map_statistics_)
+    else:
+        expected = image_scores(patch_scores, how, ignored)
+        with_zeros = image_scores(patch_scores, how)
+    scores = detector.score(bad(4))
+    np.testing.assert_allclose(scores, expected, rtol=1e-3)
+    assert (np.abs(scores - with_zeros) > 0.01 * scores).any()
+    if how == "structure":  # few images: what they teach of themselves is too good
+        return
+    # The images that calibrate are scored in the same way: new ones are like them.
+    usual = np.median(detector.calibration_scores_)
+    assert 0.5 < np.median(detector.score(good(24, 7))) / usual < 2
+
+
+def test_the_most_anomalous_patch_is_none_that_is_ignored() -> None:
+    detector = PatchCore(
+        Small(), **PLAIN, image_size=SIZE, false_alarm_rate=0.3, coreset_ratio=1.0,
+        image_score="reweighted",
+    ).fit(good(12), ignore_mask=MASK)  # fmt: skip
+    E = np.full((1, 3, 5, detector.n_features_), np.nan, np.float32)
+    E[0, 2, 4] = detector.memory_bank_.embeddings_[0]  # at no distance, as the ignored ones
+    np.testing.assert_array_equal(detector._score_patches(E)[1], [0])
 
 
 def test_each_image_may_have_its_own() -> None:

@@ -330,6 +330,25 @@ def test_every_image_comes_once_in_batches_of_one_size(batch_size: int) -> None:
     assert sorted(seen) == list(range(50))
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("n_sizes", [1, 3])
+@pytest.mark.parametrize("tile", [None, 16, 64])
+def test_no_image_is_dropped_with_tiles(batch_size: int, n_sizes: int, tile: int | None) -> None:
+    """Nor twice there, whatever is skipped between, and at the end."""
+    sizes = [(32, 48), (48, 32), (32, 80)][:n_sizes]
+    images: list[Any] = [np.full((*sizes[i % n_sizes], 3), i, np.uint8) for i in range(13)]
+    images[4] = images[12] = "no such file.png"
+    skipped: list[tuple[int, str]] = []
+    options = {"tile": tile, "batch_size": batch_size, "on_error": "skip", "skipped": skipped}
+    seen: list[int] = []
+    for batch in batches(images, **options):
+        assert 1 <= len(batch.indices) == len(batch.pixels) == len(batch.sizes) <= batch_size
+        assert (batch.pixels == np.reshape(batch.indices, (-1, 1, 1, 1))).all()
+        seen += batch.indices
+    assert sorted(seen) == [i for i in range(13) if i not in (4, 12)]
+    assert [i for i, _ in skipped] == [4, 12]
+
+
 def test_images_of_one_size_come_in_full_batches_and_in_order() -> None:
     images = np.zeros((10, 32, 48, 3), np.uint8)
     assert [b.indices for b in batches(images)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

@@ -74,6 +74,34 @@ class TestValues:
         np.testing.assert_array_equal(mask.data, values == 2)
         np.testing.assert_array_equal(mask.mask, values == void)
 
+    @pytest.mark.parametrize("mode", ["L", "P", "I;16"])
+    def test_a_large_255_beside_small_numbers_is_asked_about(
+        self, tmp_path: Path, mode: str
+    ) -> None:
+        values = box(255 if mode != "I;16" else 65535, np.uint8 if mode != "I;16" else np.uint16)
+        values[3, 2:5] = 3  # specks below a defect, or a class beside what nobody labelled
+        path = save(tmp_path / "mask.png", values, "P" if mode == "P" else None)
+        message = r"mask\.png must say .* 10 pixels have it .* and 3 have class .*ignore_255=True"
+        with pytest.raises(InvalidValueError, match=message):
+            load_mask(path)
+        np.testing.assert_array_equal(load_mask(path, ignore_255=False), values > 0)
+        mask = load_mask(path, ignore_255=True)
+        np.testing.assert_array_equal(np.ma.getdata(mask), values == 3)
+        np.testing.assert_array_equal(np.ma.getmaskarray(mask), values == values.max())
+        sample = Sample(path, 1, "cut", path)
+        assert sample.mask(ignore_255=False).sum() == 13  # type: ignore[union-attr]
+        values[4, :7] = 2  # as many pixels of classes as of 255: these cannot be specks
+        path = save(tmp_path / "mask.png", values, "P" if mode == "P" else None)
+        np.testing.assert_array_equal(load_mask(path), (values == 2) | (values == 3))
+
+    @pytest.mark.parametrize("mode", ["L", "P"])
+    def test_255_alone_is_ignored_if_asked_for(self, tmp_path: Path, mode: str) -> None:
+        path = save(tmp_path / "mask.png", box(255), mode)
+        mask = load_mask(path, ignore_255=True)
+        assert not np.ma.getdata(mask).any()
+        np.testing.assert_array_equal(np.ma.getmaskarray(mask), box() > 0)
+        np.testing.assert_array_equal(load_mask(path, ignore_255=False), box() > 0)
+
     @pytest.mark.parametrize("void", [False, True])
     def test_colours_of_a_palette_are_classes(self, tmp_path: Path, void: bool) -> None:
         # PASCAL VOC's first and eighth colour; 255 is its boundary, which belongs to no class.
@@ -139,7 +167,7 @@ class TestSeveralFiles:
 
     def test_what_one_file_marks_another_cannot_ignore(self, tmp_path: Path) -> None:
         ids = np.full((6, 8), 255, np.uint8)
-        ids[4:], ids[5, 0] = 0, 1
+        ids[2:5], ids[5] = 1, 0
         save(tmp_path / "7/000.png", box())
         save(tmp_path / "7/001.png", ids)
         mask = load_mask(tmp_path / "7")

@@ -150,6 +150,26 @@ def test_is_nan_without_one_class(y) -> None:
     assert all(math.isnan(v) for v in paired_test(auroc, y, scores, scores))
 
 
+def test_a_metric_that_is_nan_proves_no_difference() -> None:
+    y, a, b = two_detectors(0, (2.2, 0.8))
+
+    def undefined(y_true, y_score) -> float:
+        return float("nan")
+
+    assert all(math.isnan(value) for value in paired_test(undefined, y, a, b, n_resamples=9))
+
+    own = (rankdata(a), rankdata(b))
+
+    def only_of_the_two(y_true, y_score) -> float:
+        """NaN for exchanged scores, as a metric may be at the edge of what it is defined for."""
+        known = any(np.array_equal(y_score, ranks) for ranks in own)
+        return auroc(y_true, y_score) if known else float("nan")
+
+    found = paired_test(only_of_the_two, y, a, b, n_resamples=19, random_state=0)
+    assert found.difference > 0
+    assert found.p_value == 1.0
+
+
 def test_refuses_wrong_input() -> None:
     y, scores = [0, 1, 1], [1, 2, 3]
     with pytest.raises(InvalidTypeError, match="bootstrap_interval: metric must be a function"):

@@ -14,7 +14,7 @@ from PIL import Image
 from anomalib_lite import PatchCore, cli, load
 from anomalib_lite.cli import _predictions
 from anomalib_lite.cli._predictions import predict_to, unique_names
-from anomalib_lite.errors import ImageError
+from anomalib_lite.errors import ImageError, InvalidValueError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.plotting import overlay
 
@@ -59,6 +59,27 @@ class TestPredict:
         )
         with Image.open(tmp_path / "overlays/000.png") as picture:
             assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+    def test_heatmaps_in_other_units_than_scores_are_outlined_at_their_own_threshold(
+        self, wall: Path, tmp_path: Path
+    ) -> None:
+        detector = PatchCore(image_size=64, image_score="structure", false_alarm_rate=0.2)
+        detector.fit(wall / "train/good")
+        path = wall / "test/scratch/000.png"
+        predict_to(tmp_path, detector, ImageSource(path), maps=True, skip=False)
+        found, level = detector.detect(path), detector.map_threshold_
+        expected = overlay(path, found.maps[0], threshold=level)
+        wrong = overlay(path, found.maps[0], threshold=detector.threshold_)
+        with Image.open(tmp_path / "overlays/000.png") as picture:
+            shown = np.asarray(picture, float)[: SIZE[1], : SIZE[0]]
+        assert np.abs(shown - np.asarray(expected)).mean() < 0.5
+        assert np.abs(shown - np.asarray(wrong)).mean() > 5
+        # A file that does not know the level says so before any picture is made.
+        detector.map_threshold_ = None
+        with pytest.raises(InvalidValueError, match="threshold of the heatmaps is not known"):
+            predict_to(tmp_path / "more", detector, ImageSource(path), maps=True, skip=False)
+        assert not (tmp_path / "more").exists()
+        predict_to(tmp_path, detector, ImageSource(path), maps=False, skip=False)
 
     def test_no_image_and_no_picture_appears_twice(
         self, wall: Path, model: Path, tmp_path: Path

@@ -30,6 +30,7 @@ from anomalib_lite.cascade.router import ProductDetections
 from anomalib_lite.datasets import Sample
 from anomalib_lite.errors import (
     CalibrationWarning,
+    ImageError,
     InvalidTypeError,
     InvalidValueError,
     MissingPathError,
@@ -77,6 +78,17 @@ def assert_alike(one: ProductRouter, other: ProductRouter) -> None:
     found, expected = one.detect(images), other.detect(images)
     for name in ("scores", "labels", "maps", "routes", "nearest", "distances"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+
+
+def test_maps_of_a_structure_score_have_a_threshold_of_their_own() -> None:
+    router = make(PatchCore(Small(), **QUICK, image_score="structure")).fit(
+        {"dark": photos(40, 40), "light": photos(180, 40)}
+    )
+    image = scratched(180, 1)
+    detector = router.detectors_["light"]
+    expected = detector.anomaly_map(image)[0] / detector.map_threshold_
+    np.testing.assert_allclose(router.detect(image).maps[0], expected, rtol=1e-4, atol=1e-5)
+    assert expected.max() > 1 > np.median(expected)
 
 
 # --- What it answers ------------------------------------------------------------------------
@@ -292,7 +304,11 @@ def test_it_is_evaluated_and_predicts_from_the_command_line(
     twin: ProductRouter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = []
-    for i, pixels in enumerate([*photos(40, 3, 5), *scratched(180, 3), *photos(70, 1)]):
+    # Nothing like noise of any shade, and so farther away than any threshold.
+    stripes = np.zeros((1, 48, 80, 3), np.uint8)
+    stripes[:, ::8], stripes[:, 1::8] = (255, 255, 0), (255, 255, 0)
+    twin.unknown_thresholds_ = 1.5 * twin.unknown_thresholds_  # no normal image is unknown by luck
+    for i, pixels in enumerate([*photos(40, 3, 5), *scratched(180, 3), *stripes]):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
         samples.append(Sample(tmp_path / f"{i}.png", int(i >= 3), "good" if i < 3 else "bad"))
     report = evaluate(twin, samples)
@@ -310,6 +326,20 @@ def test_it_is_evaluated_and_predicts_from_the_command_line(
 
 
 # --- What it refuses --------------------------------------------------------------------------
+
+
+def test_images_that_are_too_large_are_refused_in_fit_add_and_detect() -> None:
+    large = np.zeros((50, 80, 3), np.uint8)
+    router = make(PatchCore(Small(), **QUICK, max_pixels=48 * 80))
+    message = r"^ProductRouter: .*50x80 pixels.*max_pixels=3,840"
+    with pytest.raises(ImageError, match=message):
+        router.fit({"dark": [*photos(40, 30), large]})
+    router.fit({"dark": photos(40, 30), "light": photos(180, 30)})
+    with pytest.raises(ImageError, match=message):
+        router.add({"gray": [*photos(100, 30), large]})
+    with pytest.raises(ImageError, match=message):
+        router.detect([large])
+    assert router.products_ == ["dark", "light"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from anomalib_lite.datasets import Folder, Sample, find_shared, shared
-from anomalib_lite.errors import InvalidValueError, MissingPathError
+from anomalib_lite.errors import ImageError, InvalidValueError, MissingPathError
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -64,6 +64,22 @@ def test_links(tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(MissingPathError, match=r"find_shared: .*b\.png does not exist"):
         find_shared([a], [link])
+
+
+def test_files_that_are_absent_can_be_skipped(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.png", b"same"), write(tmp_path / "b.png", b"same")
+    gone, folder = tmp_path / "gone.png", tmp_path / "folder.png"
+    folder.mkdir()
+    same_size = folder.stat().st_size
+    other = write(tmp_path / "c.png", bytes(same_size))  # so that the folder is to be read
+    assert find_shared([a, gone], [b, gone], on_error="skip") == [(a, b)]
+    assert find_shared([a, other], [folder, b], on_error="skip") == [(a, b)]
+    with pytest.raises(MissingPathError, match=r"gone\.png does not exist"):
+        find_shared([a, gone], [b])
+    with pytest.raises(ImageError, match=r"find_shared: .*folder\.png cannot be read"):
+        find_shared([other], [folder])
+    with pytest.raises(InvalidValueError, match="find_shared: on_error must be one of"):
+        find_shared([a], [b], on_error="ignore")
 
 
 @pytest.mark.parametrize("what", ["file", "directory"])

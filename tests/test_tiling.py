@@ -70,27 +70,28 @@ def texture(n: int, size: tuple[int, int], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(90, 160, (n, *size, 3)).astype(np.uint8)
 
 
-def test_a_small_defect_in_a_large_image_is_found_with_tiles_alone() -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_a_small_defect_in_a_large_image_is_found_with_tiles_alone(seed: int) -> None:
     brick = np.stack([data.brick()] * 3, axis=2)
     wall = np.tile(brick, (3, 3, 1))
-    places = np.random.default_rng(0).integers(0, 512, (13, 2))
+    places = np.random.default_rng(seed).integers(0, 512, (13, 2))
     views = np.stack([wall[y : y + 512, x : x + 768] for y, x in places])
     good, bad = views[:12], views[12:].copy()
     bad[0, 301:304, 500:540] = 30  # much thinner than what one pixel of the whole image shows
     parameters: dict[str, Any] = PLAIN | {"image_size": 64, "false_alarm_rate": 0.3}
     detector = PatchCore(Small(), tile=64, overlap=16, coreset_ratio=0.02, **parameters).fit(good)
     found = detector.detect(bad)
-    assert found.labels[0]
+    # The same view with and without the defect: no luck of a threshold decides.
+    assert found.scores[0] > 1.3 * detector.score(views[12:])[0]
     assert found.maps.shape == (1, 512, 768)
     y, x = np.unravel_index(found.maps[0].argmax(), (512, 768))
     assert 295 < y < 310
     assert 495 < x < 545
     whole = PatchCore(Small(), coreset_ratio=0.5, **parameters).fit(good)
-    assert not whole.detect(bad).labels[0]
+    assert whole.score(bad)[0] < 1.03 * whole.score(views[12:])[0]
 
 
 def test_overlap_keeps_the_surroundings_of_patches() -> None:
-    image = texture(1, (256, 256))
     X = {}
     for overlap in (0, 32):
         detector = PatchCore(
@@ -103,7 +104,6 @@ def test_overlap_keeps_the_surroundings_of_patches() -> None:
         calibration="leave_one_out",
     )  # fmt: skip
     expected = whole.fit(list(texture(2, (256, 256)))).memory_bank_.embeddings_
-    assert len(image) == 1
     inner = np.s_[:, 4:-4, 4:-4]
     grids = {k: x.reshape(2, 64, 64, -1) for k, x in (X | {"whole": expected}).items()}
     np.testing.assert_allclose(grids[32][inner], grids["whole"][inner], atol=1e-5)

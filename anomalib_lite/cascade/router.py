@@ -47,8 +47,9 @@ _JUST_ABOVE_1 = np.nextafter(np.float32(1), np.float32(2))
 class ProductDetections(Detections):
     """Results of a :class:`~anomalib_lite.ProductRouter` for each image.
 
-    ``scores`` and ``maps`` are in multiples of the threshold of the product's detector. The score
-    of an image that shows none of the products is infinite.
+    ``scores`` and ``maps`` are in multiples of the threshold of the product's detector, which is
+    its ``map_threshold_`` for the maps of ``image_score="structure"``. The score of an image that
+    shows none of the products is infinite.
 
     Attributes
     ----------
@@ -170,8 +171,8 @@ class ProductRouter(DetectorMixin, BaseEstimator):
             ``false_alarm_rate``.
         """
         self._check_parameters()
-        products = _check_products(images)
         template = self._prototype()
+        products = _check_products(images, template.max_pixels)
         backbone = template._open_backbone()
         check_image_size(template.image_size, _WHERE, stride=backbone.stride)
         _warn(self._learn(products, template, backbone, {}, {}))
@@ -204,7 +205,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         """
         self._check_fitted()
         check_number("unknown_rate", self.unknown_rate, _WHERE, "(0, 1)")
-        products = _check_products(images)
+        products = _check_products(images, self.max_pixels)
         for name in products.keys() & self.detectors_.keys():
             raise InvalidValueError(
                 f"{_WHERE}: there is a product {name!r} already. Choose another name, or go on "
@@ -418,6 +419,11 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         return self._first().batch_size
 
     @property
+    def on_error(self) -> str:  # type: ignore[override]
+        """The detector's argument."""
+        return self._first().on_error
+
+    @property
     def max_pixels(self) -> int:  # type: ignore[override]
         """The detector's argument."""
         return self._first().max_pixels
@@ -500,7 +506,7 @@ def _check_number_of_images(name: str, n: int) -> None:
         )
 
 
-def _check_products(images: Any) -> dict[str, ImageSource]:
+def _check_products(images: Any, max_pixels: int) -> dict[str, ImageSource]:
     """Return the images of each product by its name."""
     if not isinstance(images, Mapping):
         raise InvalidTypeError(
@@ -516,7 +522,10 @@ def _check_products(images: Any) -> dict[str, ImageSource]:
                 f"{UNKNOWN!r} nor {SKIPPED!r}, got {name!r}."
             )
         refuse_labelled(given, _WHERE, "fit takes normal images only.")
-    return {name: ImageSource(given, where=_WHERE) for name, given in images.items()}
+    return {
+        name: ImageSource(given, max_pixels=max_pixels, where=_WHERE)
+        for name, given in images.items()
+    }
 
 
 def _warn(shortfalls: list[tuple[str, str]]) -> None:
@@ -539,7 +548,7 @@ def _relative(scores: np.ndarray, detector: BaseDetector) -> np.ndarray:
 def _relative_maps(
     patch_scores: np.ndarray, batch: Batch, rows: np.ndarray, detector: BaseDetector
 ) -> list[np.ndarray]:
-    """Return heatmaps of some images of a batch, in multiples of the detector's threshold."""
-    unit = np.float32(max(detector.threshold_, float(np.finfo(np.float32).tiny)))
+    """Return heatmaps of some images of a batch, in multiples of the threshold of its heatmaps."""
+    unit = np.float32(max(detector._map_threshold, float(np.finfo(np.float32).tiny)))
     sizes = [batch.sizes[row] for row in rows]
     return anomaly_maps(patch_scores / unit, batch.pixels.shape[1:3], sizes, detector.smoothing)

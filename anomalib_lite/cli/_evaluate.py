@@ -10,6 +10,8 @@ from typing import Any
 from anomalib_lite.cli._model import add_model_arguments, load_model
 from anomalib_lite.cli._options import PUBLISHED_LAYOUTS
 
+_ANSWERS = {"yes": True, "no": False, None: None}
+
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
@@ -38,6 +40,20 @@ def add_to(commands: Any) -> None:
         metavar="DIR",
         help="folder layout: anomalous images (default: all others)",
     )
+    _add_mask_arguments(parser)
+    parser.add_argument(
+        "--fpr-limit",
+        type=float,
+        default=0.3,
+        metavar="VALUE",
+        help="false-positive rate up to which AUPRO integrates (default: 0.3)",
+    )
+    parser.add_argument("--no-pixel-metrics", action="store_true", help="only image metrics")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--csv", metavar="FILE", help="write the report as CSV")
+
+
+def _add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--masks",
         metavar="DIR",
@@ -50,15 +66,11 @@ def add_to(commands: Any) -> None:
         "marks nearly all of its image is an error)",
     )
     parser.add_argument(
-        "--fpr-limit",
-        type=float,
-        default=0.3,
-        metavar="VALUE",
-        help="false-positive rate up to which AUPRO integrates (default: 0.3)",
+        "--ignore-255",
+        choices=("yes", "no"),
+        help="whether 255 belongs to neither class in masks (default: yes beside class numbers "
+        "that cover more pixels, and an error beside others)",
     )
-    parser.add_argument("--no-pixel-metrics", action="store_true", help="only image metrics")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
-    parser.add_argument("--csv", metavar="FILE", help="write the report as CSV")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -82,7 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
         dataset.train + dataset.test if isinstance(dataset, Folder) else dataset,
         fpr_limit=arguments.fpr_limit,
         pixel_metrics=not arguments.no_pixel_metrics,
-        inverted_masks={"yes": True, "no": False, None: None}[arguments.inverted_masks],
+        inverted_masks=_ANSWERS[arguments.inverted_masks],
+        ignore_255=_ANSWERS[arguments.ignore_255],
         progress=True,
     )
     report = replace(report, dataset=dataset.name)

@@ -179,13 +179,15 @@ def summary_lines(
 ) -> list[tuple[str, str]]:
     """Return lines about a fitted detector, each as (title, text)."""
     model = detector._members().get("detector", detector)
-    whose = "" if model is detector else " of the heatmap model"
+    whose, level = "", detector.threshold_
+    if model is not detector:
+        whose, level = " of the heatmap model", detector.routing_.threshold
     n_used = n_images - len(detector.skipped_)
     used = f"{n_used:,} in {seconds:.1f} s ({model.backbone_.device}, {model.dtype_})"
     return [
         ("images", used),
         *detector._summary_lines(),
-        ("threshold", f"{detector._map_threshold:.6g}{whose}"),
+        ("threshold", f"{level:.6g}{whose}"),
         ("false alarms", _promise(detector, rate_kept)),
     ]
 

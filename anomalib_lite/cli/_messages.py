@@ -44,6 +44,7 @@ def in_options(message: object) -> str:
         text = re.sub(rf"^GatedCascade: {name}\b", f"GatedCascade: {option}", text)
     for value, answer in (("True", "yes"), ("False", "no")):
         text = text.replace(f"inverted_masks={value}", f"--inverted-masks {answer}")
+        text = text.replace(f"ignore_255={value}", f"--ignore-255 {answer}")
     return re.sub(
         rf"\b({names})=(?:'([^']*)'|(\d(?:[\d.,]*\d)?))",
         lambda found: f"--{found[1].replace('_', '-')} {found[2] or found[3]}",

@@ -69,7 +69,7 @@ class Writer:
 
     def __init__(self, rows: RowsFile, detector: DetectorMixin, source: ImageSource) -> None:
         self._rows, self._source = rows, source
-        self._threshold, self._map_threshold = detector.threshold_, detector._map_threshold
+        self._detector, self._threshold = detector, detector.threshold_
         self._with_route = bool(detector._routes)
         self._names = unique_names(source.items)
 
@@ -85,9 +85,9 @@ class Writer:
 
     def overlay(self, index: int, result: Result) -> str:
         """Save the overlay of one image, and return its path in the directory of the table."""
-        # The heatmaps of a cascade are in the units of its heatmap model. Scaled like this, the
-        # threshold is the middle of the colours.
-        heatmap = result.heatmap * (self._threshold / self._map_threshold)
+        # Heatmaps may have other units than scores, as those of a cascade do. Scaled like this,
+        # their own threshold is the middle of the colours.
+        heatmap = result.heatmap * (self._threshold / self._detector._map_threshold)
         # A map may exceed the threshold although the score, which has other parts, does not.
         outline = 1.0 if result.label == "anomalous" else None
         picture = overlay(
@@ -177,7 +177,7 @@ def _check_colours(detector: DetectorMixin) -> None:
     remedy = "Give one with --threshold, or go"
     for name, level in (
         ("threshold", detector.threshold_),
-        ("threshold of its heatmap model", detector._map_threshold),
+        ("threshold of its heatmaps", detector._map_threshold),
     ):
         if not (np.isfinite(level) and level > 0):
             raise InvalidValueError(

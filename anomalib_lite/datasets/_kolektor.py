@@ -26,7 +26,7 @@ def labelled_by_masks(directory: Path, ending: str, where: str) -> list[Sample]:
                 "known whether the part is good: add it, or remove this file."
             )
         # Published masks are as they should be, so how much they cover is no question.
-        if load_mask(mask, inverted=False).any():
+        if load_mask(mask, inverted=False, ignore_255=False).any():
             samples.append(Sample(path, 1, "defect", mask))
         else:
             samples.append(Sample(path, 0, "good"))

@@ -45,13 +45,17 @@ class Sample:
     kind: str
     mask_path: Path | None = None
 
-    def mask(self, *, inverted: bool | None = None) -> npt.NDArray[np.bool_] | None:
+    def mask(
+        self, *, inverted: bool | None = None, ignore_255: bool | None = None
+    ) -> npt.NDArray[np.bool_] | None:
         """Load the ground truth mask.
 
         Parameters
         ----------
         inverted : bool or None, default=None
             Whether the mask is black where the part is anomalous, see :func:`load_mask`.
+        ignore_255 : bool or None, default=None
+            Whether 255 belongs to neither class, see :func:`load_mask`.
 
         Returns
         -------
@@ -66,7 +70,7 @@ class Sample:
             For the reasons that :func:`load_mask` gives.
         """
         if self.mask_path is not None:
-            return load_mask(self.mask_path, inverted=inverted)
+            return load_mask(self.mask_path, inverted=inverted, ignore_255=ignore_255)
         if self.label == 0:
             return None
         raise MissingPathError(

@@ -23,7 +23,10 @@ N_CLASSES = 40
 
 
 def load_mask(
-    path: str | os.PathLike[str], *, inverted: bool | None = None
+    path: str | os.PathLike[str],
+    *,
+    inverted: bool | None = None,
+    ignore_255: bool | None = None,
 ) -> npt.NDArray[np.bool_]:
     """Read a ground truth mask from an image file.
 
@@ -35,6 +38,10 @@ def load_mask(
     inverted : bool or None, default=None
         True: the mask is black where the object is anomalous. False: the mask is as it should be.
         None: it is too, but a mask that marks more than 95 % of its pixels is an error.
+    ignore_255 : bool or None, default=None
+        True: 255 (65535 in 16 bits) belongs to neither class. False: it is anomalous. None: beside
+        class numbers it belongs to neither class, but if it covers more pixels than all of them
+        together, it may be the defect, which is an error. Soft masks have none.
 
     Returns
     -------
@@ -50,7 +57,8 @@ def load_mask(
     ImageError
         If a file cannot be decoded, or the files of a directory differ in size.
     InvalidValueError
-        If more than 95 % of a mask are marked, and ``inverted`` is None.
+        If more than 95 % of a mask are marked, and ``inverted`` is None; or if 255 covers more
+        pixels than the class numbers beside it, and ``ignore_255`` is None.
 
     Notes
     -----
@@ -63,9 +71,12 @@ def load_mask(
       gray levels, those above half of full scale (127 of 255) are anomalous; in a JPEG file without
       such levels, those above half of its largest value.
     - *Class numbers* 1, 2, ... (at most 40) beside 0 are all anomalous. If 255 is there as well
-      (65535 in 16 bits), it means "ignore". Without class numbers, 255 is anomalous.
-    - *Colours*, of a palette or of an RGB file, are classes: all but black are anomalous. Number
-      255 of a palette, beside other classes, means "ignore". A file with more than 40 colours, and
+      (65535 in 16 bits), it means "ignore": the blurred edges of defects, which cover fewer pixels
+      than the defects. Where it covers more, nothing in the file tells whether it is the defect and
+      the small numbers are specks, so ``ignore_255`` must say it. Without class numbers, 255 is
+      anomalous.
+    - *Colours*, of a palette or of an RGB file, are classes: all but black are anomalous. For
+      number 255 of a palette the same holds. A file with more than 40 colours, and
       a JPEG file, is a soft mask: the largest of red, green and blue counts.
 
     Where a pixel is fully transparent, nothing is drawn: it is normal.
@@ -92,9 +103,9 @@ def load_mask(
             f"load_mask: path must be an image file, or a directory of some, got {path}: "
             f"{'no image is in it' if path.is_dir() else 'no such file'}."
         )
-    anomalous, ignored = _read(files[0], inverted)
+    anomalous, ignored = _read(files[0], inverted, ignore_255)
     for file in files[1:]:
-        more, more_ignored = _read(file, inverted)
+        more, more_ignored = _read(file, inverted, ignore_255)
         if more.shape != anomalous.shape:
             raise ImageError(
                 f"load_mask: the masks of one image must have one size (H, W), got "
@@ -110,17 +121,26 @@ def load_mask(
 _Bools = npt.NDArray[np.bool_]
 
 
-def _read(path: Path, inverted: bool | None) -> tuple[_Bools, _Bools]:
+def _read(path: Path, inverted: bool | None, ignore_255: bool | None) -> tuple[_Bools, _Bools]:
     """Read one file: what is anomalous, and what is ignored."""
     try:
         with Image.open(path) as opened:
             lossy = opened.format in {"JPEG", "MPO"}
             image = ImageOps.exif_transpose(opened)
-            anomalous, ignored = _classify(image, lossy)
+            anomalous, ignored = _classify(image, lossy, bool(ignore_255))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(
             f"load_mask: {path} must be a readable image, got {error}. Export it again as PNG."
         ) from error
+    if ignore_255 is False:
+        anomalous, ignored = anomalous | ignored, ignored & False
+    elif ignore_255 is None and ignored.sum() > anomalous.sum():
+        raise InvalidValueError(
+            f"load_mask: {path} must say what its largest value means: {ignored.sum()} pixels have "
+            f"it (255; 65535 in 16 bits) and {anomalous.sum()} have class numbers, so it may mean "
+            "'ignore' or be the defect. Pass ignore_255=True if nobody labelled these pixels, or "
+            "ignore_255=False if they are anomalous (evaluate takes the same argument)."
+        )
     if inverted:
         anomalous = ~(anomalous | ignored)
     cover = anomalous.sum() / max(1, anomalous.size - ignored.sum())
@@ -134,8 +154,11 @@ def _read(path: Path, inverted: bool | None) -> tuple[_Bools, _Bools]:
     return anomalous, ignored
 
 
-def _classify(image: Image.Image, lossy: bool) -> tuple[_Bools, _Bools]:
-    """Apply the rules of :func:`load_mask`: what is anomalous, and what is ignored."""
+def _classify(image: Image.Image, lossy: bool, alone: bool) -> tuple[_Bools, _Bools]:
+    """Apply the rules of :func:`load_mask`: what is anomalous, and what is ignored.
+
+    ``alone`` says that 255 is ignored where it is the only value above 0, too.
+    """
     is_void = np.zeros((image.height, image.width), bool)
     if image.mode in {"P", "PA"}:
         numbers = np.asarray(image)
@@ -157,14 +180,14 @@ def _classify(image: Image.Image, lossy: bool) -> tuple[_Bools, _Bools]:
                 drawn = (codes > 0) & visible
                 ignored = is_void & drawn
                 # Alone it is the only class, as 255 is in a gray mask.
-                ignored &= bool((drawn & ~ignored).any())
+                ignored &= alone or bool((drawn & ~ignored).any())
                 return drawn & ~ignored, ignored
         values = values.max(-1)
-    anomalous, ignored = _classify_levels(values, lossy)
+    anomalous, ignored = _classify_levels(values, lossy, alone)
     return anomalous & visible, ignored & visible
 
 
-def _classify_levels(values: npt.NDArray[Any], lossy: bool) -> tuple[_Bools, _Bools]:
+def _classify_levels(values: npt.NDArray[Any], lossy: bool, alone: bool) -> tuple[_Bools, _Bools]:
     """Tell the gray levels of a mask apart: what is anomalous, and what is ignored."""
     if values.dtype == np.uint8:  # counting is faster than sorting
         levels = np.flatnonzero(Image.fromarray(values).histogram())
@@ -172,10 +195,11 @@ def _classify_levels(values: npt.NDArray[Any], lossy: bool) -> tuple[_Bools, _Bo
         levels = np.unique(values)
     levels = levels[levels != 0]
     nothing = np.zeros(values.shape, bool)
-    if levels.size < 2:
-        return np.asarray(values != 0), nothing
-    top = levels[-1]
+    top = levels[-1] if levels.size else 0
     full = 65535 if top > 255 else 255
+    if levels.size < 2:
+        drawn = np.asarray(values != 0)
+        return (nothing, drawn) if alone and top == full else (drawn, nothing)
     numbers = levels[levels != full]
     if not lossy and numbers[-1] <= N_CLASSES and values.dtype.kind in "iu":
         ignored = np.asarray(values == full)

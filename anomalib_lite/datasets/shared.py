@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 
+from anomalib_lite._validation import check_choice
 from anomalib_lite.datasets.base import Sample
-from anomalib_lite.errors import MissingPathError
+from anomalib_lite.errors import ImageError, InvalidValueError, MissingPathError
 
 __all__ = ["find_shared"]
 
@@ -20,6 +21,8 @@ _BLOCK = 1 << 20
 def find_shared(
     train: Iterable[Sample | str | os.PathLike[str]],
     test: Iterable[Sample | str | os.PathLike[str]],
+    *,
+    on_error: str = "raise",
 ) -> list[tuple[Path, Path]]:
     """Find test images whose file has the content of a training image's file.
 
@@ -27,6 +30,9 @@ def find_shared(
     ----------
     train, test : iterable of Sample, str or PathLike
         Such as the ``train`` and ``test`` of a data set. Links are followed.
+    on_error : {"raise", "skip"}, default="raise"
+        What to do about a file that does not exist or cannot be read: raise, or leave it out, as
+        a detector does.
 
     Returns
     -------
@@ -36,8 +42,10 @@ def find_shared(
 
     Raises
     ------
-    MissingPathError
-        If a file does not exist.
+    MissingPathError, ImageError
+        If a file does not exist or cannot be read, unless ``on_error="skip"``.
+    InvalidValueError
+        If ``on_error`` is neither.
 
     Notes
     -----
@@ -55,6 +63,7 @@ def find_shared(
     ...     [(first.name, second.name) for first, second in find_shared([a], [b, c])]
     [('a.png', 'c.png')]
     """
+    check_choice("on_error", on_error, ("raise", "skip"), "find_shared")
     trained, tested = _paths(train), _paths(test)
     # Each round looks closer, at the files that the rounds before could not tell apart.
     groups: dict[Hashable, tuple[list[Path], list[Path]]] = {None: (trained, tested)}
@@ -63,7 +72,11 @@ def find_shared(
         for key, sides in groups.items():
             for side, paths in enumerate(sides):
                 for path in paths:
-                    closer[key, look(path)][side].append(path)
+                    try:
+                        closer[key, look(path)][side].append(path)
+                    except OSError as error:
+                        if on_error == "raise":
+                            raise _unreadable(path, error) from error
         groups = {key: sides for key, sides in closer.items() if all(sides)}
     first = {path: same[0] for same, paths in groups.values() for path in paths}
     return [(first[path], path) for path in tested if path in first]
@@ -73,11 +86,14 @@ def _paths(images: Iterable[Sample | str | os.PathLike[str]]) -> list[Path]:
     return [Path(image.path if isinstance(image, Sample) else image) for image in images]
 
 
+def _unreadable(path: Path, error: OSError) -> InvalidValueError:
+    if isinstance(error, FileNotFoundError):
+        return MissingPathError(f"find_shared: {path} does not exist.")
+    return ImageError(f"find_shared: {path} cannot be read: {error.strerror or error}.")
+
+
 def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError as error:
-        raise MissingPathError(f"find_shared: {path} does not exist.") from error
+    return path.stat().st_size
 
 
 def _head(path: Path) -> bytes:

@@ -116,7 +116,8 @@ class DetectorMixin(SavedDetector):
         Returns
         -------
         ndarray of shape (N, H, W), float32, or list of N arrays (H, W)
-            At the images' own sizes, in the units of the scores; a list where sizes differ.
+            At the images' own sizes, in the units of the scores (for ``image_score="structure"``
+            in those of ``map_threshold_``); a list where sizes differ.
 
         Raises
         ------
@@ -197,6 +198,10 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
     overlap: int = 0
     _one_mask = False  # whether all images to fit on must ignore the same regions
     ignore_mask_: IgnoreMask | None
+
+    @property
+    def _map_threshold(self) -> float:
+        return self._in_map_units(float(self.threshold_))
 
     def fit(self, images: Any, y: Any = None, *, ignore_mask: Any = None) -> Self:
         """Learn what normal looks like, and calibrate the threshold.
@@ -435,6 +440,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
                 del result
         fresh.calibration_scores_ = fresh._standardize_calibration(
             np.concatenate(scores or [np.empty(0, np.float32)]),
+            self.false_alarm_rate,
             left_out=self.calibration == "leave_one_out",
         )
         fresh.threshold_, shortfall = threshold_and_shortfall(
@@ -636,6 +642,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         tensors["calibration_scores"] = self.calibration_scores_
         if hasattr(self, "map_statistics_"):
             tensors["map_statistics"] = self.map_statistics_
+            header["state"]["map_threshold"] = self.map_threshold_
         ignored = getattr(self, "ignore_mask_", None)
         if ignored is not None and ignored.mask is not None:
             tensors["ignore_mask"] = ignored.mask.astype(np.uint8)
@@ -655,6 +662,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         detector.calibration_scores_ = arrays["calibration_scores"]
         if detector.image_score == "structure":
             detector.map_statistics_ = arrays["map_statistics"]
+            detector.map_threshold_ = state.get("map_threshold")  # older files do not say
         mask, polygons = arrays.get("ignore_mask"), state.get("ignore_polygons")
         ignored = next((given for given in (mask, polygons) if given is not None), None)
         detector.ignore_mask_ = None if ignored is None else read_ignore_mask(ignored, cls.__name__)

@@ -359,9 +359,8 @@ class MahalanobisVFM(BaseDetector):
             patch_scores = np.where(ignored, np.float32(0), patch_scores * E[..., -1])
         whole = np.asarray(images.mahalanobis(G) * unit, np.float32)
         weight = np.float32(self.global_weight)
-        if weight == 0:
-            return patch_scores, self._score_maps(patch_scores)
-        return patch_scores, weight * whole + (1 - weight) * self._score_maps(patch_scores)
+        scores = self._score_maps(patch_scores, ignored)
+        return patch_scores, scores if weight == 0 else weight * whole + (1 - weight) * scores
 
     def _score_left_out(self, E: Embeddings, fitted: None) -> np.ndarray:
         copies = n_versions(self.augment)  # are left out together with their image

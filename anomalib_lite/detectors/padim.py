@@ -225,15 +225,18 @@ class PaDiM(BaseDetector):
         left_out = np.empty(0, np.float32)
         # With one other image alone there would be no covariance. Factors come after this.
         if accumulated.kept is not None and gaussians.n > 2:
-            left_out = self._score_maps(gaussians.leave_one_out(accumulated.kept))
+            distances = gaussians.leave_one_out(accumulated.kept)
+            ignored = np.concatenate(accumulated.kept_ignored)
+            distances[ignored] = 0
+            left_out = self._score_maps(distances, ignored)
         gaussians.factorize()
         return left_out
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _check_grid(E.shape[1:3], self.gaussians_.shape[:2])
         patch_scores = self.gaussians_.mahalanobis(_reduced(E, self.components_))
-        patch_scores[np.isnan(E[..., 0])] = 0  # ignored patches
-        return patch_scores, self._score_maps(patch_scores)
+        patch_scores[ignored := np.isnan(E[..., 0])] = 0
+        return patch_scores, self._score_maps(patch_scores, ignored)
 
     def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
         return fitted
@@ -293,6 +296,7 @@ class GridAccumulator(Accumulator):
         self.gaussians = known
         self._owns_gaussians = False  # those known may still be needed as they are
         self.kept: list[np.ndarray] | None = [] if keep else None
+        self.kept_ignored: list[np.ndarray] = []  # which patches of those kept are ignored
         self.E = np.empty((0, *grid, components.shape[-1]), np.float32)
 
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
@@ -301,6 +305,8 @@ class GridAccumulator(Accumulator):
             _check_grid(one.shape[:2], self.grid)
         shard = copy.copy(self)
         shard.E = _reduced(np.asarray(E), self.components)
+        if self.kept is not None:
+            shard.kept_ignored = [np.isnan(np.stack([one[..., 0] for one in E]))]
         return shard
 
     def merge(self, other: Self) -> None:
@@ -312,6 +318,7 @@ class GridAccumulator(Accumulator):
         assert self.gaussians is not None
         if self.kept is not None:
             self.kept = [*self.kept, other.E]
+            self.kept_ignored = [*self.kept_ignored, *other.kept_ignored]
         for start in range(0, len(other.E), _SHARD_IMAGES):
             self.gaussians.add(other.E[start : start + _SHARD_IMAGES])
 

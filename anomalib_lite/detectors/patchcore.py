@@ -148,6 +148,9 @@ default="max"
         The normal patches kept.
     threshold_ : float
         Score above which an image is called anomalous. Assign to it to set your own.
+    map_threshold_ : float
+        With ``image_score="structure"`` alone: the threshold in the units of the heatmaps, which
+        are distances and no standard deviations.
     calibration_scores_ : ndarray of shape (n,), float32
         Scores of the normal images that the threshold was taken from;
         ``conformal_threshold(detector.calibration_scores_, rate)`` gives the threshold for
@@ -457,10 +460,11 @@ default="max"
             distances[~ignored], neighbors[~ignored] = search(rows[~ignored], self.n_neighbors)
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
         if self.image_score != "reweighted":
-            scores = self._score_maps(patch_scores)
+            scores = self._score_maps(patch_scores, ignored.reshape(E.shape[:3]))
         else:
             scores = image_scores(patch_scores, "max")
-            worst = patch_scores.reshape(len(E), -1).argmax(axis=1)
+            seen = np.where(ignored, np.float32(-1), patch_scores.ravel())
+            worst = seen.reshape(len(E), -1).argmax(axis=1)
             worst += np.arange(len(E)) * (E.shape[1] * E.shape[2])
             scores = _reweight(scores, rows[worst], neighbors[worst, 0], bank)
         return patch_scores, scores

@@ -189,10 +189,10 @@ class SubspaceAD(BaseDetector):
         self, E: np.ndarray, subspace: Subspace | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         subspace = subspace or self.subspace_
-        seen = ~np.isnan(E[..., 0])  # the others are ignored
+        ignored = np.isnan(E[..., 0])
         patch_scores = np.zeros(E.shape[:3], np.float32)
-        patch_scores[seen] = subspace.sq_residual(patch_rows(E))
-        return patch_scores, self._score_maps(patch_scores)
+        patch_scores[~ignored] = subspace.sq_residual(patch_rows(E))
+        return patch_scores, self._score_maps(patch_scores, ignored)
 
     def _score_left_out(self, E: Embeddings, fitted: None) -> np.ndarray:
         copies = n_versions(self.augment)  # are left out together with their image

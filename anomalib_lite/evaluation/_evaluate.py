@@ -48,6 +48,7 @@ def evaluate(
     fpr_limit: float = 0.3,
     pixel_metrics: bool = True,
     inverted_masks: bool | None = None,
+    ignore_255: bool | None = None,
     chunk_size: int = 64,
     progress: bool = False,
 ) -> Report:
@@ -68,6 +69,9 @@ def evaluate(
         True: masks are black where the part is anomalous. False: they are as they should be. None:
         they are too, but a mask that marks more than 95 % of its image is an error, see
         :func:`~anomalib_lite.datasets.load_mask`.
+    ignore_255 : bool or None, default=None
+        True: 255 belongs to neither class in masks. False: it is anomalous. None: it depends on
+        the mask, and is an error where the mask does not tell; see the same function.
     chunk_size : int, default=64
         Number of images in one call of ``detect``, so never more than this are held decoded. Maps
         are kept, in float32, only if pixel metrics are computed.
@@ -140,11 +144,12 @@ def evaluate(
             "has maps='escalated', which makes them for some only. Set maps='always', or pass "
             "pixel_metrics=False."
         )
-    n_shared = _warn_of_shared(train, test)
+    n_shared = _warn_of_shared(train, test, getattr(detector, "on_error", "raise"))
+    how = {"inverted": inverted_masks, "ignore_255": ignore_255}
     if with_masks:  # if masks are inverted, all are: say so before minutes of work
-        next(s for s in test if s.label).mask(inverted=inverted_masks)
+        next(s for s in test if s.label).mask(**how)
     fit_s = _fit_if_needed(detector, train)
-    read = partial(_mask_of, inverted=inverted_masks) if with_masks else None
+    read = partial(_mask_of, how=how) if with_masks else None
     tested = _test(detector, test, read, chunk_size, progress)
     figures = _image_metrics(test, tested)
     if tested.routes:
@@ -199,11 +204,13 @@ def _unpack(
     return name, train, test
 
 
-def _warn_of_shared(train: tuple[Sample, ...], test: tuple[Sample, ...]) -> dict[str, int]:
+def _warn_of_shared(
+    train: tuple[Sample, ...], test: tuple[Sample, ...], on_error: str
+) -> dict[str, int]:
     """Count the test images that are also in ``train``, and warn of them."""
     if not train:
         return {}
-    shared = find_shared(train, test)
+    shared = find_shared(train, test, on_error=on_error)
     if shared:
         names = ", ".join(f"{b} (trained on as {a})" for a, b in shared[:3])
         warnings.warn(
@@ -286,8 +293,8 @@ def _check_lengths(found: Any, n_images: int, with_masks: bool) -> None:
             )
 
 
-def _mask_of(sample: Sample, shape: tuple[int, ...], inverted: bool | None) -> _Mask:
-    mask = sample.mask(inverted=inverted)
+def _mask_of(sample: Sample, shape: tuple[int, ...], how: dict[str, bool | None]) -> _Mask:
+    mask = sample.mask(**how)
     if mask is not None and mask.shape != shape:
         turned = (
             " Images are turned as their EXIF orientation says: turn the mask in the same way."

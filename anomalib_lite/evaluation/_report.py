@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,12 @@ _PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "timm", "faiss-cpu", "pi
 
 
 def _peak_memory_mb() -> float | None:
+    try:
+        # Of this program alone: ru_maxrss begins with the peak of the process that started it.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.split("VmHWM:")[1].split()[0]) / (1 << 10)
+    except (OSError, IndexError):  # no Linux
+        pass
     try:
         import resource
     except ImportError:  # Windows
@@ -96,7 +103,8 @@ class Report:
     decisions : ndarray of shape (n,), bool
         True where the detector called the image anomalous.
     peak_memory_mb : float or None
-        Peak resident memory of this process since it started, in MiB; None on Windows.
+        Peak resident memory of this process since it started, in MiB; None on Windows. On macOS it
+        may be that of the process that started it, if that is larger.
     versions : dict of str to str
         Versions of Python, the platform, this library and the libraries it uses.
     """

@@ -121,7 +121,7 @@ class PixelMetrics:
         self._slots = np.full(_N_SLOTS, -1, np.int64)  # upper bits -> place in the table
         self._n_slots = 0
         self._shift = 0  # each bin holds 2 ** shift neighbouring values
-        self._n_regions = self._n_anomalous = self._n_normal = 0
+        self._n_images = self._n_regions = self._n_anomalous = self._n_normal = 0
 
     def update(
         self, masks: Iterable[npt.ArrayLike | None], maps: Iterable[npt.ArrayLike]
@@ -195,14 +195,16 @@ class PixelMetrics:
         return {name: (low[name], high[name]) for name in low}
 
     def _count(self, mask: Array, seen: Array | np.bool_, bits: Array) -> None:
-        """Add the pixels of one image that are seen to the table."""
-        self._make_room(bits)
+        """Add the pixels of one image that are seen to the table; it may be that none is."""
+        self._n_images += 1
+        known = np.broadcast_to(seen, bits.shape)
+        self._make_room(bits[known])
         lower = bits & (_SLOT_BINS - 1)
         bins = self._slots[bits >> _LOWER_BITS]
         bins *= _SLOT_BINS >> self._shift
         bins += lower >> self._shift
         if self._shift:
-            self._add_ends(bins.ravel(), lower.ravel())
+            self._add_ends(bins[known], lower[known])
         anomalous = mask.any()
         negatives = bins[~mask & seen]
         np.add.at(self._table[_NEGATIVES], negatives, 1.0)
@@ -269,7 +271,7 @@ class PixelMetrics:
 
     def _all_metrics(self, order: str) -> dict[str, float]:
         """Return all metrics, with the pixels of a bin as ties, or in the best or worst order."""
-        if not self._n_normal and not self._n_anomalous:
+        if not self._n_images:
             raise InvalidValueError("PixelMetrics: update must be called with at least one image.")
         used = self._table[:, : self._n_slots * (_SLOT_BINS >> self._shift)]
         n_negative, n_positive = used[_NEGATIVES].sum(), used[_POSITIVES].sum()

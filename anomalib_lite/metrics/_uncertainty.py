@@ -202,7 +202,8 @@ def paired_test(
     for _ in range(n_resamples):
         exchanged = rng.randint(0, 2, y.size) == 1
         drawn = metric(y, np.where(exchanged, b, a)) - metric(y, np.where(exchanged, a, b))
-        n_as_large += abs(drawn) >= abs(difference) - _ROUNDING
+        # A metric that is NaN here proves nothing, so it counts against a difference.
+        n_as_large += not abs(drawn) < abs(difference) - _ROUNDING
     return PairedTest(difference, float((1 + n_as_large) / (n_resamples + 1)))
 
 

@@ -93,13 +93,16 @@ def _tiles(detector: Detector, report: Report, indices: np.ndarray) -> list[Tile
         return []
     samples = [report.samples[i] for i in indices]
     maps = detector.detect(samples).maps
+    # Maps may have other units than scores: their own threshold becomes that of the report.
+    level = getattr(detector, "_map_threshold", report.threshold)
+    unit = 1.0 if level == report.threshold else report.threshold / level
     tiles = []
     for index, sample, heatmap in zip(indices, samples, maps, strict=True):
         with Image.open(sample.path) as photo:
             tiles.append(
                 Tile(
                     photo.convert("L"),
-                    overlay(sample.path, heatmap, threshold=report.threshold),
+                    overlay(sample.path, heatmap * unit, threshold=report.threshold),
                     sample.path.stem,
                     float(report.scores[index]),
                     bool(report.decisions[index]),

@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.base import BaseEstimator
 
 from anomalib_lite.anomaly_map import image_scores, standardize, structure
-from anomalib_lite.calibration import calibration_size
+from anomalib_lite.calibration import calibration_size, threshold_and_shortfall
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.images.augmentation import AugmentedSource
@@ -75,6 +75,7 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
     batch_size: int
     n_features_: int
     map_statistics_: np.ndarray  # (2, 3), what "structure" standardizes by
+    map_threshold_: float | None  # and the threshold of its heatmaps; None in an older file
     _channels: np.ndarray | None = None  # channels of the embeddings that are used; None for all
 
     # --- A subclass must supply these ---------------------------------------------------------
@@ -166,16 +167,20 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         ]
         return np.concatenate(scores or [np.empty(0, np.float32)])
 
-    def _score_maps(self, patch_scores: np.ndarray) -> np.ndarray:
+    def _score_maps(self, patch_scores: np.ndarray, ignored: np.ndarray) -> np.ndarray:
         """Compute the scores (B,) of images from those of their patches, by ``image_score``.
 
-        For ``"structure"``, until the maps of normal images are known, their descriptions (B, 3).
+        ``ignored`` (B, h, w), bool, says which patches have no effect. For ``"structure"``, until
+        the maps of normal images are known, their descriptions and largest values (B, 4).
         """
+        left_out = ignored if ignored.any() else None
         if self.image_score != "structure":
-            return image_scores(patch_scores, self.image_score)
-        described = structure(patch_scores)
+            return image_scores(patch_scores, self.image_score, left_out)
+        described = structure(patch_scores, left_out)
         statistics = getattr(self, "map_statistics_", None)
-        return described if statistics is None else standardize(described, statistics)
+        if statistics is not None:
+            return standardize(described, statistics)
+        return np.column_stack([described, image_scores(patch_scores, "max", left_out)])
 
     def _with_copies(
         self, images: ImageSource, order: np.ndarray, n_known: int
@@ -190,11 +195,29 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         source = AugmentedSource(images, self.augment, n_held_back)
         return source, order[source.origins]
 
-    def _standardize_calibration(self, scores: np.ndarray, *, left_out: bool) -> np.ndarray:
-        """Learn from the descriptions (n, 3) of normal maps how they vary; return scores.
+    def _in_map_units(self, threshold: float) -> float:
+        """Return a threshold of scores in the units of the heatmaps: another one for "structure".
 
-        One half of the images teaches, the other half calibrates: an image that had a say in its
-        own standard would score too low. ``left_out`` images do both.
+        InvalidValueError if that is not known.
+        """
+        if not hasattr(self, "map_statistics_"):
+            return threshold
+        if self.map_threshold_ is None:
+            raise InvalidValueError(
+                f"{type(self).__name__}: the threshold of the heatmaps is not known: with "
+                "image_score='structure' scores have other units, and an older version saved this "
+                "detector. Fit again, or set map_threshold_ to a level of your heatmaps."
+            )
+        return float(self.map_threshold_)
+
+    def _standardize_calibration(
+        self, scores: np.ndarray, false_alarm_rate: float, *, left_out: bool
+    ) -> np.ndarray:
+        """Learn from what :meth:`_score_maps` says of normal maps how they vary; return scores.
+
+        The threshold of the heatmaps is that of ``image_score="max"``, from all these images. One
+        half of the images teaches, the other half calibrates: an image that had a say in its own
+        standard would score too low. ``left_out`` images do both.
         """
         if self.image_score != "structure" or hasattr(self, "map_statistics_"):  # by an update
             return scores
@@ -206,6 +229,8 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
                 f"calibration='split', held back), got {len(scores)}. Give more "
                 "images, or set another image_score."
             )
+        self.map_threshold_, _ = threshold_and_shortfall(scores[:, 3], false_alarm_rate)
+        scores = scores[:, :3]
         taught = scores[:n_taught].astype(np.float64)
         spread = taught.std(axis=0, ddof=1)
         self.map_statistics_ = np.array([taught.mean(axis=0), spread], np.float32)
