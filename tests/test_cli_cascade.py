@@ -87,9 +87,9 @@ class TestFit:
             rf"efficientnet_lite0 \(.+, \w+\): normal below {routing.t_low:.3g}, anomalous never",
             lines["gate"],
         )
-        assert lines["gate loses"] == (
-            f"at most 0.2 of anomalies such as the {len(detector.anomaly_probabilities_)} made-up "
-            "ones held out (95 % confidence)"
+        assert lines["gate misses"] == (
+            f"at most 0.2 of anomalies such as the {len(detector.anomaly_probabilities_)} "
+            "synthetic ones held back (95 % confidence)"
         )
         assert lines["memory bank"] == f"{n_patches:,} patches of {length} numbers"
         assert lines["threshold"] == f"{routing.threshold:.6g} of the heatmap model"
@@ -196,7 +196,7 @@ class TestFit:
         assert cli.main(list(map(str, command))) == 0
         out = capsys.readouterr().out
         assert re.search(r"images +34 in ", out)
-        assert "at most 0.5 of anomalies such as the 5 given ones held out" in out
+        assert "at most 0.5 of anomalies such as the 5 given ones held back" in out
         assert "gaussians     16 x 24 positions of 20 numbers" in out
         detector = load(path)
         assert len(detector.anomaly_probabilities_) == 5
@@ -224,7 +224,7 @@ class TestFit:
         )
         out, err = capsys.readouterr()
         assert "normal below 0.3, anomalous above 0.99" in out
-        assert "gate loses    as many as lie below the t_low given" in out
+        assert "gate misses   as many as lie below the t_low given" in out
         assert "the rate of 0.05 asked for is not guaranteed, see the warning" in out
         assert err.startswith("warning: --false-alarm-rate 0.05 needs 19 normal images, got 12;")
 
@@ -235,7 +235,7 @@ class TestFit:
         assert cli.main([*command, "--anomalous", str(scratches)]) == 0
         out, err = capsys.readouterr()
         assert not err
-        assert "of anomalies such as the 56 made-up ones held out" in out
+        assert "of anomalies such as the 56 synthetic ones held back" in out
         assert "false alarms  at most 0.2 of future normal images, on average" in out
 
     def test_unreadable_images_can_be_skipped_and_are_listed(

@@ -22,7 +22,7 @@ from torch import nn
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, load
 from anomalib_lite.cascade import _fitting
-from anomalib_lite.cascade._holding_out import Split, Subset, draw_split
+from anomalib_lite.cascade._holding_back import Split, Subset, draw_split
 from anomalib_lite.cascade.gate import LinearHead, ProbabilityCalibrator, Whitening
 from anomalib_lite.cascade.routing import (
     Routing,
@@ -137,7 +137,7 @@ def test_what_is_uncertain_is_not_anomalous_for_that(fitted: GatedCascade) -> No
     assert (found.routes == "detector").all()
     expected = fitted.detector_.score(images) > open_wide.routing_.threshold
     np.testing.assert_array_equal(found.labels, expected)
-    # 40 held-out images, of which 4 may exceed: so rarely are more than 18 of 60 new ones.
+    # 40 held-back images, of which 4 may exceed: so rarely are more than 18 of 60 new ones.
     assert found.labels[y == 0].sum() <= 18
     assert found.labels[y == 1].mean() > 0.5
 
@@ -355,7 +355,7 @@ def test_too_few_anomalies_close_the_gate() -> None:
     assert choose_t_low(np.full(298, 0.9), np.ones(298), routing, 0.01) == 0
     assert choose_t_low(np.full(299, 0.9), np.ones(299), routing, 0.01) == 0.9
     assert str(anomaly_shortfall(298, 0.01)).startswith(
-        "max_missed=0.01 needs 299 held-out anomalies to be shown, got 298; t_low is 0"
+        "max_missed=0.01 needs 299 held-back anomalies to be shown, got 298; t_low is 0"
     )
     assert anomaly_shortfall(299, 0.01) is None
 
@@ -370,7 +370,7 @@ def test_the_heatmap_model_is_asked_no_more_than_matters(
     for allowed in (_fitting.max_losses, lambda *_: -1):  # the other way: asked of all
         monkeypatch.setattr(_fitting, "max_losses", allowed)
         scored.append(
-            _fitting.score_held_out_anomalies(
+            _fitting.score_held_back_anomalies(
                 fitted.gate_,
                 fitted.detector_,
                 normal,
@@ -393,11 +393,11 @@ def test_the_heatmap_model_is_asked_no_more_than_matters(
 def test_few_labelled_anomalies_are_learned_from_beside_synthetic_ones() -> None:
     normal = good(24)
     without = make().fit(normal)
-    for n, n_held_out in ((1, 56), (20, 56), (28, 14), (40, 20)):  # 14 are needed
+    for n, n_held_back in ((1, 56), (20, 56), (28, 14), (40, 20)):  # 14 are needed
         images = np.concatenate([normal, bad(n)])
         cascade = make().fit(images, [0] * 24 + [1] * n)
-        assert len(cascade.anomaly_probabilities_) == n_held_out
-        assert len(cascade.anomaly_detector_scores_) == n_held_out
+        assert len(cascade.anomaly_probabilities_) == n_held_back
+        assert len(cascade.anomaly_detector_scores_) == n_held_back
         # The same synthetic ones; but another gate, which knows the labelled ones.
         assert cascade.gate_.head.bias != without.gate_.head.bias
         np.testing.assert_array_equal(
@@ -425,7 +425,7 @@ def test_warnings_point_at_the_line_that_asked() -> None:
         cascade.set_thresholds(0.1, 0.9)
     few = make(max_missed=0.2)
     few.fit(good(60))
-    few.max_missed = 0.01  # for which too few are held out
+    few.max_missed = 0.01  # for which too few are held back
     with pytest.warns(CalibrationWarning, match=r"max_missed=0\.01 needs 299") as lost:
         few.set_thresholds()
     for warned in (shown, later, lost):
@@ -459,7 +459,7 @@ def test_thresholds_can_be_given(fitted: GatedCascade) -> None:
     assert later.routing_ == fitted.routing_
 
 
-def test_held_out_images_are_held_out(labelled: GatedCascade) -> None:
+def test_held_back_images_are_held_back(labelled: GatedCascade) -> None:
     order = np.random.RandomState(0)
     normal, anomalous = order.permutation(100), 100 + order.permutation(60)
     images = np.concatenate([good(100), bad(60, contrast=30)])
@@ -780,7 +780,7 @@ def test_images_of_one_part_stay_together() -> None:
         shows = np.concatenate([parts, 100 + np.repeat(np.arange(31), 2)[:n_bad]])
         drawn = split(normal, 120 + np.arange(n_bad), shows)
         whole = [drawn.encoder_normal, drawn.calibration_normal, drawn.head_anomalous]
-        one_each = [drawn.held_out_normal, drawn.held_out_anomalous]
+        one_each = [drawn.held_back_normal, drawn.held_back_anomalous]
         assert drawn.head_normal.tolist() == sorted(drawn.encoder_normal)
         assert drawn.detector_normal.tolist() == [*whole[0], *whole[1]]
         of = [set(shows[share].tolist()) for share in (*whole, *one_each)]
@@ -791,9 +791,9 @@ def test_images_of_one_part_stay_together() -> None:
         # Parts, not images, come as if drawn at random: one image stands for each.
         for share in one_each:
             assert len(share) == len(set(shows[share]))
-        first = [np.flatnonzero(shows == part)[0] for part in shows[drawn.held_out_normal]]
+        first = [np.flatnonzero(shows == part)[0] for part in shows[drawn.held_back_normal]]
         # Drawn, since the first may all have the same light.
-        assert drawn.held_out_normal.tolist() != first
+        assert drawn.held_back_normal.tolist() != first
 
 
 def test_a_detector_as_gate_is_not_asked_about_images_that_it_knows() -> None:
@@ -802,7 +802,7 @@ def test_a_detector_as_gate_is_not_asked_about_images_that_it_knows() -> None:
     n = len(whole.encoder_normal) // 2
     np.testing.assert_array_equal(halves.encoder_normal, whole.encoder_normal[:n])
     np.testing.assert_array_equal(halves.head_normal, np.sort(whole.encoder_normal[n:]))
-    for name in ("calibration_normal", "detector_normal", "held_out_normal"):
+    for name in ("calibration_normal", "detector_normal", "held_back_normal"):
         np.testing.assert_array_equal(getattr(halves, name), getattr(whole, name))
 
 

@@ -1,4 +1,4 @@
-"""Regions that nobody looks at: nothing in them has any effect, and they are saved."""
+"""Regions to ignore: nothing in them has any effect, and they are saved."""
 
 from __future__ import annotations
 

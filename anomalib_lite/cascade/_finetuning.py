@@ -36,8 +36,8 @@ from anomalib_lite.synthetic import SyntheticAnomalies
 
 __all__ = ["FinetuningResult", "finetune_gate"]
 
-# At ten times this rate, a pretrained network forgets in the first epoch what it knows, and may
-# not recover.
+# At ten times this rate, a pretrained network loses its features in the first epoch and may not
+# recover them.
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-4
 _BATCH = 16
 # One image in so many is for validation, of each class.
@@ -93,8 +93,8 @@ class _Examples:
     def batches(self, random: np.random.RandomState | None = None) -> Iterator[list[list[int]]]:
         """Yield positions in batches of nearly equal length, each as groups of one image size.
 
-        They are shuffled if ``random`` is given. A batch may hold several sizes: with one size a
-        batch, a rare size would have a step for a single image, which is too large a step for it.
+        They are shuffled if ``random`` is given. A batch may hold several sizes. If each batch had
+        one size, a rare size would get a whole optimizer step for a single image.
         """
         n = len(self.images)
         order = np.arange(n) if random is None else random.permutation(n)
@@ -105,8 +105,8 @@ class _Examples:
 class GateNetwork(nn.Module):
     """A backbone and a linear head: images -> logits.
 
-    The head sees standardized features, so that one learning rate suits all. Their means and
-    scales are those of the frozen network.
+    The head gets standardized features, so that one learning rate suits all of them. Means and
+    scales are those of the frozen network's features.
     """
 
     mean: Tensor
@@ -177,8 +177,8 @@ def finetune_gate(
     Parameters
     ----------
     backbone : Backbone
-        Made with ``trainable=True``, in float32. Its weights are changed: give one that nobody
-        else uses.
+        Made with ``trainable=True``, in float32. Its weights are changed, so nothing else should
+        use it.
     normal : ImageSource
         At least 2 normal images. A fifth is kept for validation.
     anomalous : ImageSource, optional
@@ -186,9 +186,9 @@ def finetune_gate(
     image_size : int or (height, width)
         As in :func:`~anomalib_lite.images.iter_batches`.
     n_synthetic : int, optional
-        Number of synthetic anomalies, made from normal images for training and from those for
-        validation. By default 64 without labelled anomalies, and none beside them. Both kinds
-        weigh the same.
+        Number of synthetic anomalies, for training and validation together; those for validation
+        are made from the normal images for validation. By default 64 if there are no labelled
+        anomalies, otherwise none. Labelled and synthetic anomalies have the same total weight.
     class_weight : "balanced", dict or None, default="balanced"
         Weights of the classes 0 and 1, as in scikit-learn.
     epochs : int, default=20
@@ -201,8 +201,9 @@ def finetune_gate(
     Returns
     -------
     FinetuningResult
-        Result of the epoch with the largest AUROC on the validation images, of equal ones that
-        with the smallest loss. It is the frozen network's if no epoch was better.
+        Result of the epoch with the largest AUROC on the validation images; of epochs with equal
+        AUROC, the one with the smallest loss. If no epoch is better than the frozen network, its
+        result.
 
     Raises
     ------
@@ -215,20 +216,20 @@ def finetune_gate(
     Notes
     -----
     The head is first fitted to the frozen network's features as :meth:`LinearHead.fit
-    <anomalib_lite.cascade.gate.LinearHead.fit>` does, and then finetuned with the network: so the
-    first steps do not undo what the network knows [3]_. The loss of a batch of B images, 16 or a
-    few less, is the cross-entropy
+    <anomalib_lite.cascade.gate.LinearHead.fit>` does, and then finetuned with the network. So the
+    first steps do not distort the pretrained features [3]_. The loss of a batch of B images (at
+    most 16) is the cross-entropy
 
     .. math:: - \\frac{1}{B} \\sum_i w_{y_i} (y_i \\log p_i + (1 - y_i) \\log (1 - p_i))
 
     with the weights w of the classes, 1 on average over all images. AdamW [1]_ has a weight decay
-    of 1e-4 and, in epoch e of n from 0 on, half a cosine [2]_ as learning rate,
+    of 1e-4. The learning rate of epoch e (0 to n - 1) follows half a cosine [2]_,
 
     .. math:: \\tfrac{1}{2} \\cdot 10^{-4} (1 + \\cos (\\pi e / n)).
 
-    Batch norms keep their means and variances: those of 16 images would say little, and training
-    then sees the function that is used later. For the same reason there is no dropout. Images are
-    not augmented: on many parts, a flip makes an anomaly.
+    Batch norms keep their means and variances: statistics of 16 images would be noisy, and the
+    network computes the same function in training as in scoring. For the second reason there is no
+    dropout. Images are not augmented: on many parts, a flip makes an anomaly.
 
     On a CPU, a seed gives the same bits again; on a GPU nearly the same.
 
@@ -291,7 +292,8 @@ def _examples(
 ) -> Iterator[_Examples]:
     """Yield the examples for training, then those for validation.
 
-    They share no image and no anomaly made from it. ``size`` is that of images, and the stride.
+    They share no image, and no anomaly made from the same image. ``size`` is the image size and the
+    stride.
     """
     good = _split(normal, "normal images", random)
     bad = None if anomalous is None else _split(anomalous, "anomalies", random)
@@ -300,7 +302,7 @@ def _examples(
         images, kinds = load_all(good[k], *size), []
         if n:
             made = SyntheticAnomalies(random_state=random.randint(2**31))
-            # A few at a time: at their full size all may not fit into memory.
+            # A few at a time: at full size, all of them may not fit into memory.
             sources = made.sources(good[k], n, _BATCH)
             kinds.append([image for some in sources for image in load_all(some, *size)])
         if bad is not None:
@@ -315,7 +317,7 @@ def _split(
     if len(source) < 2:
         raise InvalidValueError(
             f"{source.where}: training='finetune' needs at least 2 {what} to learn from, one of "
-            f"them to validate, beside those held out; got {len(source)}. Give more, {_REMEDY}"
+            f"them to validate, beside those held back; got {len(source)}. Give more, {_REMEDY}"
         )
     n_validation = max(1, len(source) // _ONE_IN)
     order = random.permutation(len(source))

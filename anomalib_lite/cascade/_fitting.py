@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.base import clone
 
 from anomalib_lite._validation import check_image_size
-from anomalib_lite.cascade._holding_out import Split, Subset, Subsets
+from anomalib_lite.cascade._holding_back import Split, Subset, Subsets
 from anomalib_lite.cascade.gate import (
     DetectorEncoder,
     Gate,
@@ -33,7 +33,7 @@ from anomalib_lite.synthetic import SyntheticAnomalies
 if TYPE_CHECKING:  # it imports torch
     from anomalib_lite.cascade._finetuning import FinetuningResult
 
-__all__ = ["GateTraining", "fit_detector", "score_held_out_anomalies", "score_held_out_normal"]
+__all__ = ["GateTraining", "fit_detector", "score_held_back_anomalies", "score_held_back_normal"]
 
 _WHERE = "GatedCascade"
 _GATE = f"{_WHERE} (gate)"
@@ -41,8 +41,8 @@ _GATE = f"{_WHERE} (gate)"
 _STRIDES = (16, 32)
 # Least and largest number of synthetic anomalies for the head and for the probability.
 _FOR_HEAD, _FOR_PROBABILITY = (64, 512), (64, 256)
-# Four times as many held-out anomalies as needed are made, which lets 0.6 of max_missed be lost
-# instead of 0.33; but at most this many, unless more are needed.
+# Four times as many held-back anomalies as needed are made: then the gate may miss a share of 0.6
+# of max_missed of them instead of 0.33. At most this many are made, unless more are needed.
 _MANY = 2000
 # Synthetic anomalies that are in memory at once.
 _AT_ONCE = 32
@@ -69,7 +69,7 @@ class GateTraining:
     verbose: int
 
     def open_backbone(self, **instead: Any) -> AnyBackbone:
-        """Open the gate's backbone by the parameters, but for what is given ``instead``."""
+        """Open the gate's backbone by the parameters; ``instead`` replaces some of them."""
         options: dict[str, Any] = {
             "weights": self.weights,
             "strides": _STRIDES,
@@ -94,13 +94,13 @@ class GateTraining:
     def fit(
         self, source: ImageSource, split: Split, random: np.random.RandomState
     ) -> tuple[Gate, Subsets, list[tuple[int, str]]]:
-        """Return a fitted gate, the images with what it sees of them, and those it skipped."""
+        """Return a fitted gate, the images with their features, and the images it skipped."""
         encoder = self._fit_encoder(source.take(split.encoder_normal))
         features, skipped = encoder(source)
         subsets = split.subsets(source, features, skipped)
-        # Labelled anomalies that are too few to hold some out are too few to train on alone.
+        # Labelled anomalies that are too few to hold some back are too few to train on alone.
         n_synthetic = 0
-        if not len(subsets.held_out_anomalous):
+        if not len(subsets.held_back_anomalous):
             n_synthetic = int(np.clip(2 * len(subsets.head_normal), *_FOR_HEAD))
         history: list[dict[str, float]] = []
         if isinstance(encoder, NetworkEncoder) and self.training == "finetune":
@@ -128,7 +128,7 @@ class GateTraining:
     def _finetune(
         self, subsets: Subsets, n_synthetic: int, device: Any, random: np.random.RandomState
     ) -> FinetuningResult:
-        """Finetune a network of its own, so that a module of the user's stays as it is."""
+        """Finetune a copy of the network, so that the user's own module does not change."""
         from anomalib_lite.backbones import Backbone  # torch, only for those who ask
         from anomalib_lite.cascade._finetuning import finetune_gate
 
@@ -170,7 +170,7 @@ class GateTraining:
         self, encoder: Encoder, head: LinearHead, subsets: Subsets, seed: int
     ) -> ProbabilityCalibrator:
         """Calibrate the probability on labelled anomalies or, without any, on synthetic ones."""
-        normal, anomalous = subsets.calibration_normal, subsets.held_out_anomalous.features
+        normal, anomalous = subsets.calibration_normal, subsets.held_back_anomalous.features
         if not len(anomalous):
             n = int(np.clip(2 * len(normal), *_FOR_PROBABILITY))
             anomalous = _synthetic_features(encoder, normal.images, n, seed)
@@ -201,7 +201,7 @@ def fit_detector(detector: BaseDetector, normal: ImageSource) -> Any:
         return clone(detector).fit(normal)
 
 
-def score_held_out_normal(
+def score_held_back_normal(
     gate: Gate, detector: Any, normal: Subset
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return probabilities and heatmap scores of the images that the heatmap model can use."""
@@ -209,13 +209,13 @@ def score_held_out_normal(
     seen = np.isfinite(found.scores)
     if not seen.any():
         raise InvalidValueError(
-            f"{_WHERE}: the heatmap model could use none of {len(seen)} held-out normal images; "
+            f"{_WHERE}: the heatmap model could use none of {len(seen)} held-back normal images; "
             f"the first: {dict(found.skipped).get(0, 'its score is not finite')}"
         )
     return gate.probabilities(normal.features)[seen], found.scores[seen].astype(np.float64)
 
 
-def score_held_out_anomalies(
+def score_held_back_anomalies(
     gate: Gate,
     detector: Any,
     normal: Subset,
@@ -225,16 +225,18 @@ def score_held_out_anomalies(
     max_missed: float,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return what :func:`choose_t_low` needs of labelled anomalies or, without any, synthetic ones.
+    """Return probabilities and heatmap scores of anomalies, for :func:`choose_t_low`.
 
-    The heatmap model is slow. Once it has found more than may be lost, it is not asked about
-    anomalies with a larger probability: ``t_low`` will be below. Their scores are NaN.
+    The anomalies are the labelled ones or, if there are none, synthetic ones.
+
+    The heatmap model is slow. Once it has found more than may be missed, it is not run on
+    anomalies with a larger probability, because ``t_low`` will be smaller. Their scores are NaN.
     """
     n, batches = len(anomalous), iter([anomalous])
     if not n:
         needed = min_anomalies(max_missed)
         n = max(needed, min(4 * needed, _MANY))
-        # On images that neither model has seen, as those to come.
+        # Made from images that neither model has seen, as future images are.
         batches = _synthetic_subsets(gate, normal.images, n, seed)
     allowed = max_losses(n, max_missed)
     found, known = np.empty(0), []

@@ -46,7 +46,7 @@ _FARTHEST = 0.05
 
 @dataclass(frozen=True)
 class Whitening:
-    """Measures how far patches are from those of normal images, and in which directions.
+    """Whitens patches, and summarizes how far those of an image are from normal ones.
 
     Attributes
     ----------
@@ -56,12 +56,13 @@ class Whitening:
 
     Notes
     -----
-    For an image with whitened patches :math:`w_i` and distances :math:`d_i = |w_i|`, these numbers
-    are kept: the largest distance, the mean of the largest 5 %, the mean and the standard
-    deviation of all; the root mean square of each direction of w; the mean w of the 5 % that are
-    farthest. The d are Mahalanobis distances from a Gaussian fitted as in Rippel, Mertens and
-    Merhof, "Modeling the distribution of normal data in pre-trained deep features for anomaly
-    detection", ICPR 2021. The d say that something is unusual, the w say what.
+    For an image with whitened patches :math:`w_i` and distances :math:`d_i = |w_i|`, these 2 D + 4
+    numbers are computed: the largest distance, the mean of the largest 5 %, the mean and the
+    standard deviation of all; the root mean square of each component of w; the mean w of the 5 %
+    of the patches that are farthest. The d are Mahalanobis distances from a Gaussian fitted as in
+    Rippel, Mertens and Merhof, "Modeling the distribution of normal data in pre-trained deep
+    features for anomaly detection", ICPR 2021. The d measure how unusual a patch is, the w in
+    which direction.
 
     Examples
     --------
@@ -103,7 +104,7 @@ def mean_max_pool(E: np.ndarray) -> np.ndarray:
 
 
 def sample_weights(n_normal: int, kinds: Sequence[int], class_weight: Any) -> np.ndarray:
-    """Weigh the classes as scikit-learn does, and all kinds of anomalies alike.
+    """Weight the classes as scikit-learn does, and each kind of anomalies equally.
 
     Parameters
     ----------
@@ -233,7 +234,7 @@ class ProbabilityCalibrator:
     def fit(
         cls, kind: str, logits: np.ndarray, y: np.ndarray, class_weight: Any
     ) -> ProbabilityCalibrator:
-        """Fit on held-out logits (n,) and labels (n,), with the class weights of the head."""
+        """Fit on held-back logits (n,) and labels (n,), with the class weights of the head."""
         weights = compute_sample_weight(class_weight, y)
         if kind == "isotonic":
             line = IsotonicRegression(y_min=0, y_max=1).fit(logits, y, weights)
@@ -253,7 +254,7 @@ class ProbabilityCalibrator:
     def __call__(self, logits: np.ndarray) -> np.ndarray:
         """Return probabilities (N,), float64, for logits (N,); NaN stays NaN."""
         if self.kind == "isotonic":
-            # Steps would give many images one probability, and no threshold could part them.
+            # Steps alone give many images the same probability, which no threshold can separate.
             steps = np.interp(logits, self.x, self.y)
             return np.asarray((1 - _LOGISTIC_SHARE) * steps + _LOGISTIC_SHARE * expit(logits))
         return np.asarray(expit(logits / self.temperature))
@@ -266,14 +267,14 @@ Encoded = tuple[np.ndarray, list[tuple[int, str]]]
 
 @dataclass(frozen=True)
 class NetworkEncoder:
-    """Turns images into features by a network.
+    """Turns images into features with a network.
 
     Attributes
     ----------
     extractor : Extractor
         Gives the patches of an image.
     whitening : Whitening or None
-        Summarizes them; None for a network that was finetuned: :func:`mean_max_pool` does it then.
+        Summarizes them. None for a finetuned network, for which :func:`mean_max_pool` does.
     """
 
     extractor: Extractor
@@ -321,7 +322,7 @@ class Gate:
     head : LinearHead
     probability : ProbabilityCalibrator
     history : list of dict
-        What finetuning measured, as in
+        Measurements of the finetuning, as in
         :class:`~anomalib_lite.cascade._finetuning.FinetuningResult`; empty for a frozen network.
     """
 
@@ -332,12 +333,12 @@ class Gate:
 
     @property
     def backbone(self) -> AnyBackbone | None:
-        """The network that looks at images; None if a detector does."""
+        """The network that computes the features; None if a detector does."""
         return self.encoder.backbone if isinstance(self.encoder, NetworkEncoder) else None
 
     @property
     def detector(self) -> BaseDetector | None:
-        """The detector that looks at images; None if a network does."""
+        """The detector that computes the feature; None if a network does."""
         return self.encoder.detector if isinstance(self.encoder, DetectorEncoder) else None
 
     def features(self, source: ImageSource) -> Encoded:
@@ -358,7 +359,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class SavedGate:
-    """What a file holds of a :class:`Gate`: all but its network or detector."""
+    """Part of a :class:`Gate` that a file holds: all except its network or detector."""
 
     whitening: Whitening | None
     head: LinearHead

@@ -1,4 +1,4 @@
-"""GatedCascade: a small network decides what is easy, a heatmap model the rest."""
+"""GatedCascade: a small network decides about clear images, a heatmap model about the rest."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from anomalib_lite._validation import (
 from anomalib_lite.cascade._fitting import (
     GateTraining,
     fit_detector,
-    score_held_out_anomalies,
-    score_held_out_normal,
+    score_held_back_anomalies,
+    score_held_back_normal,
 )
-from anomalib_lite.cascade._holding_out import draw_split, group_ids, positions_by_class
+from anomalib_lite.cascade._holding_back import draw_split, group_ids, positions_by_class
 from anomalib_lite.cascade.gate import (
     PROBABILITY_CALIBRATIONS,
     DetectorEncoder,
@@ -71,8 +71,8 @@ SHARED_PARAMETERS = (
     "max_pixels",
     "random_state",
 )
-# Fitted attributes about held-out images: a file has them under these names without the "_".
-_HELD_OUT = (
+# Fitted attributes about held-back images: a file has them under these names without the "_".
+_HELD_BACK = (
     "calibration_probabilities_",
     "calibration_detector_scores_",
     "anomaly_probabilities_",
@@ -84,13 +84,14 @@ _HELD_OUT = (
 class CascadeDetections(Detections):
     """Results of a :class:`~anomalib_lite.GatedCascade` for each image.
 
-    ``scores`` lie in [0, 1]. ``maps`` has the heatmap model's heatmaps, in its own units, and None
-    for each image that it did not see.
+    ``scores`` lie in [0, 1]. ``maps`` holds the heatmaps of the heatmap model, in its units, and
+    None for each image on which it was not run.
 
     Attributes
     ----------
     routes : ndarray of shape (N,), str
-        Who decided: ``"gate_normal"``, ``"gate_anomalous"``, ``"detector"``; or ``"skipped"``.
+        Model that decided: ``"gate_normal"``, ``"gate_anomalous"``, ``"detector"``; or
+        ``"skipped"``.
     probabilities : ndarray of shape (N,), float64
         Probability of an anomaly by the gate; NaN for an image that was skipped.
     """
@@ -100,13 +101,13 @@ class CascadeDetections(Detections):
 
     @property
     def heatmap_call_rate(self) -> float:
-        """Share of the images that the heatmap model had to decide; skipped ones do not count."""
+        """Share of the images that the heatmap model decided; skipped images do not count."""
         seen = self.routes[self.routes != "skipped"]
         return float(np.mean(seen == "detector")) if seen.size else float("nan")
 
 
 class GatedCascade(DetectorMixin, BaseEstimator):
-    """Detector in which a cheap gate decides clear images, and a heatmap model the rest.
+    """Detector with a cheap gate that decides about clear images, and a heatmap model for the rest.
 
     Parameters
     ----------
@@ -114,11 +115,12 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         A backbone, as in :class:`~anomalib_lite.PatchCore`, or an unfitted detector, whose score
         is the only feature then.
     detector : BaseDetector, optional
-        The heatmap model, unfitted; by default ``PatchCore()`` with the device, engine, batch size
-        and the like of the cascade.
+        The heatmap model, unfitted. By default ``PatchCore()`` with ``device``, ``dtype``,
+        ``engine``, ``batch_size``, ``on_error``, ``max_pixels`` and ``random_state`` of the
+        cascade.
     training : {"head", "finetune"}, default="head"
-        How a gate that is a network learns: a logistic regression learns from whitened patches of
-        the frozen network, or the network's own weights learn too, by
+        How a gate that is a network learns. ``"head"`` fits a logistic regression on whitened
+        patches of the frozen network. ``"finetune"`` trains the weights of the network too; see
         :func:`~anomalib_lite.cascade._finetuning.finetune_gate`.
     epochs : int, default=20
         Number of epochs of ``training="finetune"``.
@@ -126,14 +128,15 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         Thresholds in [0, 1]. The gate calls an image normal below ``t_low``, anomalous above
         ``t_high``, and leaves it to the heatmap model between. By default ``fit`` chooses both.
     max_missed : float, default=0.01
-        Share of anomalous images that the gate may lose, in (0, 1): call normal, where the heatmap
-        model would have found them. ``t_low`` keeps it with 95 % confidence, for anomalies such
-        as those held out.
+        Largest share of anomalous images that the gate may miss, in (0, 1). The gate misses an
+        image if it calls it normal and the heatmap model would have found the anomaly. ``t_low``
+        keeps this share with 95 % confidence, for anomalies such as those held back.
     false_alarm_rate : float, default=0.01
         Share of future normal images that gate and heatmap model together may call anomalous,
         in (0, 1).
     calibration : {"temperature", "isotonic"}, default="temperature"
-        How the gate's output becomes a probability, on held-out images.
+        How the gate's output becomes a probability; fitted on images that the gate's head was not
+        fitted on.
     class_weight : {"balanced"}, dict or None, default="balanced"
         Weights of the classes 0 (normal) and 1 in the gate, as in scikit-learn.
     maps : {"escalated", "always"}, default="escalated"
@@ -146,7 +149,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
     device, dtype, engine, batch_size, on_error, max_pixels, verbose
         Options of the gate, as in :class:`~anomalib_lite.PatchCore`; a ``detector`` has its own.
     random_state : int, RandomState or None, default=0
-        Seed of the split into images to train on and to hold out, of synthetic anomalies, and of
+        Seed of the split into images to train on and to hold back, of synthetic anomalies, and of
         ``training="finetune"``.
 
     Attributes
@@ -161,18 +164,18 @@ class GatedCascade(DetectorMixin, BaseEstimator):
     threshold_ : float
         0.5. An image with a larger score is called anomalous.
     calibration_probabilities_, calibration_detector_scores_ : ndarray of shape (n,), float64
-        What gate and heatmap model say of the normal images held out for the thresholds.
+        Gate probabilities and heatmap scores of the normal images held back for the thresholds.
     anomaly_probabilities_, anomaly_detector_scores_ : ndarray of shape (m,), float64
-        What they say of the anomalies held out for ``t_low``. A score is NaN where the probability
-        is so large that the score does not matter.
+        The same of the anomalies held back for ``t_low``. A score is NaN if the probability is so
+        large that ``t_low`` cannot depend on the score.
     synthetic_ : bool
-        Whether these anomalies are synthetic, since labelled ones were none or too few.
+        Whether these anomalies are synthetic, because there were no or too few labelled ones.
     skipped_ : list of (str, str)
         Name and reason of each training image that the gate left out.
 
     Notes
     -----
-    A fifth to half of the normal images, as many as ``false_alarm_rate`` needs, are held out for
+    A fifth to half of the normal images, as many as ``false_alarm_rate`` needs, are held back for
     the thresholds. The heatmap model is fitted on the others. The gate is fitted on three quarters
     of these, and its probability is calibrated on the last quarter. ``Whitening`` in
     :mod:`anomalib_lite.cascade.gate` says what the gate sees of an image; ``calibrate_routing``,
@@ -258,15 +261,15 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         images
             As in :meth:`PatchCore.fit <anomalib_lite.PatchCore.fit>`; at least 8 normal ones.
         y : array of shape (N,), optional
-            0 for normal, 1 for anomalous. The gate learns to tell them apart; the heatmap model
-            is fitted on normal images alone. Where there are no anomalies, or fewer than twice
-            what ``max_missed`` needs, more are made from the normal images by
+            0 for normal, 1 for anomalous. The gate learns to tell them apart. The heatmap model
+            is fitted on normal images alone. If there are no anomalies, or fewer than twice as
+            many as ``max_missed`` needs, synthetic ones are added, made from the normal images by
             :class:`~anomalib_lite.synthetic.SyntheticAnomalies`.
         groups : sequence of N int or str, optional
-            The part that each image shows, as in scikit-learn's splitters; at least 8 parts must
-            have normal images. Without groups, if a part is photographed several times, images
-            held out are near copies of those in training, and the thresholds are too low for
-            parts to come.
+            The part that each image shows, as in scikit-learn's splitters. At least 8 parts must
+            have normal images. Give it if parts are photographed several times: without groups,
+            images held back would be near copies of training images, and the thresholds too low
+            for new parts.
 
         Returns
         -------
@@ -300,13 +303,13 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         gate, subsets, skipped = self._gate_training().fit(source, split, random)
         seed = random.randint(2**31)
         detector = fit_detector(self._heatmap_model(), subsets.detector_normal.images)
-        normal_p, normal_s = score_held_out_normal(gate, detector, subsets.held_out_normal)
+        normal_p, normal_s = score_held_back_normal(gate, detector, subsets.held_back_normal)
         routing = calibrate_routing(normal_p, normal_s, self.false_alarm_rate, t_high=self.t_high)
-        anomaly_p, anomaly_s = score_held_out_anomalies(
+        anomaly_p, anomaly_s = score_held_back_anomalies(
             gate,
             detector,
-            subsets.held_out_normal,
-            subsets.held_out_anomalous,
+            subsets.held_back_normal,
+            subsets.held_back_anomalous,
             threshold=routing.threshold,
             max_missed=self.max_missed,
             seed=seed,
@@ -318,7 +321,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             "calibration_detector_scores_": normal_s,
             "anomaly_probabilities_": anomaly_p,
             "anomaly_detector_scores_": anomaly_s,
-            "synthetic_": not len(subsets.held_out_anomalous),
+            "synthetic_": not len(subsets.held_back_anomalous),
             "skipped_": [(source.names[i], reason) for i, reason in sorted(skipped)],
         }
         routing, shortfalls = self._route(fitted, self.t_low, self.t_high)
@@ -333,8 +336,9 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         Parameters
         ----------
         t_low, t_high : float, optional
-            New values of the parameters of the class; None means: choose it. The threshold of the
-            heatmap model is adapted, so that ``false_alarm_rate`` holds.
+            New values of these parameters of the class; None means that the threshold is chosen
+            automatically. The threshold of the heatmap model is adapted, so that
+            ``false_alarm_rate`` holds.
 
         Returns
         -------
@@ -351,7 +355,8 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         Warns
         -----
         CalibrationWarning
-            As :meth:`fit`, or if ``t_high`` alone spends all of ``false_alarm_rate``.
+            As :meth:`fit`, or if ``t_high`` alone makes all the false alarms that
+            ``false_alarm_rate`` allows.
         """
         self._check_fitted()
         check_thresholds(t_low, t_high)
@@ -426,7 +431,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         Parameters
         ----------
         images
-            As in :meth:`fit`, but others than it was fitted on.
+            As in :meth:`fit`, but images that it was not fitted on.
         y : array of shape (N,)
             0 for normal, 1 for anomalous.
         t_low, t_high : sequences of float in [0, 1], optional
@@ -460,7 +465,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         kept = ~np.isnan(s)
         if not kept.any():
             raise InvalidValueError(f"{_WHERE}: sweep could use none of {len(p)} images.")
-        held_out, rate = self.calibration_probabilities_, self.false_alarm_rate
+        held_back, rate = self.calibration_probabilities_, self.false_alarm_rate
         return sweep_routings(
             [self._route(vars(self), low, high)[0] for low, high in pairs],
             p[kept],
@@ -468,7 +473,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             truth[kept],
             gate_ms=gate_ms,
             detector_ms=detector_ms,
-            keeps_rate=[leaves_false_alarms(held_out, rate, high) for _, high in pairs],
+            keeps_rate=[leaves_false_alarms(held_back, rate, high) for _, high in pairs],
             alone=self._route(vars(self), 0.0, 1.0)[0],
         )
 
@@ -553,19 +558,19 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         normal = f"below {routing.t_low:.3g}" if routing.t_low > 0 else "never"
         anomalous = f"above {routing.t_high:.3g}" if routing.t_high < 1 else "never"
         if routing.t_low == 0:
-            lost = "nothing, since it calls no image normal"
+            missed = "nothing, since it calls no image normal"
         elif self.t_low is not None:
-            lost = "as many as lie below the t_low given: nothing is promised of them"
+            missed = "as many as lie below the t_low given: nothing is promised of them"
         else:
-            kind = "made-up" if self.synthetic_ else "given"
-            lost = (
+            kind = "synthetic" if self.synthetic_ else "given"
+            missed = (
                 f"at most {self.max_missed:.3g} of anomalies such as the "
-                f"{len(self.anomaly_probabilities_):,} {kind} ones held out (95 % confidence)"
+                f"{len(self.anomaly_probabilities_):,} {kind} ones held back (95 % confidence)"
             )
         where = f"{backbone.device}, {dtype}"
         return [
             ("gate", f"{self.gate} ({where}): normal {normal}, anomalous {anomalous}"),
-            ("gate loses", lost),
+            ("gate misses", missed),
             *self.detector_._summary_lines(),
         ]
 
@@ -597,7 +602,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         arrays, gate = self.gate_.to_save().to_arrays()
-        arrays |= {name.rstrip("_"): getattr(self, name) for name in _HELD_OUT}
+        arrays |= {name.rstrip("_"): getattr(self, name) for name in _HELD_BACK}
         return arrays, {
             "gate": gate,
             "routing": {name: float(value) for name, value in vars(self.routing_).items()},
@@ -609,7 +614,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         self._saved_gate = SavedGate.from_arrays(arrays, state["gate"])  # until its network is open
         self.routing_ = Routing(**{name: float(v) for name, v in state["routing"].items()})
         self.synthetic_ = bool(state["synthetic"])
-        for name in _HELD_OUT:
+        for name in _HELD_BACK:
             setattr(self, name, np.asarray(arrays[name.rstrip("_")], np.float64))
 
     @classmethod

@@ -32,10 +32,10 @@ __all__ = [
 _WHERE = "GatedCascade"
 ROUTES = ("gate_normal", "gate_anomalous", "detector")
 _ABOVE_HALF = np.nextafter(np.float32(0.5), np.float32(1))
-# Confidence of the bound on lost anomalies.
+# Confidence of the bound on missed anomalies.
 CONFIDENCE = 0.95
-# Share of the allowed false alarms that the gate may make by itself: it sees what is unlike
-# anything before, the heatmap model what is small.
+# Share of the allowed false alarms that the gate may make by itself. The gate is good at images
+# unlike any seen before, the heatmap model at small defects, so both get some.
 _GATE_SHARE = 0.5
 
 
@@ -74,7 +74,7 @@ def _threshold_list(values: Any) -> list[float] | None:
 
 @dataclass(frozen=True)
 class Routing:
-    """Says who decides about an image, and turns the decision into a score.
+    """Thresholds of a cascade: which model decides about an image, and the score that follows.
 
     Attributes
     ----------
@@ -88,15 +88,16 @@ class Routing:
     Notes
     -----
     With the gate's probability p, the heatmap model's score s and :math:`z = (s - \\tau) / c`,
-    c the ``scale``, the score of an image is
+    and c the ``scale``, the score of an image is
 
     .. math::
         p / (4 t_{low}) & \\quad p < t_{low} \\text{: in } [0, 1/4) \\\\
         1/2 + z / (4 + 4 |z|) & \\quad \\text{between: in } (1/4, 3/4) \\\\
         1 - (1 - p) / (4 - 4 t_{high}) & \\quad p > t_{high} \\text{: in } (3/4, 1]
 
-    so it exceeds 1/2 exactly if the image is called anomalous, it grows with what decided, and
-    what the gate was sure of lies outside of what it was not sure of.
+    It exceeds 1/2 exactly if the image is called anomalous. It grows with the value that decided:
+    p on the gate's routes, s between. Scores of images that the gate decided lie below or above
+    all scores of images that the heatmap model decided.
 
     Examples
     --------
@@ -123,7 +124,7 @@ class Routing:
         return routes
 
     def scores(self, probabilities: np.ndarray, detector_scores: np.ndarray) -> np.ndarray:
-        """Return scores (N,), float32; ``detector_scores`` count only where the route says so."""
+        """Return scores (N,), float32; ``detector_scores`` count on the route "detector" alone."""
         p = np.asarray(probabilities, np.float64)
         z = (np.asarray(detector_scores, np.float64) - self.threshold) / self.scale
         scores = 0.5 + z / (4 + 4 * np.abs(z))
@@ -137,17 +138,17 @@ class Routing:
 
 
 def min_anomalies(max_missed: float) -> int:
-    r"""Return the smallest number of held-out anomalies that can show a share of ``max_missed``.
+    r"""Return the least number of held-back anomalies that can show a share of ``max_missed``.
 
     Parameters
     ----------
     max_missed : float
-        Share of anomalies that may be lost, in (0, 1).
+        Share of anomalies that the gate may miss, in (0, 1).
 
     Returns
     -------
     int
-        The least n for which n anomalies, none of them lost, bound the share with 95 %
+        The least n for which n anomalies, none of them missed, bound the share with 95 %
         confidence: :math:`(1 - q)^n \le 0.05`.
 
     Examples
@@ -159,7 +160,7 @@ def min_anomalies(max_missed: float) -> int:
 
 
 def max_losses(n: int, max_missed: float) -> int:
-    r"""Return how many of n held-out anomalies may be lost, if ``max_missed`` is to be shown.
+    r"""Return how many of n held-back anomalies may be missed, if ``max_missed`` is to be shown.
 
     Returns
     -------
@@ -189,7 +190,8 @@ def calibrate_routing(
     Parameters
     ----------
     probabilities, detector_scores : arrays of shape (n,)
-        What the gate and the heatmap model say of normal images that neither learned from.
+        The gate's probabilities and the heatmap model's scores of normal images that neither
+        learned from.
     false_alarm_rate : float
         Share of future normal images that may be called anomalous, in (0, 1).
     t_low : float, default=0
@@ -200,25 +202,27 @@ def calibrate_routing(
     Returns
     -------
     Routing
-        If there are too few images for the rate, or if the given ``t_high`` spends all of it, the
-        rate is not kept: :func:`rate_shortfall` says so.
+        It does not keep the rate if there are too few images for it, or if the given ``t_high``
+        alone makes all of the allowed false alarms: :func:`rate_shortfall` says so.
 
     Notes
     -----
     Of n + 1 exchangeable normal images, :math:`a = \lfloor (n + 1) \alpha \rfloor` may be
     called anomalous. The gate gets :math:`a_g = \lfloor a / 2 \rfloor` of them: ``t_high`` is
     the :math:`a_g`-th largest probability, or 1 where it gets none. The threshold is the
-    :math:`(a - a_g)`-th largest score among the images that are not above ``t_high``. Were
-    each of the n + 1 images judged by thresholds from the n others, the gate could exceed its
-    ``t_high`` for the :math:`a_g` most probable ones alone. For all others the images above
-    ``t_high`` are the same, so at most :math:`a - a_g` of them have a score above the threshold.
-    Hence a future normal image is called anomalous with a probability of at most
-    :math:`a / (n + 1) \le \alpha`, as in
-    :func:`~anomalib_lite.calibration.conformal_threshold`. What the gate calls normal, and the
-    heatmap model would not, only lowers that: so ``t_low`` may depend on the same images.
+    :math:`(a - a_g)`-th largest score among the images that are not above ``t_high``.
 
-    The threshold is at least the median score of all n images: where the gate lets hardly any
-    normal image through, the few that it does say nothing of what is anomalous.
+    Why the rate holds: judge each of the n + 1 images by the thresholds computed from the n
+    others. Only the :math:`a_g` images with the largest probabilities can exceed their
+    ``t_high``. For every other image, the set of images above ``t_high`` is the same one, so at
+    most :math:`a - a_g` of them have a score above their threshold. So at most a of the n + 1
+    images are called anomalous, and a future normal image is, with a probability of at most
+    :math:`a / (n + 1) \le \alpha`, as in
+    :func:`~anomalib_lite.calibration.conformal_threshold`. Normal images below
+    ``t_low`` can only lower that rate, so ``t_low`` may depend on the same images.
+
+    The threshold is at least the median score of all n images. Otherwise, if almost all normal
+    images are above ``t_high``, the few that are left would set a much too low threshold.
 
     Examples
     --------
@@ -236,7 +240,7 @@ def calibrate_routing(
     median = float(np.median(s))
     seen = np.sort(np.where(p <= t_high, s, -np.inf))
     threshold = max(float(seen[-max(1, allowed - by_gate)]), median)
-    # From the usual score to the unusual one; any scale will do where they are equal.
+    # From a typical score to the threshold; if both are equal, any scale above 0 will do.
     scale = (threshold - median) or abs(threshold) or 1.0
     return Routing(float(t_low), float(t_high), threshold, scale)
 
@@ -247,11 +251,16 @@ def rate_shortfall(probabilities: np.ndarray, false_alarm_rate: float, t_high: f
     Parameters
     ----------
     probabilities : array of shape (n,)
-        The gate's, of the images that :func:`calibrate_routing` was given.
+        The gate's probabilities of the images that :func:`calibrate_routing` was given.
     false_alarm_rate : float
-        The rate that it was given.
+        Rate that it was given.
     t_high : float
-        The threshold that it chose, or was given.
+        Threshold that it chose, or was given.
+
+    Returns
+    -------
+    str or None
+        Text of a warning.
 
     Examples
     --------
@@ -267,7 +276,7 @@ def rate_shortfall(probabilities: np.ndarray, false_alarm_rate: float, t_high: f
     reason = f"needs {math.ceil(1 / false_alarm_rate - 1 - 1e-9)} normal images, got {n}"
     if by_gate:
         reason = (
-            f"is spent by t_high alone, above which {by_gate} of {n} held-out normal images lie"
+            f"is spent by t_high alone, above which {by_gate} of {n} held-back normal images lie"
         )
     return (
         f"false_alarm_rate={false_alarm_rate:g} {reason}; the heatmap model's threshold is the "
@@ -279,8 +288,8 @@ def rate_shortfall(probabilities: np.ndarray, false_alarm_rate: float, t_high: f
 def leaves_false_alarms(probabilities: np.ndarray, false_alarm_rate: float, t_high: float) -> bool:
     """Tell whether ``t_high`` leaves the heatmap model some of the allowed false alarms.
 
-    ``probabilities`` (n,) are the gate's, of held-out normal images. If they are too few to allow
-    one false alarm, tell whether the gate makes none.
+    ``probabilities`` (n,) are the gate's probabilities of the held-back normal images. If they are
+    too few to allow one false alarm, return whether the gate makes none.
 
     Examples
     --------
@@ -300,43 +309,44 @@ def _allowed(n: int, false_alarm_rate: float) -> int:
 def choose_t_low(
     probabilities: np.ndarray, detector_scores: np.ndarray, routing: Routing, max_missed: float
 ) -> float:
-    """Choose the largest ``t_low`` by which at most ``max_missed`` of all anomalies are lost.
+    """Choose the largest ``t_low`` with which the gate misses at most a share ``max_missed``.
 
-    An anomaly is lost if the gate calls it normal and the heatmap model would have called it
-    anomalous. One that neither of them finds is not lost by the gate.
+    The gate misses an anomaly if it calls it normal and the heatmap model would have called it
+    anomalous. An anomaly that neither of them finds does not count.
 
     Parameters
     ----------
     probabilities, detector_scores : arrays of shape (n,)
-        What the gate and the heatmap model say of anomalies that neither learned from. A score of
-        NaN, where the heatmap model was not asked, counts as found.
+        The gate's probabilities and the heatmap model's scores of anomalies that neither learned
+        from. A score of NaN (the heatmap model was not run) counts as found.
     routing : Routing
-        Holds the heatmap model's threshold, and ``t_high``, which is not exceeded.
+        Holds the heatmap model's threshold, and ``t_high``, which ``t_low`` does not exceed.
     max_missed : float
-        Share of anomalies that may be lost, in (0, 1).
+        Share of anomalies that the gate may miss, in (0, 1).
 
     Returns
     -------
     float
-        0 if there are too few anomalies to show anything: then the gate calls no image normal, and
-        :func:`anomaly_shortfall` says so.
+        0 if there are too few anomalies to show the share. Then the gate calls no image normal,
+        and :func:`anomaly_shortfall` says so.
 
     Notes
     -----
     Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of the
-    binomial", Biometrika 1934: of n anomalies, k may be lost, the largest k that still bounds the
-    share below ``max_missed``. The (k + 1)-th smallest probability of those that the heatmap model
-    finds is returned, or the largest of all if it finds no more than k. Over the draw of the n,
-    more than that share is lost in at most 5 % of all cases, whatever the distribution.
+    binomial", Biometrika 1934: of n anomalies, k may be missed, the largest k that still bounds
+    the share below ``max_missed``. The (k + 1)-th smallest probability of those that the heatmap
+    model finds is returned, or the largest of all if it finds no more than k. Over the draw of the
+    n anomalies, the gate misses more than that share in at most 5 % of all cases, for any
+    distribution.
 
     Examples
     --------
     >>> import numpy as np
     >>> routing = Routing(t_low=0.0, t_high=1.0, threshold=3.0, scale=1.0)
     >>> p = 0.1 + 0.01 * np.arange(46)
-    >>> choose_t_low(p, np.full(46, 5.0), routing, 0.1)  # of 46, one may be lost
+    >>> choose_t_low(p, np.full(46, 5.0), routing, 0.1)  # of 46, one may be missed
     0.11
-    >>> choose_t_low(p, np.repeat([1.0, 5.0], [16, 30]), routing, 0.1)  # 16 nobody finds
+    >>> choose_t_low(p, np.repeat([1.0, 5.0], [16, 30]), routing, 0.1)  # 16 no model finds
     0.27
     """
     p, s = np.asarray(probabilities, np.float64), np.asarray(detector_scores, np.float64)
@@ -349,19 +359,19 @@ def choose_t_low(
 
 
 def anomaly_shortfall(n: int, max_missed: float) -> str | None:
-    """Say that n held-out anomalies are too few for ``max_missed``; None if they are enough.
+    """Say that n held-back anomalies are too few for ``max_missed``; None if they are enough.
 
     Examples
     --------
     >>> anomaly_shortfall(299, 0.01) is None
     True
-    >>> anomaly_shortfall(9, 0.01)[:56]
-    'max_missed=0.01 needs 299 held-out anomalies to be shown'
+    >>> anomaly_shortfall(9, 0.01)[:57]
+    'max_missed=0.01 needs 299 held-back anomalies to be shown'
     """
     needed = min_anomalies(max_missed)
     if n >= needed:
         return None
     return (
-        f"max_missed={max_missed:g} needs {needed} held-out anomalies to be shown, got {n}; t_low "
+        f"max_missed={max_missed:g} needs {needed} held-back anomalies to be shown, got {n}; t_low "
         "is 0, so the gate calls no image normal. Raise max_missed, or set t_low."
     )

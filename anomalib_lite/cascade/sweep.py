@@ -34,13 +34,14 @@ class Sweep:
         One for each pair: ``t_low``, ``t_high``, ``accuracy``, ``precision``, ``recall``, ``f1``,
         ``false_alarm_rate``, ``auroc``, ``ap``, ``heatmap_call_rate`` (share of images for which
         the heatmap model must run), ``recall_lost`` (share of anomalous images that the gate
-        calls normal and the heatmap model would have found), ``ms_per_image`` (measured here),
-        ``keeps_rate`` (whether ``t_high`` leaves room for the ``false_alarm_rate`` of the cascade,
-        by the normal images held out in its fit), and ``pareto``. A pair is on the Pareto front
-        if it keeps the rate, and no other pair that keeps it has more recall for no more heatmap
-        calls, or fewer calls for no less recall; of pairs equal in both, only the first of those
-        with the fewest false alarms is. A figure without a value, as the AUROC of one class, is
-        NaN.
+        misses: it calls them normal and the heatmap model would have found them),
+        ``ms_per_image`` (measured here), ``keeps_rate`` (whether ``t_high`` leaves the heatmap
+        model any of the false alarms that ``false_alarm_rate`` allows, counted on the normal
+        images held back in ``fit``), and ``pareto``. A pair is on the Pareto front if it keeps the
+        rate and no other pair that keeps it is better: more recall for at most as many heatmap
+        calls, or fewer calls for at least as much recall. Of pairs equal in both, only the one with
+        the fewest false alarms is on the front (the first, if several have equally few). A figure
+        without a value, such as the AUROC of one class, is NaN.
     gate_ms, detector_ms : float
         Milliseconds that the gate and the heatmap model took for an image.
     alone : dict or None
@@ -220,7 +221,7 @@ def sweep_routings(
     for row, keeps in zip(rows, keeps_rate or [True] * len(rows), strict=True):
         row["ms_per_image"] = gate_ms + row["heatmap_call_rate"] * detector_ms
         row["keeps_rate"] = keeps
-    # A gate that calls everything anomalous has full recall without a call: no use to anyone.
+    # Without this, a gate that calls every image anomalous would have full recall and no calls.
     eligible = [row for row in rows if row["keeps_rate"]]
     by_alarms = sorted(eligible, key=lambda row: row["false_alarm_rate"])
     first: dict[tuple[float, float], int] = {}

@@ -58,7 +58,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--ignore-mask",
         metavar="FILE",
-        help="regions that nobody looks at: an image, not black there, or JSON with polygons",
+        help="regions to ignore: an image, not black there, or JSON with polygons",
     )
     for name, (kind, default, text) in ALL_FIT_OPTIONS.items():
         parser.add_argument(

@@ -118,7 +118,7 @@ CASCADE_OPTIONS: dict[str, Option] = {
     "gate_image_size": (_image_size, 160, "GatedCascade: image size of the gate"),
     "gate_training": (str, "head", "GatedCascade: head, or finetune to train its network as well"),
     "gate_epochs": (int, 20, "GatedCascade: number of epochs of finetune"),
-    "max_missed": (float, 0.01, "GatedCascade: share of anomalous images that the gate may lose"),
+    "max_missed": (float, 0.01, "GatedCascade: share of anomalous images that the gate may miss"),
     "t_low": (float, None, "GatedCascade: the gate says normal below (default: chosen)"),
     "t_high": (float, None, "GatedCascade: the gate says anomalous above (default: chosen)"),
 }

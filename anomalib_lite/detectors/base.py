@@ -213,7 +213,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         y : array of shape (N,), optional
             0 (or False) for normal, 1 (or True) for anomalous. Anomalous images are left out.
         ignore_mask : array (H, W), PIL image, path, polygons, or N of them, optional
-            Regions that nobody looks at, in fitting, calibration, scores and heatmaps: one for all
+            Regions to ignore, in fitting, calibration, scores and heatmaps: one for all
             images, which is saved with the detector and holds for every image from then on; or one
             (or None) for each. What is not 0 is ignored; see
             :func:`~anomalib_lite.images.ignore_mask.read_ignore_mask`.
@@ -336,7 +336,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         maps : bool, default=True
             Whether to make heatmaps, of (H, W) floats an image.
         ignore_mask : optional
-            Regions that nobody looks at, as in :meth:`fit`; by default those that :meth:`fit` was
+            Regions to ignore, as in :meth:`fit`; by default those that :meth:`fit` was
             given for all images. Heatmaps are 0 there. Nothing in these regions has any effect:
             they are gray before the image is resized and goes through the backbone, in fitting too.
 

@@ -71,7 +71,7 @@ class Batch:
     sizes : list of (H, W)
         Original sizes in pixels, after any EXIF rotation.
     ignored : sequence of B IgnoreMask or None
-        Regions of the images that nobody looks at; empty if there are none.
+        Regions of the images to ignore; empty if there are none.
     """
 
     indices: list[int]
@@ -143,7 +143,7 @@ class ImageSource(Sequence[np.ndarray]):
         return source
 
     def ignored_in(self, index: int) -> IgnoreMask | None:
-        """Return the regions of one image that nobody looks at."""
+        """Return the regions of one image to ignore."""
         return self.ignored[index] if isinstance(self.ignored, list) else self.ignored
 
     def load(

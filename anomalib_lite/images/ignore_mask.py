@@ -1,4 +1,4 @@
-"""A mask, a file or polygons -> the regions of an image that nobody looks at."""
+"""A mask, a file or polygons -> the regions of an image to ignore."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MOST_KEPT = 8
 
 
 class IgnoreMask:
-    """Regions of an image that nobody looks at: a fixture, a label, a reflection.
+    """Regions of an image to ignore: a fixture, a label, a reflection.
 
     Parameters
     ----------
     mask : array of shape (H, W), bool, optional
-        True where nobody looks. For images of this size.
+        True where pixels are ignored. For images of this size.
     polygons : sequence of K sequences of (x, y), optional
         Corners in pixels, from the left and from the top. For images of any size.
 

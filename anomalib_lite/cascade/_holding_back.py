@@ -1,4 +1,4 @@
-"""Labels and groups of images -> which of them train, and which are held out."""
+"""Labels and groups of images -> which images train, and which are held back."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def group_ids(groups: Any, n: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some of the images, with the features (n, d) that the gate sees of them."""
+    """Some of the images, with their features (n, d) by the gate's encoder."""
 
     images: ImageSource
     features: np.ndarray
@@ -65,19 +65,19 @@ class Subset:
 
 @dataclass(frozen=True)
 class Subsets:
-    """The images that can be used, by what they are for; fields as in :class:`Split`."""
+    """The images that can be used, by purpose; fields as in :class:`Split`."""
 
     head_normal: Subset
     head_anomalous: Subset
     calibration_normal: Subset
     detector_normal: Subset
-    held_out_normal: Subset
-    held_out_anomalous: Subset
+    held_back_normal: Subset
+    held_back_anomalous: Subset
 
 
 @dataclass(frozen=True)
 class Split:
-    """Positions of images, by what they are for.
+    """Positions of images, by purpose.
 
     Attributes
     ----------
@@ -88,10 +88,10 @@ class Split:
     calibration_normal : ndarray of int
         Normal images for the calibration of the gate's probability.
     detector_normal : ndarray of int
-        Normal images for the heatmap model: those of the gate, too.
-    held_out_normal : ndarray of int
+        Normal images for the heatmap model: all that train or calibrate the gate.
+    held_back_normal : ndarray of int
         Normal images for the thresholds.
-    held_out_anomalous : ndarray of int
+    held_back_anomalous : ndarray of int
         Labelled anomalies for the calibration and for ``t_low``; empty if they are too few.
     """
 
@@ -100,8 +100,8 @@ class Split:
     head_anomalous: np.ndarray
     calibration_normal: np.ndarray
     detector_normal: np.ndarray
-    held_out_normal: np.ndarray
-    held_out_anomalous: np.ndarray
+    held_back_normal: np.ndarray
+    held_back_anomalous: np.ndarray
 
     def subsets(
         self, source: ImageSource, features: np.ndarray, skipped: list[tuple[int, str]]
@@ -120,7 +120,7 @@ class Split:
             if needed and not len(left):
                 raise InvalidValueError(
                     f"{_WHERE}: too few of {len(source)} images could be used to learn from and "
-                    f"to hold out; the first that could not: {skipped[0][1]}"
+                    f"to hold back; the first that could not: {skipped[0][1]}"
                 )
             return Subset(source.take(left), features[left])
 
@@ -129,8 +129,8 @@ class Split:
             head_anomalous=subset(self.head_anomalous, needed=len(self.head_anomalous) > 0),
             calibration_normal=subset(self.calibration_normal),
             detector_normal=subset(self.detector_normal),
-            held_out_normal=subset(self.held_out_normal),
-            held_out_anomalous=subset(self.held_out_anomalous, needed=False),
+            held_back_normal=subset(self.held_back_normal),
+            held_back_anomalous=subset(self.held_back_anomalous, needed=False),
         )
 
 
@@ -144,20 +144,20 @@ def draw_split(
     halve: bool,
     random: np.random.RandomState,
 ) -> Split:
-    """Draw what each image is for, whole groups at a time.
+    """Draw the purpose of each image, for whole groups at a time.
 
     Parameters
     ----------
     normal, anomalous : ndarray of int
         Positions of the images of each class.
     groups : ndarray of shape (N,), int
-        Group of each image. Those held out have one image of each group, so that groups, not
-        images, are exchangeable.
+        Group of each image. Of each group held back one image is used, so that the images held
+        back are exchangeable with the images of new groups.
     false_alarm_rate, max_missed : float
-        As in :class:`~anomalib_lite.GatedCascade`: they say how many to hold out.
+        As in :class:`~anomalib_lite.GatedCascade`; they determine how many are held back.
     halve : bool
-        Whether the gate's head needs other images than its encoder: a detector's scores of images
-        that it was fitted on would be too low.
+        Whether the gate's head gets other images than its encoder. It must if the encoder is a
+        detector: its scores of images that it was fitted on are too low.
     random : RandomState
     """
     order = random.permutation(np.unique(groups[normal]))
@@ -165,16 +165,16 @@ def draw_split(
     if n < _FEWEST:
         raise InvalidValueError(
             f"{_WHERE}: fit needs at least {_FEWEST} normal images, of different parts if groups "
-            f"are given, to learn from and to hold out, got {n}. Give more."
+            f"are given, to learn from and to hold back, got {n}. Give more."
         )
-    n_held_out = min(max(calibration_size(false_alarm_rate), n // 5), n // 2)
-    n_train = n - n_held_out - (n - n_held_out) // 4
+    n_held_back = min(max(calibration_size(false_alarm_rate), n // 5), n // 2)
+    n_train = n - n_held_back - (n - n_held_back) // 4
     anomalous_order = random.permutation(np.unique(groups[anomalous]))
     half = len(anomalous_order) // 2
-    # If half of the labelled anomalies could show nothing, all are of more use in training.
+    # If half of the labelled anomalies are too few for max_missed, all of them train.
     n_anomalous = len(anomalous_order) - (half if half >= min_anomalies(max_missed) else 0)
     train = _images_of(order[:n_train], normal, groups)
-    calibration = _images_of(order[n_train : n - n_held_out], normal, groups)
+    calibration = _images_of(order[n_train : n - n_held_back], normal, groups)
     n_encoder = len(train) // 2 if halve else 0
     return Split(
         encoder_normal=train[:n_encoder] if halve else train,
@@ -182,8 +182,8 @@ def draw_split(
         head_anomalous=_images_of(anomalous_order[:n_anomalous], anomalous, groups),
         calibration_normal=calibration,
         detector_normal=np.concatenate([train, calibration]),
-        held_out_normal=_one_of_each(order[n - n_held_out :], normal, groups, random),
-        held_out_anomalous=_one_of_each(anomalous_order[n_anomalous:], anomalous, groups, random),
+        held_back_normal=_one_of_each(order[n - n_held_back :], normal, groups, random),
+        held_back_anomalous=_one_of_each(anomalous_order[n_anomalous:], anomalous, groups, random),
     )
 
 
