@@ -365,13 +365,7 @@ default="max"
         """Add a coreset of the patches to the bank; return which of them were kept, if known."""
         bank = getattr(self, "memory_bank_", None)
         device, kept = device_of(self.device, "PatchCore"), None
-        if self.coreset_ratio is not None:
-            self.coreset_ratio_ = float(self.coreset_ratio)
-        elif bank is None and accumulated.thinned:
-            self.coreset_ratio_ = accumulated.ratio
-        elif bank is None:  # those held back will add as large a share
-            patches = accumulated.n_seen * accumulated.n_to_come / accumulated.n_images
-            self.coreset_ratio_ = min(1.0, self.coreset_size / max(1.0, patches))
+        self.coreset_ratio_ = self._ratio_to_keep(accumulated)
         if accumulated.thinned:
             rows = accumulated.rows.copy()  # without the room that was kept for more
             radius = accumulated.radius
@@ -419,6 +413,17 @@ default="max"
         assert self.position_window is not None
         reach = window_reach(cells, grid, int(self.position_window), self.n_neighbors)
         return WindowedBank(**self._bank_parameters(device)).fit(rows).place(cells, reach)
+
+    def _ratio_to_keep(self, accumulated: AllPatches | PatchAccumulator) -> float:
+        """Return the share of the patches to keep; images held back will add as large a share."""
+        if self.coreset_ratio is not None:
+            return float(self.coreset_ratio)
+        if hasattr(self, "coreset_ratio_"):  # of the images before
+            return self.coreset_ratio_
+        if isinstance(accumulated, PatchAccumulator) and accumulated.thinned:
+            return accumulated.ratio
+        patches = accumulated.n_seen * accumulated.n_to_come / accumulated.n_images
+        return min(1.0, self.coreset_size / max(1.0, patches))
 
     def _extend(self, rows: np.ndarray, radius: float, cells: np.ndarray | None) -> None:
         old = self.memory_bank_
