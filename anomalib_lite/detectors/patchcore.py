@@ -21,6 +21,12 @@ from anomalib_lite._validation import (
 )
 from anomalib_lite.anomaly_map import check_image_score, image_scores, reweight
 from anomalib_lite.coreset import METHODS, coreset_size, select_coreset
+from anomalib_lite.detectors._foreground import (
+    PatchSample,
+    learn_foreground,
+    object_patches,
+    sample_bytes,
+)
 from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
 from anomalib_lite.detectors._position_window import (
     WindowedBank,
@@ -93,6 +99,11 @@ default="max"
         column, for parts that always lie in the same place. Positions are those in the grid of the
         first image fitted on, to which images of other sizes are scaled. By default a patch is
         compared with all. Needs ``index="flat"``; not with ``"reweighted"``; see Notes.
+    foreground : bool, default=False
+        Whether patches of the background score 0, for an object in the middle of the image. What
+        is background is learned from the images to fit on; an error says if they show no clear
+        object. A part that is missing at the edge of the object looks like background, and is not
+        found. See Notes.
     index : str, default="flat"
         ``"flat"`` for exact search, or a FAISS index-factory string.
     nprobe, ef_search : int, optional
@@ -149,6 +160,9 @@ default="max"
         another rate.
     n_features_ : int
         D, the length of an embedding.
+    foreground_ : ndarray of shape (D + 1,), float32
+        With ``foreground=True``: a direction, and the number above which a patch's product with
+        it lies on the object.
     n_absorbed_ : int
         Number of patches that come from calibration images: the last rows of the bank.
     backbone_ : Backbone or CompiledBackbone
@@ -209,6 +223,7 @@ default="max"
         n_neighbors: int = 1,
         image_score: str = "max",
         position_window: int | None = None,
+        foreground: bool = False,
         index: str = "flat",
         nprobe: int | None = None,
         ef_search: int | None = None,
@@ -240,6 +255,7 @@ default="max"
         self.n_neighbors = n_neighbors
         self.image_score = image_score
         self.position_window = position_window
+        self.foreground = foreground
         self.index = index
         self.nprobe = nprobe
         self.ef_search = ef_search
@@ -265,6 +281,7 @@ default="max"
         check_index(self.index, "PatchCore", nprobe=self.nprobe, efSearch=self.ef_search)
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
         check_bool("normalize", self.normalize, "PatchCore")
+        check_bool("foreground", self.foreground, "PatchCore")
         self._check_tiles()
         if self.augment is not None:
             check_augment(self.augment, "PatchCore")
@@ -314,19 +331,21 @@ default="max"
         grid = None
         if self.position_window is not None:
             grid = bank.grid if isinstance(bank, WindowedBank) else (height, width)
+        samples = bool(self.foreground) and bank is None
         if self.memory_budget is None:
-            return AllPatches(normalize=bool(self.normalize), grid=grid)
+            return AllPatches(normalize=bool(self.normalize), grid=grid, samples=samples)
         plan = plan_patches(
             check_memory("memory_budget", self.memory_budget, "PatchCore"),
             patches=height * width,
             n_features=n_features if grid is None else n_features + 4,  # with room for places
             ratio=ratio,
             n_images=n_images,
-            in_flight=in_flight,
+            in_flight=in_flight + (sample_bytes(n_features) if samples else 0),
             present=0 if bank is None else len(bank.embeddings_),
         )
         seed = int(copy.deepcopy(random).randint(2**31))  # with a budget or without: the same draws
         options: dict[str, Any] = {"normalize": bool(self.normalize), "grid": grid}
+        options["samples"] = samples
         return PatchAccumulator(n_features, self.coreset, ratio, seed, plan, **options)
 
     def _fit_accumulated(
@@ -335,6 +354,8 @@ default="max"
         """Add a coreset of the patches to the bank; return which of them were kept, if known."""
         bank, ratio = getattr(self, "memory_bank_", None), float(self.coreset_ratio)
         device, kept = device_of(self.device, "PatchCore"), None
+        if bank is None and accumulated.sample is not None:
+            self.foreground_ = learn_foreground(accumulated.sample, "PatchCore")
         if accumulated.thinned:
             rows = accumulated.rows.copy()  # without the room that was kept for more
             radius = accumulated.radius
@@ -419,6 +440,8 @@ default="max"
             neighbors = np.zeros((len(rows), self.n_neighbors), np.int64)
             distances[~ignored], neighbors[~ignored] = search(rows[~ignored], self.n_neighbors)
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
+        if self.foreground:
+            patch_scores[~object_patches(rows.reshape(E.shape), self.foreground_)] = 0
         if self.image_score != "reweighted":
             scores = self._score_maps(patch_scores)
         else:
@@ -488,6 +511,8 @@ default="max"
             arrays["index"] = serialize(bank.index_)
         if isinstance(bank, WindowedBank):
             arrays |= {"positions": bank.cells_, "reach": bank.reach_}
+        if self.foreground:
+            arrays["foreground"] = self.foreground_
         return arrays, {"covering_radius": bank.covering_radius_, "n_absorbed": self.n_absorbed_}
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
@@ -499,6 +524,10 @@ default="max"
         self.memory_bank_.covering_radius_ = float(state["covering_radius"])
         self.n_absorbed_ = int(state.get("n_absorbed", 0))  # files of 0.1.0 may not say
         self.n_features_ = self.memory_bank_.n_features_in_
+        if self.foreground:
+            self.foreground_ = arrays["foreground"]
+            if self.foreground_.shape != (self.n_features_ + 1,):
+                raise ValueError(f"foreground has shape {self.foreground_.shape}")
 
 
 @dataclass
@@ -512,12 +541,15 @@ class AllPatches(Accumulator):
     normalize: bool = False
     grid: tuple[int, int] | None = None  # in which the places of the patches are kept
     cells: np.ndarray | None = None  # where the patches lie
+    samples: bool = False  # whether to take a sample of the first images
+    sample: PatchSample | None = None
 
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
         """Return an accumulator of the shard's patches."""
         rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
         cells = None if self.grid is None else patch_cells(E, self.grid)
-        return replace(self, rows=rows, n_seen=len(rows), cells=cells)
+        sample = PatchSample.of(E, position, self.normalize) if self.samples else None
+        return replace(self, rows=rows, n_seen=len(rows), cells=cells, sample=sample)
 
     def merge(self, other: Self) -> None:
         """Take over the patches of the other; or append them, if there are some already."""
@@ -526,6 +558,8 @@ class AllPatches(Accumulator):
             self.cells = other.cells
         else:
             self.cells = np.concatenate([self.cells, other.cells])
+        if other.sample is not None:
+            self.sample = other.sample if not self.sample else self.sample.merged_with(other.sample)
         self.n_seen += other.n_seen
 
 
