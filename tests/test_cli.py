@@ -118,7 +118,7 @@ class TestFit:
             "--image-size 48x80 --layers 1,blocks.4 --n-neighbors 3 --smoothing 2 --dtype float32 "
             "--calibration leave_one_out --false-alarm-rate 0.3 --coreset-ratio 0.3 --batch-size 5 "
             "--device cpu --on-error skip --max-pixels 10_000 --random-state 7 --image-score top1% "
-            "--include-backbone"
+            "--position-window 2 --augment brightness --foreground no --include-backbone"
         )
         arguments = ["fit", str(wall / "test/good"), "-o", str(path), *options.split()]
         assert cli.main(arguments) == 0
@@ -138,6 +138,9 @@ class TestFit:
             "max_pixels": 10_000,
             "random_state": 7,
             "image_score": "top1%",
+            "position_window": 2,
+            "augment": "brightness",
+            "foreground": False,
         }
         assert {name: parameters[name] for name in expected} == expected
         assert path.stat().st_size > 5_000_000  # the file holds the network
@@ -189,6 +192,9 @@ class TestFit:
             ("--index flatt", "Did you mean 'flat'"),
             ("--layers blocks.99", "layer 'blocks.99' does not exist"),
             ("--image-size 64x64x3", "--image-size: must be a whole number or HxW"),
+            ("--foreground maybe", "--foreground: must be yes or no, got 'maybe'"),
+            ("--position-window -1", "position_window must be a whole number"),
+            ("--augment mirror", "augment must be None, one of"),
             ("--on-error ignore", "on_error must be one of"),
             ("--false-alarm-rate 2", "false_alarm_rate must be a number"),
             ("--weights no.pth --backbone resnet18", "weights file no.pth does not exist"),

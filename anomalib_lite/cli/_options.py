@@ -30,6 +30,12 @@ def _names(text: str) -> str | list[str]:
     return text.split(",") if "," in text else text
 
 
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"must be yes or no, got {text!r}")
+    return text.lower() == "yes"
+
+
 def _name_or_number(text: str) -> str | float:
     try:
         return float(text)
@@ -81,6 +87,7 @@ FIT_OPTIONS: dict[str, Option] = {
         None,
         "PatchCore: compare with patches at most so many patches away (default: with all)",
     ),
+    "foreground": (_yes_or_no, False, "PatchCore: yes lets the background score 0"),
     "index": (str, "flat", "PatchCore: flat (exact), or a FAISS index-factory string"),
     "smoothing": (float, 4.0, "smoothing of heatmaps, in pixels of the image size"),
     "false_alarm_rate": (float, 0.01, "share of future normal images called anomalous, in (0, 1)"),

@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 
 from anomalib_lite.coreset import select_coreset
+from anomalib_lite.detectors._foreground import PatchSample
 from anomalib_lite.detectors._position_window import patch_cells
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.errors import InvalidValueError
@@ -46,6 +47,8 @@ class PatchAccumulator(Accumulator):
         Number of images that are to be accumulated, and of those held back; 0 if unknown.
     grid : (h, w), optional
         Grid in which the places of the patches are kept; without one they are not.
+    samples : bool, default=False
+        Whether to take a sample of the patches of the first images.
 
     Attributes
     ----------
@@ -53,6 +56,8 @@ class PatchAccumulator(Accumulator):
         Patches that are kept.
     cells : ndarray of shape (n,), int32, or None
         Where they lie.
+    sample : PatchSample or None
+        Patches of the first images.
     thinned : bool
         Whether ``rows`` are coresets, of ``ratio`` of the patches each, or all patches.
     n_seen, n_images : int
@@ -73,9 +78,12 @@ class PatchAccumulator(Accumulator):
         normalize: bool = False,
         n_to_come: int = 0,
         grid: tuple[int, int] | None = None,
+        samples: bool = False,
     ) -> None:
         self.rows = np.empty((0, n_features), np.float32)
         self.grid, self.cells = grid, None if grid is None else np.empty(0, np.int32)
+        self.samples: bool = samples
+        self.sample: PatchSample | None = None
         self.n_seen, self.n_images, self.radius = 0, 0, 0.0
         self.n_to_come = n_to_come
         self.method, self.ratio, self.seed = method, ratio, seed
@@ -92,6 +100,8 @@ class PatchAccumulator(Accumulator):
         shard.seed = (self.seed + position) % 2**32  # each shard has draws of its own
         if self.grid is not None:
             shard.cells = patch_cells(E, self.grid)
+        if self.samples:
+            shard.sample = PatchSample.of(E, position, self.normalize)
         if self.thinned:
             kept = shard._thin(existing)
             shard.rows, shard.cells = shard.rows[kept], _of(shard.cells, kept)
@@ -108,6 +118,8 @@ class PatchAccumulator(Accumulator):
         self._append(rows)
         if self.cells is not None and cells is not None:
             self.cells = np.concatenate([self.cells, cells])
+        if other.sample is not None:
+            self.sample = other.sample if not self.sample else self.sample.merged_with(other.sample)
         self.n_seen += other.n_seen
         self.n_images += other.n_images
         self.radius = max(self.radius, other.radius)

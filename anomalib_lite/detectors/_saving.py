@@ -52,7 +52,9 @@ class SavedDetector(ABC):
         ``image_score="structure"`` ``map_threshold``, and the rest). Its tensors are
         ``calibration_scores`` (n,), ``map_statistics`` (2, 3) for ``image_score="structure"``, and
         the detector's arrays: for PatchCore ``embeddings`` (M, D)
-        float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``; for
+        float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``
+        (with ``position_window`` also ``positions`` (M,) and ``reach`` (h, w), int32; with
+        ``foreground`` also ``foreground`` (D + 1,), float32); for
         PaDiM ``mean`` (P, d) and ``factors`` (P, d (d + 1) / 2), float32, and ``components``; for
         SubspaceAD ``mean`` (D,) and ``scatter`` (D (D + 1) / 2,), float64. Names of an adapter's
         tensors begin with ``adapter.``. A cascade has the header of each of

@@ -22,6 +22,12 @@ from anomalib_lite._validation import (
 from anomalib_lite.anomaly_map import check_image_score, image_scores, reweight
 from anomalib_lite.coreset import METHODS, select_coreset
 from anomalib_lite.coreset import coreset_size as check_share
+from anomalib_lite.detectors._foreground import (
+    PatchSample,
+    learn_foreground,
+    object_patches,
+    sample_bytes,
+)
 from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
 from anomalib_lite.detectors._position_window import (
     WindowedBank,
@@ -98,6 +104,11 @@ default="max"
         column, for parts that always lie in the same place. Positions are those in the grid of the
         first image fitted on, to which images of other sizes are scaled. By default a patch is
         compared with all. Needs ``index="flat"``; not with ``"reweighted"``; see Notes.
+    foreground : bool, default=False
+        Whether patches of the background score 0, for an object in the middle of the image. What
+        is background is learned from the images to fit on; an error says if they show no clear
+        object. A part that is missing at the edge of the object looks like background, and is not
+        found. See Notes.
     index : str, default="flat"
         ``"flat"`` for exact search, or a FAISS index-factory string.
     nprobe, ef_search : int, optional
@@ -159,6 +170,9 @@ default="max"
         D, the length of an embedding.
     coreset_ratio_ : float
         Share of the patches that was kept.
+    foreground_ : ndarray of shape (D + 1,), float32
+        With ``foreground=True``: a direction, and the number above which a patch's product with
+        it lies on the object.
     n_absorbed_ : int
         Number of patches that come from calibration images: the last rows of the bank.
     backbone_ : Backbone or CompiledBackbone
@@ -186,6 +200,17 @@ default="max"
     radius is ``memory_bank_.covering_radius_``: an upper bound then, and the radius itself if all
     patches fit. The bounds of those papers, within a constant of the best, would need as many
     patches from each shard as the whole bank has.
+
+    With ``position_window``, a patch of cell c has the score :math:`\\min \\|x - m\\|` over the bank
+    patches m at most r(c) cells away in row and in column. r(c) is the window, or as much more as is
+    needed to meet ``n_neighbors`` of the patches fitted on; it stays when patches are added, so
+    scores only fall then. The coreset is chosen without regard to positions. RAD and DINOSaur
+    (arXiv:2605.24251) search in such neighbourhoods.
+
+    With ``foreground``, patches x with :math:`v \\cdot x \\le t` are background, where v is the first
+    principal component of normal patches, as in AnomalyDINO (arXiv:2405.14529), and t Otsu's cut;
+    holes of the object are filled, and one patch around it is added. The bank holds background as
+    well. Both stay when more is learned.
 
     Examples
     --------
@@ -220,6 +245,7 @@ default="max"
         n_neighbors: int = 1,
         image_score: str = "max",
         position_window: int | None = None,
+        foreground: bool = False,
         index: str = "flat",
         nprobe: int | None = None,
         ef_search: int | None = None,
@@ -252,6 +278,7 @@ default="max"
         self.n_neighbors = n_neighbors
         self.image_score = image_score
         self.position_window = position_window
+        self.foreground = foreground
         self.index = index
         self.nprobe = nprobe
         self.ef_search = ef_search
@@ -279,6 +306,7 @@ default="max"
         check_index(self.index, "PatchCore", nprobe=self.nprobe, efSearch=self.ef_search)
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
         check_bool("normalize", self.normalize, "PatchCore")
+        check_bool("foreground", self.foreground, "PatchCore")
         self._check_tiles()
         if self.augment is not None:
             check_augment(self.augment, "PatchCore")
@@ -328,8 +356,9 @@ default="max"
         grid = None
         if self.position_window is not None:
             grid = bank.grid if isinstance(bank, WindowedBank) else (height, width)
+        samples = bool(self.foreground) and bank is None
         options: dict[str, Any] = {"normalize": bool(self.normalize), "grid": grid}
-        options["n_to_come"] = n_images or 0
+        options |= {"samples": samples, "n_to_come": n_images or 0}
         if self.memory_budget is None:
             return AllPatches(**options)
         ratio = self._ratio_to_plan(None if n_images is None else n_images * height * width)
@@ -340,7 +369,7 @@ default="max"
             ratio=ratio,
             size_given=self.coreset_ratio is None,
             n_images=n_images,
-            in_flight=in_flight,
+            in_flight=in_flight + (sample_bytes(n_features) if samples else 0),
             present=0 if bank is None else len(bank.embeddings_),
         )
         seed = int(copy.deepcopy(random).randint(2**31))  # with a budget or without: the same draws
@@ -366,6 +395,8 @@ default="max"
         bank = getattr(self, "memory_bank_", None)
         device, kept = device_of(self.device, "PatchCore"), None
         self.coreset_ratio_ = self._ratio_to_keep(accumulated)
+        if bank is None and accumulated.sample is not None:
+            self.foreground_ = learn_foreground(accumulated.sample, "PatchCore")
         if accumulated.thinned:
             rows = accumulated.rows.copy()  # without the room that was kept for more
             radius = accumulated.radius
@@ -464,6 +495,8 @@ default="max"
             neighbors = np.zeros((len(rows), self.n_neighbors), np.int64)
             distances[~ignored], neighbors[~ignored] = search(rows[~ignored], self.n_neighbors)
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
+        if self.foreground:
+            patch_scores[~object_patches(rows.reshape(E.shape), self.foreground_)] = 0
         if self.image_score != "reweighted":
             scores = self._score_maps(patch_scores, ignored.reshape(E.shape[:3]))
         else:
@@ -534,6 +567,8 @@ default="max"
             arrays["index"] = serialize(bank.index_)
         if isinstance(bank, WindowedBank):
             arrays |= {"positions": bank.cells_, "reach": bank.reach_}
+        if self.foreground:
+            arrays["foreground"] = self.foreground_
         state = {"covering_radius": bank.covering_radius_, "n_absorbed": self.n_absorbed_}
         if self.coreset_ratio is None:
             state["coreset_ratio"] = self.coreset_ratio_
@@ -550,6 +585,10 @@ default="max"
         ratio = self.coreset_ratio
         self.coreset_ratio_ = float(state["coreset_ratio"] if ratio is None else ratio)
         self.n_features_ = self.memory_bank_.n_features_in_
+        if self.foreground:
+            self.foreground_ = arrays["foreground"]
+            if self.foreground_.shape != (self.n_features_ + 1,):
+                raise ValueError(f"foreground has shape {self.foreground_.shape}")
 
 
 @dataclass
@@ -565,12 +604,17 @@ class AllPatches(Accumulator):
     normalize: bool = False
     grid: tuple[int, int] | None = None  # in which the places of the patches are kept
     cells: np.ndarray | None = None  # where the patches lie
+    samples: bool = False  # whether to take a sample of the first images
+    sample: PatchSample | None = None
 
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
         """Return an accumulator of the shard's patches."""
         rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
         cells = None if self.grid is None else patch_cells(E, self.grid)
-        return replace(self, rows=rows, n_seen=len(rows), n_images=len(E), cells=cells)
+        sample = PatchSample.of(E, position, self.normalize) if self.samples else None
+        return replace(
+            self, rows=rows, n_seen=len(rows), n_images=len(E), cells=cells, sample=sample
+        )
 
     def merge(self, other: Self) -> None:
         """Take over the patches of the other; or append them, if there are some already."""
@@ -579,6 +623,8 @@ class AllPatches(Accumulator):
             self.cells = other.cells
         else:
             self.cells = np.concatenate([self.cells, other.cells])
+        if other.sample is not None:
+            self.sample = other.sample if not self.sample else self.sample.merged_with(other.sample)
         self.n_seen += other.n_seen
         self.n_images += other.n_images
 
