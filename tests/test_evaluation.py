@@ -126,6 +126,7 @@ class TestMetrics:
             "image_auroc": metrics.auroc(truth, found.scores),
             "image_ap": metrics.average_precision(truth, found.scores),
             "image_f1_max": metrics.f1_max(truth, found.scores),
+            "image_fpr_at_95_tpr": metrics.fpr_at_tpr(truth, found.scores),
             "false_alarm_rate": np.mean(found.labels[np.equal(truth, 0)]),
             "detection_rate": np.mean(found.labels[np.equal(truth, 1)]),
             **metrics.pixel_metrics(masks, list(found.maps), fpr_limit=0.3),
@@ -158,6 +159,46 @@ class TestMetrics:
         nothing = evaluate(detector, plate).metrics
         assert (nothing["false_alarm_rate"], nothing["detection_rate"]) == (0.0, 0.0)
         assert nothing["image_auroc"] == everything["image_auroc"]
+
+    def test_a_budget_keeps_no_maps_and_comes_close(self, plate: MVTecAD, report: Report) -> None:
+        streamed = evaluate(MeanImage(), plate, memory_budget="64MB")
+        assert streamed.metrics == pytest.approx(report.metrics, abs=1e-4)
+        assert streamed.counts == report.counts
+        with pytest.raises(InvalidValueError, match="memory_budget must be at least 12MB"):
+            evaluate(MeanImage(), plate, memory_budget="1MB")
+
+    @pytest.mark.parametrize("memory_budget", [None, "64MB"])
+    def test_aupimo_is_there_with_enough_normal_pixels(
+        self, plate: MVTecAD, report: Report, memory_budget: str | None
+    ) -> None:
+        assert "aupimo" not in report.metrics  # 6 good images of 960 pixels
+        good = [sample for sample in plate.test if not sample.label]
+        n_needed = -(-100_000 // (HEIGHT * WIDTH))
+        copies = [good[i % len(good)] for i in range(n_needed)]
+        samples = [*copies, *(sample for sample in plate.test if sample.label)]
+        detector = MeanImage().fit(plate.train)
+        found = evaluate(detector, samples, memory_budget=memory_budget)
+        maps, masks = detector.detect(samples).maps, [sample.mask() for sample in samples]
+        expected = metrics.aupimo(masks, list(maps))
+        assert found.metrics["aupimo"] == pytest.approx(expected, abs=1e-4)
+        assert "aupimo" not in evaluate(detector, samples[1:], memory_budget=memory_budget).metrics
+        assert "\nAUPIMO " in str(found)
+
+    def test_boxes_are_tested_by_the_pointing_game(self, plate: MVTecAD) -> None:
+        detector, n = MeanImage().fit(plate.train), len(plate.test)
+        peaks = [np.unravel_index(m.argmax(), m.shape) for m in detector.detect(plate.test).maps]
+        plate.boxes = {  # type: ignore[attr-defined]
+            sample.path: [[x, y, x + 1, y + 1] if i % 3 else [0, 0, WIDTH, HEIGHT]]
+            for i, (sample, (y, x)) in enumerate(zip(plate.test, peaks, strict=True))
+        }
+        assert evaluate(detector, plate).metrics["pointing_game"] == 1
+        for sample in plate.test[: n // 2]:  # no box is no miss
+            plate.boxes[sample.path] = np.empty((0, 4))  # type: ignore[attr-defined]
+        last, x = plate.test[-1].path, peaks[-1][1]
+        plate.boxes[last] = [[0, 0, 1, 1]] if x > 1 else [[WIDTH - 1, 0, WIDTH, 1]]  # type: ignore[attr-defined]
+        share = evaluate(detector, plate, memory_budget="64MB").metrics["pointing_game"]
+        assert share == pytest.approx(1 - 1 / (n - n // 2))
+        assert "pointing_game" not in evaluate(detector, plate, pixel_metrics=False).metrics
 
     def test_fpr_limit_is_the_limit_of_aupro(self, plate: MVTecAD, report: Report) -> None:
         strict = evaluate(MeanImage(), plate, fpr_limit=0.01)
@@ -282,12 +323,16 @@ class TestMasks:
                 numbers = np.minimum(np.asarray(mask), 2)
             numbers[:, -12:] = 255
             Image.fromarray(numbers).save(path)
-        without = evaluate(MeanImage(), MVTecAD(root, "plate"))
+        detector = MeanImage()
+        with pytest.raises(InvalidValueError, match="ignore_255=True"):  # it may be the defect
+            evaluate(detector, MVTecAD(root, "plate"))
+        assert not hasattr(detector, "threshold_")  # said before the fit
+        without = evaluate(MeanImage(), MVTecAD(root, "plate"), ignore_255=True)
         assert without.counts["ignored_pixels"] == 8 * HEIGHT * 12
         assert "the masks leave out 2,304 pixels" in str(without)
         plate = MVTecAD(root, "plate")
         maps = MeanImage().fit(plate.train).detect(plate.test).maps
-        masks = [s.mask() for s in plate.test]
+        masks = [s.mask(ignore_255=True) for s in plate.test]
         assert without.metrics["aupro"] == metrics.aupro(masks, maps)
         cut = [None if m is None else m.data[:, :-12] for m in masks]
         widths = [-12 if s.label else None for s in plate.test]

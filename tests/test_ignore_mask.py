@@ -210,6 +210,51 @@ def test_what_is_no_mask_is_refused(given: Any, message: str) -> None:
     assert not hasattr(detector, "memory_bank_")
 
 
+TRIANGLE = [(2, 2), (20, 2), (2, 20)]
+
+
+def test_what_a_list_means_is_decided_by_all_its_entries() -> None:
+    for n in (1, 3, 4, 12):  # corners are never masks, however many images there are
+        for corners in (CORNERS, [np.array(corner) for corner in CORNERS]):
+            one = per_image(corners, n, "fit")
+            assert isinstance(one, IgnoreMask)
+            np.testing.assert_array_equal(one.of(SIZE), MASK)
+    both = read_ignore_mask([CORNERS, TRIANGLE], "fit").of(SIZE)
+    for n in (1, 3, 12):
+        np.testing.assert_array_equal(per_image([CORNERS, TRIANGLE], n, "fit").of(SIZE), both)  # type: ignore[union-attr]
+    assert isinstance(per_image([CORNERS], 1, "fit"), IgnoreMask)
+    for given, expected in (
+        ([CORNERS, None], [MASK, None]),
+        ([None, CORNERS], [None, MASK]),
+        ([[CORNERS], [CORNERS, TRIANGLE]], [MASK, both]),
+        ([CORNERS, [CORNERS, TRIANGLE]], [MASK, both]),
+        ([CORNERS, MASK], [MASK, MASK]),
+        (np.stack([MASK, ~MASK]), [MASK, ~MASK]),
+    ):
+        found = per_image(given, 2, "fit")
+        assert isinstance(found, list)
+        for got, mask in zip(found, expected, strict=True):
+            assert (got is None) == (mask is None)
+            if got is not None:
+                np.testing.assert_array_equal(got.of(SIZE), mask)
+    all_for_each = per_image(IgnoreMask(polygons=[CORNERS, TRIANGLE]), 2, "fit")
+    np.testing.assert_array_equal(all_for_each.of(SIZE), both)  # type: ignore[union-attr]
+
+
+def test_what_may_mean_two_things_is_asked_about() -> None:
+    detector = PatchCore(Small(), **PLAIN, image_size=SIZE, false_alarm_rate=0.3)
+    message = r"^PatchCore: ignore_mask has 12 polygons for 12 images.*\[\[polygon\].*IgnoreMask\("
+    with pytest.raises(InvalidValueError, match=message):
+        detector.fit(good(12), ignore_mask=[CORNERS] * 12)
+    for corners in (np.array(CORNERS), np.float32(CORNERS)):
+        with pytest.raises(InvalidValueError, match=r"shape \(4, 2\).*corners\.tolist\(\).*bool"):
+            detector.fit(good(12), ignore_mask=corners)
+    narrow = np.zeros((30, 2), bool)
+    np.testing.assert_array_equal(read_ignore_mask(narrow, "fit").mask, narrow)
+    with pytest.raises(InvalidValueError, match=r"3 masks for 12 images.*at least three"):
+        detector.fit(good(12), ignore_mask=[CORNERS, None, CORNERS])
+
+
 def test_files_that_are_no_masks(tmp_path: Path) -> None:
     with pytest.raises(MissingPathError, match=r"the ignore_mask .*no\.png does not exist"):
         read_ignore_mask(tmp_path / "no.png", "fit")

@@ -146,6 +146,7 @@ class TestPixels:
         assert pixel_metrics(masks, maps, fpr_limit=0.05) == {
             "pixel_auroc": pytest.approx(pixel_auroc(masks, maps), abs=1e-12),
             "pixel_ap": pytest.approx(pixel_average_precision(masks, maps), abs=1e-12),
+            "pixel_f1_max": pytest.approx(pixel_f1_max(masks, maps), abs=1e-12),
             "aupro": pytest.approx(aupro(masks, maps, 0.05), abs=1e-12),
         }
 
@@ -179,6 +180,7 @@ def test_extreme_maps_and_masks_equal_their_definitions(change: str, size: str) 
     assert pixel_metrics(masks, maps) == {
         "pixel_auroc": pytest.approx(roc_auc_score(truth, scores), abs=1e-9),
         "pixel_ap": pytest.approx(average_precision_score(truth, scores), abs=1e-9),
+        "pixel_f1_max": pytest.approx(f1.max(), abs=1e-9),
         "aupro": pytest.approx(naive_aupro(masks, maps, 0.3), abs=1e-9),
     }
 
@@ -231,7 +233,7 @@ def test_perfect_and_worst_maps() -> None:
     masks, maps = pixel_scores(0, ties=False)
     truths = as_truths(masks, maps)
     best = [t.astype(np.float32) for t in truths]
-    expected = {"pixel_auroc": 1.0, "pixel_ap": 1.0, "aupro": 1.0}
+    expected = {"pixel_auroc": 1.0, "pixel_ap": 1.0, "pixel_f1_max": 1.0, "aupro": 1.0}
     assert pixel_metrics(masks, best) == pytest.approx(expected, abs=1e-12)
     worst = pixel_metrics(masks, [-a for a in best])
     assert worst["pixel_auroc"] == worst["aupro"] == 0.0

@@ -254,6 +254,7 @@ def test_evaluate_says_what_cannot_be_known(root: Path) -> None:
     assert math.isnan(report.metrics["image_auroc"])  # there is no normal image
     assert math.isnan(report.metrics["false_alarm_rate"])
     assert report.metrics["detection_rate"] == 0
+    assert report.metrics["pointing_game"] == 0  # a constant map points nowhere
     assert not [name for name in report.metrics if "pixel" in name or "pro" in name]
     assert report.counts["test_anomalous"] == 6
 

@@ -479,7 +479,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
 
     @property
     def _map_threshold(self) -> float:
-        return self.detector_._in_map_units(self.routing_.threshold)
+        return float(self.detector_._in_map_units(self.routing_.threshold))
 
     def _members(self) -> dict[str, DetectorMixin]:
         members = {"detector": self.detector_, "gate": self.gate_.detector}

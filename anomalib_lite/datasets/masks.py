@@ -195,7 +195,7 @@ def _classify_levels(values: npt.NDArray[Any], lossy: bool, alone: bool) -> tupl
         levels = np.unique(values)
     levels = levels[levels != 0]
     nothing = np.zeros(values.shape, bool)
-    top = levels[-1] if levels.size else 0
+    top: Any = levels[-1] if levels.size else 0
     full = 65535 if top > 255 else 255
     if levels.size < 2:
         drawn = np.asarray(values != 0)

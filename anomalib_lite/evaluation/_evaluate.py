@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,10 @@ from anomalib_lite.errors import (
     NotFittedError,
     SharedImagesWarning,
 )
+from anomalib_lite.evaluation._pixels import Mask, PixelTest
 from anomalib_lite.evaluation._report import Report
 
 __all__ = ["Detector", "Report", "evaluate"]
-
-_Mask: TypeAlias = npt.NDArray[np.bool_] | None
 
 
 class Detector(Protocol):
@@ -49,6 +48,7 @@ def evaluate(
     pixel_metrics: bool = True,
     inverted_masks: bool | None = None,
     ignore_255: bool | None = None,
+    memory_budget: int | str | None = None,
     chunk_size: int = 64,
     progress: bool = False,
 ) -> Report:
@@ -64,7 +64,7 @@ def evaluate(
     fpr_limit : float, default=0.3
         False-positive rate up to which :func:`~anomalib_lite.metrics.aupro` integrates, in (0, 1].
     pixel_metrics : bool, default=True
-        Compute pixel metrics if there are masks.
+        Compute pixel metrics if there are masks, and the pointing game if the data set has boxes.
     inverted_masks : bool or None, default=None
         True: masks are black where the part is anomalous. False: they are as they should be. None:
         they are too, but a mask that marks more than 95 % of its image is an error, see
@@ -72,9 +72,12 @@ def evaluate(
     ignore_255 : bool or None, default=None
         True: 255 belongs to neither class in masks. False: it is anomalous. None: it depends on
         the mask, and is an error where the mask does not tell; see the same function.
+    memory_budget : int, str or None, default=None
+        None keeps all maps, in float32, for pixel metrics, which are exact. Otherwise no map is
+        kept: a table of so many bytes (or such as ``"512MB"``) counts their pixels, by
+        :class:`~anomalib_lite.metrics.PixelMetrics`, which says how close it comes.
     chunk_size : int, default=64
-        Number of images in one call of ``detect``, so never more than this are held decoded. Maps
-        are kept, in float32, only if pixel metrics are computed.
+        Number of images in one call of ``detect``, so never more than this are held decoded.
     progress : bool, default=False
         Show a progress bar if standard error is a terminal.
 
@@ -106,7 +109,8 @@ def evaluate(
     Notes
     -----
     Nothing is chosen on the test labels: the decisions are those of the detector at its own
-    threshold. The exception is ``image_f1_max``, which is an upper bound by definition. Pixel
+    threshold. The exceptions are ``image_f1_max``, ``pixel_f1_max`` and ``image_fpr_at_95_tpr``,
+    which are bounds by definition. Pixel
     metrics compare maps and masks at the size of the masks; neither is resized here.
 
     Examples
@@ -138,7 +142,8 @@ def evaluate(
     check_int("chunk_size", chunk_size, "evaluate", low=1)
     name, train, test = _unpack(dataset)
     with_masks = pixel_metrics and _masks_complete(test)
-    if with_masks and getattr(detector, "maps", None) == "escalated":
+    escalated = getattr(detector, "maps", None) == "escalated"
+    if with_masks and escalated:
         raise InvalidValueError(
             f"evaluate: pixel metrics need heatmaps of all images, but {type(detector).__name__} "
             "has maps='escalated', which makes them for some only. Set maps='always', or pass "
@@ -148,22 +153,23 @@ def evaluate(
     how = {"inverted": inverted_masks, "ignore_255": ignore_255}
     if with_masks:  # if masks are inverted, all are: say so before minutes of work
         next(s for s in test if s.label).mask(**how)
-    fit_s = _fit_if_needed(detector, train)
     read = partial(_mask_of, how=how) if with_masks else None
-    tested = _test(detector, test, read, chunk_size, progress)
+    boxes = getattr(dataset, "boxes", {}) if pixel_metrics and not escalated else {}
+    pixels = PixelTest(read, boxes, fpr_limit, memory_budget)
+    fit_s = _fit_if_needed(detector, train)
+    tested = _test(detector, test, pixels, chunk_size, progress)
     figures = _image_metrics(test, tested)
     if tested.routes:
         routes = np.concatenate(tested.routes)
         figures["heatmap_call_rate"] = metrics.rate((routes == "detector")[routes != "skipped"])
-    if with_masks:
-        figures |= metrics.pixel_metrics(tested.masks, tested.maps, fpr_limit=fpr_limit)
+    figures |= pixels.figures()
     timings = {"test_s": tested.seconds, "ms_per_image": 1000 * tested.seconds / len(test)}
     return Report(
         dataset=name,
         detector=type(detector).__name__,
         parameters=getattr(detector, "get_params", dict)(),
         threshold=float(detector.threshold_),
-        counts=_counts(train if fit_s is not None else (), test, tested) | n_shared,
+        counts=_counts(train if fit_s is not None else (), test) | pixels.counts | n_shared,
         metrics=figures,
         per_kind=_kinds(test, tested),
         timings=timings if fit_s is None else {"fit_s": fit_s, **timings},
@@ -175,12 +181,10 @@ def evaluate(
 
 
 class _Tested(NamedTuple):
-    """Scores, decisions, maps and masks of the test images."""
+    """Scores and decisions of the test images."""
 
     scores: npt.NDArray[np.float32]
     decisions: npt.NDArray[np.bool_]
-    maps: list[npt.NDArray[np.float32]]
-    masks: list[_Mask]
     seconds: float
     routes: list[npt.NDArray[np.str_]]  # empty unless the detector is a cascade
 
@@ -252,14 +256,12 @@ def _fit_if_needed(detector: Detector, train: tuple[Sample, ...]) -> float | Non
 def _test(
     detector: Detector,
     test: tuple[Sample, ...],
-    read_mask: Callable[[Sample, tuple[int, ...]], _Mask] | None,
+    pixels: PixelTest,
     chunk_size: int,
     progress: bool,
 ) -> _Tested:
     scores = np.empty(len(test), np.float32)
     decisions = np.empty(len(test), bool)
-    maps: list[npt.NDArray[np.float32]] = []
-    masks: list[_Mask] = []
     routes: list[npt.NDArray[np.str_]] = []
     seconds = 0.0
     # disable=None: shown on a terminal only, not written into a log file.
@@ -271,17 +273,15 @@ def _test(
             began = time.perf_counter()
             found = detector.detect(chunk)
             seconds += time.perf_counter() - began
-            _check_lengths(found, len(chunk), read_mask is not None)
+            _check_lengths(found, len(chunk), pixels.has_masks)
             scores[start : start + len(chunk)] = found.scores
             decisions[start : start + len(chunk)] = found.labels
             if hasattr(found, "heatmap_call_rate"):  # of a cascade
                 routes.append(found.routes)
-            if read_mask is not None:
-                for sample, amap in zip(chunk, found.maps, strict=True):
-                    masks.append(read_mask(sample, np.shape(amap)))
-                    maps.append(np.asarray(amap, np.float32))
+            if getattr(found, "maps", None) is not None:
+                pixels.add(chunk, found.maps)
             bar.update(len(chunk))
-    return _Tested(scores, decisions, maps, masks, seconds, routes)
+    return _Tested(scores, decisions, seconds, routes)
 
 
 def _check_lengths(found: Any, n_images: int, with_masks: bool) -> None:
@@ -293,7 +293,7 @@ def _check_lengths(found: Any, n_images: int, with_masks: bool) -> None:
             )
 
 
-def _mask_of(sample: Sample, shape: tuple[int, ...], how: dict[str, bool | None]) -> _Mask:
+def _mask_of(sample: Sample, shape: tuple[int, ...], how: dict[str, bool | None]) -> Mask:
     mask = sample.mask(**how)
     if mask is not None and mask.shape != shape:
         turned = (
@@ -314,6 +314,7 @@ def _image_metrics(test: tuple[Sample, ...], tested: _Tested) -> dict[str, float
         "image_auroc": metrics.auroc(truth, tested.scores),
         "image_ap": metrics.average_precision(truth, tested.scores),
         "image_f1_max": metrics.f1_max(truth, tested.scores),
+        "image_fpr_at_95_tpr": metrics.fpr_at_tpr(truth, tested.scores),
         "false_alarm_rate": metrics.rate(tested.decisions[truth == 0]),
         "detection_rate": metrics.rate(tested.decisions[truth == 1]),
     }
@@ -335,17 +336,11 @@ def _kinds(test: tuple[Sample, ...], tested: _Tested) -> dict[str, dict[str, flo
     return rows
 
 
-def _counts(train: tuple[Sample, ...], test: tuple[Sample, ...], tested: _Tested) -> dict[str, int]:
+def _counts(train: tuple[Sample, ...], test: tuple[Sample, ...]) -> dict[str, int]:
     n_anomalous = sum(s.label for s in test)
-    counts = {
+    return {
         "train": len(train),
         "test": len(test),
         "test_normal": len(test) - n_anomalous,
         "test_anomalous": n_anomalous,
     }
-    if tested.masks:
-        truths = zip(test, tested.masks, strict=True)
-        counts["empty_masks"] = sum(s.label and m is not None and not m.any() for s, m in truths)
-        # A plain array or None has no ignored pixels.
-        counts["ignored_pixels"] = sum(int(np.sum(getattr(m, "mask", 0))) for m in tested.masks)
-    return counts

@@ -25,9 +25,13 @@ _TITLES = {
     "image_auroc": "image AUROC",
     "image_ap": "image AP",
     "image_f1_max": "image F1-max",
+    "image_fpr_at_95_tpr": "image FPR at 95 % TPR",
     "pixel_auroc": "pixel AUROC",
     "pixel_ap": "pixel AP",
+    "pixel_f1_max": "pixel F1-max",
     "aupro": "AUPRO",
+    "aupimo": "AUPIMO",
+    "pointing_game": "pointing game",
     "false_alarm_rate": "false-alarm rate",
     "detection_rate": "detection rate",
     "heatmap_call_rate": "heatmap call rate",
@@ -84,10 +88,13 @@ class Report:
         masks leave out; with a data set's own training images also ``test_in_train``, the number
         of test images that are among them.
     metrics : dict of str to float
-        ``image_auroc``, ``image_ap``, ``image_f1_max``, ``false_alarm_rate``,
+        ``image_auroc``, ``image_ap``, ``image_f1_max``, ``image_fpr_at_95_tpr`` (the false-alarm
+        rate at a threshold that detects 95 % of the anomalous images), ``false_alarm_rate``,
         ``detection_rate``; for a cascade ``heatmap_call_rate``, the share of images that its
-        heatmap model decided; with masks ``pixel_auroc``, ``pixel_ap``, ``aupro``. ``nan`` where
-        a class is missing.
+        heatmap model decided; with masks ``pixel_auroc``, ``pixel_ap``, ``pixel_f1_max``,
+        ``aupro``, and ``aupimo`` if the good images have at least 100,000 pixels, one for the
+        lowest of its false-positive rates; with boxes ``pointing_game``. ``nan`` where a class is
+        missing.
     per_kind : dict of str to dict of str to float
         For each kind of anomaly: ``images``, ``image_auroc`` against all normal test images,
         ``detection_rate``.

@@ -159,6 +159,12 @@ def read_ignore_mask(given: Any, where: str) -> IgnoreMask:
         mask = np.asarray(given)
         if mask.ndim != 2 or not mask.size:
             raise _wrong(where, f"an array of shape {mask.shape}")
+        if mask.shape[1] == 2 and len(mask) > 2 and mask.dtype != bool:
+            raise InvalidValueError(
+                f"{where}: ignore_mask must be a mask or a polygon, got an array of shape "
+                f"{mask.shape}, which may be {len(mask)} corners or a mask 2 pixels wide. Write "
+                "corners.tolist() for a polygon, or mask.astype(bool) for a mask."
+            )
         return IgnoreMask(mask != 0)
     return _from_polygons(given, where)
 
@@ -169,7 +175,8 @@ def per_image(given: Any, n: int, where: str) -> IgnoreMask | list[IgnoreMask | 
     Parameters
     ----------
     given : None, one of what :func:`read_ignore_mask` takes, or n of them or None
-        An array (n, H, W) has one for each image.
+        An array (n, H, W) has one for each image. In a list with one for each, an image with
+        several polygons has a list of them.
     n : int
     where : str
         Caller, named in errors.
@@ -181,32 +188,51 @@ def per_image(given: Any, n: int, where: str) -> IgnoreMask | list[IgnoreMask | 
     Raises
     ------
     InvalidValueError, MissingPathError
-        As :func:`read_ignore_mask`; for another number of them.
+        As :func:`read_ignore_mask`; for another number of them; for n polygons and as many images,
+        which may mean all polygons in each image, or one in each.
 
     Examples
     --------
     >>> per_image([None, np.eye(8)], 2, "fit")[0] is None
     True
+    >>> corner, edge = [(0, 0), (9, 0), (9, 4)], [(0, 0), (0, 9), (2, 9)]
+    >>> len(per_image([[corner], [corner, edge]], 2, "fit"))
+    2
     """
     if given is None:
         return None
-    is_list = isinstance(given, list | tuple) and _depth(given) not in (2, 3)
+    depth = _depth(given) if isinstance(given, list | tuple) else None
+    if depth == 3 and len(given) == n > 1:
+        raise InvalidValueError(
+            f"{where}: ignore_mask has {n} polygons for {n} images, which may mean one for each or "
+            "all of them for every image. Write [[polygon], [polygon], ...] for one for each, or "
+            "IgnoreMask(polygons=[...]) of anomalib_lite.images.ignore_mask for all."
+        )
+    is_list = isinstance(given, list | tuple) and depth not in (2, 3)
     if not is_list and getattr(given, "ndim", 2) != 3:
         return read_ignore_mask(given, where)
     if len(given) != n:
         raise InvalidValueError(
             f"{where}: ignore_mask has {len(given)} masks for {n} images. Give one for all, or one "
-            "(or None) for each."
+            "(or None) for each. A polygon is a list of at least three (x, y)."
         )
     return [None if one is None else read_ignore_mask(one, where) for one in given]
 
 
-def _depth(nested: Any) -> int:
-    """Count how deep lists are nested down to a number: 2 for a polygon, 3 for several."""
-    depth = 0
-    while isinstance(nested, list | tuple) and len(nested):
-        nested, depth = nested[0], depth + 1
-    return depth if isinstance(nested, int | float | np.number) else 0
+def _depth(nested: Any) -> int | None:
+    """Count how deep lists are nested down to numbers: 2 for a polygon, 3 for several.
+
+    None if it is not as deep everywhere, or holds something else.
+    """
+    if isinstance(nested, int | float | np.number):
+        return 0
+    if isinstance(nested, np.ndarray) and nested.ndim == 1:
+        return 1  # a corner
+    if not isinstance(nested, list | tuple) or not nested:
+        return None
+    depths = {_depth(entry) for entry in nested}
+    inner = depths.pop()
+    return None if depths or inner is None else inner + 1
 
 
 def _from_file(path: Path, where: str) -> IgnoreMask:

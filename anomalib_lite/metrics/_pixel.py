@@ -247,7 +247,7 @@ def pixel_metrics(masks: Masks, maps: Maps, *, fpr_limit: float = 0.3) -> dict[s
     Returns
     -------
     dict of str to float
-        ``"pixel_auroc"``, ``"pixel_ap"`` and ``"aupro"``.
+        ``"pixel_auroc"``, ``"pixel_ap"``, ``"pixel_f1_max"`` and ``"aupro"``.
 
     Raises
     ------
@@ -260,7 +260,7 @@ def pixel_metrics(masks: Masks, maps: Maps, *, fpr_limit: float = 0.3) -> dict[s
     >>> mask = np.array([[0, 0, 1], [0, 0, 1]])
     >>> amap = np.array([[0.1, 0.2, 0.9], [0.1, 0.3, 0.2]], dtype=np.float32)
     >>> pixel_metrics([mask], [amap], fpr_limit=0.5)
-    {'pixel_auroc': 0.8125, 'pixel_ap': 0.75, 'aupro': 0.625}
+    {'pixel_auroc': 0.8125, 'pixel_ap': 0.75, 'pixel_f1_max': 0.6666666666666666, 'aupro': 0.625}
     """
     limit = check_number("fpr_limit", fpr_limit, "pixel_metrics", "(0, 1]")
     pool = pool_pixels(masks, maps, "pixel_metrics", by_region=True)
@@ -269,5 +269,6 @@ def pixel_metrics(masks: Masks, maps: Maps, *, fpr_limit: float = 0.3) -> dict[s
     return {
         "pixel_auroc": area(pool.negatives, pool.positives),
         "pixel_ap": mean_precision(pool.negatives, pool.positives),
+        "pixel_f1_max": best_f1(pool.negatives, pool.positives),
         "aupro": overlap,
     }
