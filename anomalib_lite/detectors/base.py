@@ -92,8 +92,8 @@ class DetectorMixin(SavedDetector):
         Returns
         -------
         ndarray of shape (N,), float32
-            An image is called anomalous above ``threshold_``. In raw units (a distance); those of
-            a cascade lie in [0, 1].
+            An image is called anomalous above ``threshold_``. In units of the detector, which its
+            class states; those of a cascade lie in [0, 1].
 
         Raises
         ------
