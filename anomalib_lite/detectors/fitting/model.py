@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Self
 import numpy as np
 from sklearn.base import BaseEstimator
 
+from anomalib_lite._validation import check_memory
 from anomalib_lite.anomaly_map import image_scores, standardize, structure
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images.embeddings import Embeddings, contiguous
@@ -23,6 +24,7 @@ __all__ = [
     "ShardResult",
     "ShardSource",
     "ShardTask",
+    "images_within_budget",
     "refuse_budget",
 ]
 
@@ -272,6 +274,49 @@ class InMemory(ShardSource):
         """Carry out the task on the one shard held back, if any is."""
         if len(self._held_back):
             yield task(self._held_back, len(self.embeddings))
+
+
+def images_within_budget(
+    where: str,
+    memory_budget: int | str,
+    *,
+    fixed: int,
+    per_image: int,
+    at_most: int,
+    for_what: str,
+    lower: str = "",
+) -> int:
+    """Return how many images may have their embeddings in memory at a time.
+
+    Parameters
+    ----------
+    where : str
+        First word of error messages.
+    memory_budget : int or str
+        Budget in bytes, or text such as "2GB".
+    fixed, per_image : int
+        Bytes that are taken whatever the number of images, and those of each image.
+    at_most : int
+        Largest number to return.
+    for_what, lower : str
+        What takes the memory, and what to lower, as in :func:`refuse_budget`.
+
+    Raises
+    ------
+    InvalidValueError
+        If the budget is too small for one image, or is no number of bytes.
+
+    Examples
+    --------
+    >>> images_within_budget(
+    ...     "PaDiM", "1MB", fixed=200_000, per_image=100_000, at_most=32, for_what="the covariances"
+    ... )
+    8
+    """
+    budget = check_memory("memory_budget", memory_budget, where)
+    if budget < fixed + per_image:
+        refuse_budget(where, budget, fixed + per_image, for_what, lower=lower)
+    return min((budget - fixed) // per_image, at_most)
 
 
 def refuse_budget(
