@@ -96,7 +96,8 @@ class MahalanobisVFM(BaseDetector):
         Gaussians of patches and of whole images; each has D / 2 features.
     adapter_ : Adapter or None
         The LoRA update that ``adapt`` learned; ``adapter_.history`` has the losses of each epoch.
-    threshold_, calibration_scores_, n_features_, backbone_, dtype_, engine_, skipped_
+    threshold_, calibration_scores_, n_features_, backbone_, dtype_, engine_, skipped_, \
+ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.
 
     Notes
