@@ -16,7 +16,7 @@ from anomalib_lite._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from anomalib_lite.cascade import GatedCascade as GatedCascade
-    from anomalib_lite.cascade.router import ProductRouter as ProductRouter
+    from anomalib_lite.cascade import ProductRouter as ProductRouter
     from anomalib_lite.detectors import MahalanobisVFM as MahalanobisVFM
     from anomalib_lite.detectors import PaDiM as PaDiM
     from anomalib_lite.detectors import PatchCore as PatchCore
@@ -30,7 +30,7 @@ _HOME = {
     "MahalanobisVFM": "anomalib_lite.detectors",
     "PaDiM": "anomalib_lite.detectors",
     "PatchCore": "anomalib_lite.detectors",
-    "ProductRouter": "anomalib_lite.cascade.router",
+    "ProductRouter": "anomalib_lite.cascade",
     "SubspaceAD": "anomalib_lite.detectors",
     "MemoryBank": "anomalib_lite.memory_bank",
     "evaluate": "anomalib_lite.evaluation",

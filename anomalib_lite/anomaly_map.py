@@ -147,6 +147,11 @@ def structure(patch_scores: np.ndarray, ignored: np.ndarray | None = None) -> np
         The standard deviation of all patch scores; the mean of the largest 1 % of them (at least
         one); and the total variation, the mean of :math:`|a - b|` over all pairs of neighbours.
 
+    Raises
+    ------
+    ValueError
+        For an array of another shape.
+
     Notes
     -----
     The three numbers of StructCore. It takes them of pixels; here they are of patches, which costs
@@ -191,6 +196,11 @@ def standardize(described: np.ndarray, statistics: np.ndarray) -> np.ndarray:
     ndarray of shape (B,), float32
         :math:`\sqrt{\sum_i ((d_i - \mu_i) / \sigma_i)^2}`, the Mahalanobis distance with a
         diagonal covariance, in standard deviations.
+
+    Raises
+    ------
+    ValueError
+        For arrays of other shapes.
 
     Examples
     --------

@@ -9,8 +9,7 @@ from typing import Any
 
 from anomalib_lite._validation import closest
 from anomalib_lite._version import __version__
-from anomalib_lite.cascade import GatedCascade
-from anomalib_lite.cascade.router import ProductRouter
+from anomalib_lite.cascade import GatedCascade, ProductRouter
 from anomalib_lite.detectors import DetectorMixin, MahalanobisVFM, PaDiM, PatchCore, SubspaceAD
 from anomalib_lite.errors import InvalidValueError, ModelFileError
 from anomalib_lite.model_file import (

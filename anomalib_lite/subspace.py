@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_is_fitted, validate_data
 
-from anomalib_lite._validation import check_int, check_number, check_values
-from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
-from anomalib_lite.gaussian import Moments
+from anomalib_lite._validation import check_int, check_number
+from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.gaussian import Moments, MomentsEstimator
 
 __all__ = ["Subspace", "check_components"]
 
@@ -43,7 +41,7 @@ def check_components(n_components: object, where: str) -> None:
         )
 
 
-class Subspace(BaseEstimator):
+class Subspace(MomentsEstimator):
     """Principal components of normal embeddings; embeddings far from their span are anomalous.
 
     Parameters
@@ -98,52 +96,8 @@ class Subspace(BaseEstimator):
     def __init__(self, n_components: int | float = 0.99) -> None:
         self.n_components = n_components
 
-    def fit(self, X: Any, y: object = None) -> Self:
-        """Find the components.
-
-        Parameters
-        ----------
-        X : array of shape (N, D), any float type
-            Normal embeddings.
-        y : ignored
-
-        Returns
-        -------
-        Subspace
-            This object.
-
-        Raises
-        ------
-        InvalidValueError
-            If ``n_components`` cannot be used, if rows are not finite, or if they vary in fewer
-            directions than components are asked for.
-        """
-        before = self.__dict__.copy()
-        try:
-            X = self._validated(X, reset=True, at_least=2)
-            moments = Moments(X.shape[1])
-            moments.add(X)
-            self.fit_moments(moments)
-        except Exception:  # a failed fit changes nothing
-            self.__dict__ = before
-            raise
-        return self
-
-    def partial_fit(self, X: Any, y: object = None) -> Self:
-        """Update the fit with further rows (N, D).
-
-        The result equals, up to rounding, a fit on all rows at once.
-        """
-        known = getattr(self, "moments_", None)
-        X = self._validated(X, reset=known is None)
-        moments = Moments(X.shape[1])
-        if known is not None:
-            moments.merge(known)
-        moments.add(X)
-        return self._learn(moments)
-
     def residual(self, X: Any) -> np.ndarray:
-        """Distance of each row from the subspace.
+        """Return the distance of each row from the subspace.
 
         Parameters
         ----------
@@ -165,7 +119,30 @@ class Subspace(BaseEstimator):
         return np.asarray(np.sqrt(self.sq_residual(X)))
 
     def sq_residual(self, X: Any) -> np.ndarray:
-        """Return the squares of :meth:`residual`, of shape (N,), float64."""
+        """Return the squares of :meth:`residual`, the Q statistic of each row.
+
+        Parameters
+        ----------
+        X : array of shape (N, D)
+            Embeddings.
+
+        Returns
+        -------
+        ndarray of shape (N,), float64
+            :math:`|(I - V^T V)(x - m)|^2`, in squares of the features' units, at least 0.
+
+        Raises
+        ------
+        NotFittedError, InvalidValueError
+            As :meth:`residual`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> line = Subspace(1).fit(np.float32([[0, 0], [1, 0], [2, 0]]))
+        >>> line.sq_residual(np.float32([[9, 0], [9, 3]]))
+        array([0., 9.])
+        """
         axes = self._axes()
         X = self._validated(X, reset=False)
         step = max(1, _BLOCK_VALUES // X.shape[1])
@@ -201,17 +178,14 @@ class Subspace(BaseEstimator):
         self._check_fitted()
         return self.moments_.n
 
-    def fit_moments(self, moments: Moments) -> Self:
-        """Do what :meth:`fit` does, from the moments of rows that are no longer at hand."""
-        self._learn(moments)._axes()
-        return self
-
-    def _learn(self, moments: Moments) -> Self:
+    def _learn(self, moments: Moments) -> None:
         check_components(self.n_components, "Subspace")
         self.n_features_in_ = len(moments.mean)
         self.moments_, self.mean_ = moments, moments.mean
         self._found: _Axes | None = None
-        return self
+
+    def _solve(self) -> None:
+        self._axes()
 
     def _axes(self) -> _Axes:
         """Return the components.
@@ -223,28 +197,6 @@ class Subspace(BaseEstimator):
         if self._found is None:
             self._found = _find_axes(self.moments_, self.n_components)
         return self._found
-
-    def _check_fitted(self) -> None:
-        try:
-            check_is_fitted(self, "moments_")
-        except ValueError as error:
-            raise NotFittedError("Subspace: not fitted yet. Call fit(X) first.") from error
-
-    def _validated(self, X: Any, *, reset: bool, at_least: int = 1) -> np.ndarray:
-        try:
-            X = validate_data(
-                self,
-                X,
-                dtype=[np.float64, np.float32],
-                reset=reset,
-                ensure_min_samples=at_least,
-            )
-        except TypeError as error:
-            raise InvalidTypeError(f"Subspace: {error}") from error
-        except ValueError as error:
-            raise InvalidValueError(f"Subspace: {error}") from error
-        check_values("X", X, "Subspace")
-        return np.asarray(X)
 
 
 @dataclass(frozen=True)

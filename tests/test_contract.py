@@ -401,7 +401,7 @@ def test_bad_parameters_are_refused_by_fit(
     assert state_of(detector) == {}
 
 
-def test_no_parameter_takes_just_anything(prototype: Any) -> None:
+def test_every_parameter_refuses_an_object_of_another_type(prototype: Any) -> None:
     # Whatever is true may be verbose; weights go with the name of a backbone alone.
     for parameter in prototype.get_params(deep=False).keys() - {"verbose", "weights"}:
         detector = clone(prototype).set_params(**{parameter: object()})

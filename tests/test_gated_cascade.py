@@ -130,7 +130,7 @@ def test_scores_do_not_depend_on_the_other_images(labelled: GatedCascade) -> Non
     np.testing.assert_array_equal(again.score(images), whole.scores)
 
 
-def test_what_is_uncertain_is_not_anomalous_for_that(fitted: GatedCascade) -> None:
+def test_an_uncertain_gate_leaves_the_decision_to_the_heatmap_model(fitted: GatedCascade) -> None:
     open_wide = copy.deepcopy(fitted).set_thresholds(0.0, 1.0)
     images, y = mixed(60)
     found = open_wide.detect(images, maps=False)
@@ -142,7 +142,7 @@ def test_what_is_uncertain_is_not_anomalous_for_that(fitted: GatedCascade) -> No
     assert found.labels[y == 1].mean() > 0.5
 
 
-def test_what_is_named_is_what_runs() -> None:
+def test_the_heatmap_model_given_is_the_one_that_is_fitted() -> None:
     images = good(60)
     padim = PaDiM(Small(), image_size=(48, 80), n_components=8, false_alarm_rate=0.2, **PLAIN)
     cascade = make(detector=padim).fit(images)
@@ -233,7 +233,9 @@ def test_every_route_is_taken(labelled: GatedCascade) -> None:
     assert (np.diff(found.scores[escalated][np.argsort(scores[escalated])]) >= 0).all()
 
 
-def test_heatmaps_are_made_for_whom_they_are_asked(labelled: GatedCascade) -> None:
+def test_maps_always_makes_heatmaps_of_all_images_and_changes_no_score(
+    labelled: GatedCascade,
+) -> None:
     images, _ = mixed()
     found = labelled.detect(images)
     maps = labelled.anomaly_map(images)
@@ -310,14 +312,14 @@ def test_the_rate_is_kept_with_a_given_t_high(t_high: float) -> None:
 
 
 @pytest.mark.parametrize("max_missed", [0.01, 0.05, 0.2])
-def test_few_anomalies_are_lost_with_the_confidence_promised(max_missed: float) -> None:
+def test_t_low_keeps_max_missed_with_95_percent_confidence(max_missed: float) -> None:
     needed = min_anomalies(max_missed)
     assert (1 - max_missed) ** needed <= 0.05 < (1 - max_missed) ** (needed - 1)
     routing = Routing(t_low=0.0, t_high=1.0, threshold=0.5, scale=1.0)
     for n in (needed, needed + 1, 2 * needed, 5 * needed):
         p, s = np.sort(np.random.default_rng(n).random(n)), np.ones(n)  # all found by the other
         k = int(np.flatnonzero(p == choose_t_low(p, s, routing, max_missed))[0]) + 1
-        # Of uniform probabilities t_low is Beta(k, n + 1 - k), and the share lost is t_low.
+        # Of uniform probabilities t_low is Beta(k, n + 1 - k), and the share missed is t_low.
         assert beta.sf(max_missed, k, n + 1 - k) <= 0.05 + 1e-9
         assert beta.sf(max_missed, k + 1, n - k) > 0.05
         # Clopper and Pearson's bound, from its definition.
@@ -329,7 +331,7 @@ def test_few_anomalies_are_lost_with_the_confidence_promised(max_missed: float) 
     assert choose_t_low(p, s, capped, max_missed) == capped.t_high
 
 
-def test_lost_is_what_the_heatmap_model_would_have_found() -> None:
+def test_only_anomalies_that_the_heatmap_model_finds_count_as_missed() -> None:
     routing = Routing(t_low=0.0, t_high=1.0, threshold=5.0, scale=1.0)
     rng = np.random.default_rng(0)
 
@@ -337,16 +339,16 @@ def test_lost_is_what_the_heatmap_model_would_have_found() -> None:
         p = rng.random(n)
         return p, 10 * p + rng.normal(0, 2, n)  # both find the same ones easy
 
-    def lost(t_low: float) -> float:
+    def missed(t_low: float) -> float:
         return float(np.mean((many[0] < t_low) & (many[1] > routing.threshold)))
 
     many = draw(200_000)
     chosen = [choose_t_low(*draw(300), routing, 0.05) for _ in range(400)]
-    too_many = np.mean([lost(t_low) > 0.05 for t_low in chosen])
+    too_many = np.mean([missed(t_low) > 0.05 for t_low in chosen])
     assert 0.01 < too_many <= 0.075  # 5 % are promised, and hardly fewer is what is done
     # Were those counted that neither finds, hardly an image could be spared.
     assert np.median(chosen) > 0.3
-    nobody = np.zeros(300)  # found by the heatmap model: then the gate cannot lose any
+    nobody = np.zeros(300)  # found by the heatmap model: then the gate misses none
     assert choose_t_low(np.linspace(0, 0.6, 300), nobody, routing, 0.05) == 0.6
 
 
@@ -459,7 +461,9 @@ def test_thresholds_can_be_given(fitted: GatedCascade) -> None:
     assert later.routing_ == fitted.routing_
 
 
-def test_held_back_images_are_held_back(labelled: GatedCascade) -> None:
+def test_thresholds_come_from_images_that_neither_model_was_fitted_on(
+    labelled: GatedCascade,
+) -> None:
     order = np.random.RandomState(0)
     normal, anomalous = order.permutation(100), 100 + order.permutation(60)
     images = np.concatenate([good(100), bad(60, contrast=30)])

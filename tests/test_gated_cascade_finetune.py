@@ -439,7 +439,7 @@ def test_a_module_stays_as_it_was(last_is_best: None) -> None:
     assert cascade.gate is module
 
 
-def test_other_gates_are_as_ever(weights: Path) -> None:
+def test_training_head_leaves_the_network_frozen(weights: Path) -> None:
     assert GatedCascade().training == "head"
     cascade = make(gate=NETWORK, weights=weights, training="head").fit(*labelled())
     frozen = Backbone(NETWORK, weights=weights, strides=(16, 32), device="cpu")
@@ -570,7 +570,7 @@ def test_too_few_to_validate_by_are_told() -> None:
     assert len(tune(backbone(Learner), good(2), bad(2), epochs=1).history) == 2
 
 
-def test_no_numbers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_diverges_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_finetuning, "LEARNING_RATE", 1e30)
     with pytest.raises(InvalidValueError, match=r"^gate: training='finetune' diverged in epoch"):
         tune(backbone(Learner), good(40), bad(40), epochs=3)

@@ -159,7 +159,9 @@ def test_each_image_may_have_its_own() -> None:
 
 @pytest.mark.parametrize("options", [{"n_jobs": 2}, {"memory_budget": "400MB"}, {}])
 @pytest.mark.parametrize("calibration", ["split", "leave_one_out"])
-def test_however_it_is_fitted(options: dict[str, Any], calibration: str) -> None:
+def test_ignored_content_has_no_effect_with_workers_or_a_budget(
+    options: dict[str, Any], calibration: str
+) -> None:
     if options.get("memory_budget") and calibration == "leave_one_out":
         pytest.skip("not to be combined")
     detector = PatchCore(

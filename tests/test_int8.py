@@ -209,7 +209,7 @@ def test_a_bank_is_exact_on_every_processor(
 
 
 @needs_exact_products
-def test_where_all_is_alike() -> None:
+def test_rows_that_are_all_equal_have_distance_zero() -> None:
     X = np.ones((3072, 8), np.float32)  # every pair stays open, to the last tile
     distances, indices = Int8Index(X).search(X[:1024], 1)
     assert (distances == 0).all()

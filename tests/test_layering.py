@@ -315,7 +315,7 @@ def test_the_top_of_the_package_fits_on_a_page() -> None:
     assert len([name for name in entries if is_private(Path(name).stem)]) <= 6
 
 
-def test_files_fit_in_the_head() -> None:
+def test_files_have_at_most_400_lines_of_code() -> None:
     lines = {module: len(lines_of_code(module)) for module in files()}
     assert {module: n for module, n in lines.items() if n > 400} == {}
 
@@ -328,7 +328,7 @@ def only_stores(function: Any) -> bool:
     )
 
 
-def test_functions_fit_on_a_screen() -> None:
+def test_functions_have_at_most_50_lines_of_code() -> None:
     long = {}
     for module in files():
         code = lines_of_code(module)
@@ -340,7 +340,7 @@ def test_functions_fit_on_a_screen() -> None:
     assert long == {}
 
 
-def test_no_file_is_named_for_what_does_not_belong_together() -> None:
+def test_no_file_is_named_utils_or_the_like() -> None:
     for path in PACKAGE.rglob("*"):
         assert path.stem.strip("_") not in ("utils", "util", "common", "helpers", "helper", "misc")
 

@@ -293,7 +293,7 @@ def test_what_cannot_be_learned(
         train(weights, n, **options)
 
 
-def test_images_all_alike(weights: Path) -> None:
+def test_adapting_to_equal_images_is_refused(weights: Path) -> None:
     source = ImageSource(np.repeat(good(1), 20, axis=0))
     with pytest.raises(InvalidValueError, match="16 images to adapt to are too few or too much"):
         train_adapter(backbone(weights), source, image_size=SIZE)
@@ -390,7 +390,9 @@ def test_the_file_holds_the_adapter(
     np.testing.assert_array_equal(copied.score(bad(3)), expected.scores)
 
 
-def test_images_held_back_teach_nothing(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adapter_does_not_learn_from_images_held_back(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[np.ndarray] = []
 
     def watch(network: Backbone, source: ImageSource, **options: Any) -> Adapter:

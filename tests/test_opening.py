@@ -137,7 +137,7 @@ def test_the_directory_above_the_categories(tmp_path: Path, make: Callable[[Path
         open_dataset(tmp_path)
 
 
-def test_what_it_cannot_tell_it_asks(tmp_path: Path) -> None:
+def test_an_unknown_layout_is_an_error_that_lists_the_known_ones(tmp_path: Path) -> None:
     draw(tmp_path, "okay/0.png", "okay/1.png", "dent/0.png")
     message = (
         r"with the directories \['dent', 'okay'\]\. Known are folder .*; neu_det .*normal='ok'"

@@ -12,6 +12,8 @@ PATHS = {
     "anomalib_lite.anomaly_map": "IMAGE_SCORES anomaly_maps image_scores reweight",
     "anomalib_lite.backbones": "EMBEDDED Backbone",
     "anomalib_lite.calibration": "calibration_size conformal_threshold",
+    "anomalib_lite.cascade": "CascadeDetections GatedCascade ProductDetections ProductRouter",
+    "anomalib_lite.cascade.router": "ProductDetections ProductRouter",
     "anomalib_lite.cli": "main",
     "anomalib_lite.coreset": "METHODS Coreset covering_radius greedy_k_center select_coreset",
     "anomalib_lite.datasets": "BTAD ELPV NEUDET Dataset Folder KolektorSDD KolektorSDD2 MVTecAD "
@@ -35,7 +37,6 @@ PATHS = {
     "bootstrap_interval paired_test PixelMetrics",
     "anomalib_lite.persistence": "FORMAT_VERSION load",
     "anomalib_lite.plotting": "color_bar contact_sheet legend_colors overlay",
-    "anomalib_lite.cascade.router": "ProductDetections ProductRouter",
     "anomalib_lite.subspace": "Subspace",
     "anomalib_lite.networks": "NETWORKS Network whereabouts",
     "anomalib_lite.synthetic": "KINDS SyntheticAnomalies SyntheticAnomaly SyntheticSet",

@@ -347,7 +347,9 @@ class TestTextile:
         with pytest.raises(MissingPathError, match="Textile: nominal must be an existing"):
             Textile()
 
-    def test_it_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_missing_package_is_named_with_the_remedy(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(MissingDependencyError, match="pip install conformal-clip-data"):
             Textile()

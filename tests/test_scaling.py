@@ -110,7 +110,7 @@ def test_memory_in_words(given: Any, n_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "512", "MB", "0GB", "1 GB more", "-1GB", []])
-def test_memory_that_is_none(wrong: Any) -> None:
+def test_an_invalid_memory_budget_is_refused(wrong: Any) -> None:
     with pytest.raises(InvalidValueError, match=r"^PatchCore: memory_budget must be .*'512MB'"):
         make(memory_budget=wrong).fit_embeddings(embeddings(8))
 
@@ -603,7 +603,7 @@ def naive_partial_fits(parts: list[np.ndarray], rate: float, seed: int) -> tuple
 
 @pytest.mark.parametrize("budget", [None, "1GB"])
 @pytest.mark.parametrize("coreset", ["greedy", "random"])
-def test_going_on_is_as_written_down_naively(budget: Any, coreset: str) -> None:
+def test_partial_fit_equals_a_naive_one(budget: Any, coreset: str) -> None:
     parts = [embeddings(40), embeddings(15, 1), embeddings(1, 2), embeddings(8, 3)]
     detector = make(coreset_ratio=1.0, coreset=coreset, random_state=3, memory_budget=budget)
     for E in parts:
@@ -729,7 +729,7 @@ def test_a_failure_leaves_it_as_it_was(new: Any, error: type[Exception]) -> None
     assert len(detector.memory_bank_.embeddings_) == n
 
 
-def test_going_on_that_cannot_be() -> None:
+def test_partial_fit_refuses_other_input_and_leave_one_out() -> None:
     detector = make().fit_embeddings(embeddings(30))
     with pytest.raises(NotFittedError, match="partial_fit_embeddings"):
         detector.partial_fit(images(4))

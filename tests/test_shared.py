@@ -27,7 +27,7 @@ def test_equal_files_are_paired_in_the_order_of_the_test(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("size", [0, 1, shared._HEAD, shared._HEAD + 1, 3 * shared._BLOCK + 5])
-def test_every_byte_counts(tmp_path: Path, size: int) -> None:
+def test_files_that_differ_in_one_byte_are_not_shared(tmp_path: Path, size: int) -> None:
     content = bytes(size)
     a, b = write(tmp_path / "a", content), write(tmp_path / "b", content)
     assert find_shared([a], [b]) == [(a, b)]

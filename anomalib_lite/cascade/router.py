@@ -38,7 +38,7 @@ __all__ = ["ProductDetections", "ProductRouter"]
 
 _WHERE = "ProductRouter"
 UNKNOWN, SKIPPED = "unknown", "skipped"  # routes that are no products
-# The least images of a product: two to know its mean and spread by, two to calibrate with.
+# The least number of images of a product: two for mean and spread, two to calibrate with.
 _LEAST_IMAGES = 4
 _JUST_ABOVE_1 = np.nextafter(np.float32(1), np.float32(2))
 
@@ -69,13 +69,13 @@ class ProductDetections(Detections):
 
 
 class ProductRouter(DetectorMixin, BaseEstimator):
-    """Many products in one model: finds the product of an image, and asks its detector.
+    """One model of many products: finds the product of an image, and scores it by its detector.
 
     Parameters
     ----------
     detector : BaseDetector, optional
-        An unfitted detector, of which each product gets one; by default ``PatchCore()``. Its
-        ``image_size``, ``batch_size``, ``on_error`` and the like are those of the router. Its
+        An unfitted detector, of which each product gets a copy; by default ``PatchCore()``. Its
+        ``image_size``, ``batch_size``, ``on_error`` and other options hold for the router. Its
         ``n_jobs`` has no effect.
     unknown_rate : float, default=0.01
         Share of future normal images of each product that may be called unknown, in (0, 1).
@@ -108,10 +108,11 @@ class ProductRouter(DetectorMixin, BaseEstimator):
 
     with the mean :math:`\\mu_p` of the product and one covariance :math:`\\Sigma` of images around
     the means of their products, with Ledoit and Wolf's shrinkage [1]_. The nearest product is
-    taken. Scores of the detectors have no say in it: their units differ from product to product.
+    taken. The scores of the detectors are not used for that, because their units differ.
 
-    A fifth to half of the images of each product, as many as ``unknown_rate`` needs, have no part
-    in means and covariance. Their distances from their own product give its threshold, by
+    A fifth to half of the images of each product, as many as ``unknown_rate`` needs, are held
+    back: means and covariance are computed without them. Their distances from their product give
+    its threshold, by
     :func:`~anomalib_lite.calibration.conformal_threshold`. The detectors are fitted on all images
     of their product. So a future normal image is called unknown with a probability of at most
     about ``unknown_rate``, and anomalous with at most about the sum of it and of the detector's
@@ -145,7 +146,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         self.random_state = random_state
 
     def fit(self, images: Mapping[str, Any]) -> Self:
-        """Learn the products, and what each looks like when it is good.
+        """Fit a detector for each product, and learn to tell products apart.
 
         Parameters
         ----------
@@ -179,7 +180,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         return self
 
     def add(self, images: Mapping[str, Any]) -> Self:
-        """Learn further products; the detectors of the others stay as they are.
+        """Add further products; the detectors of the others do not change.
 
         Parameters
         ----------
@@ -196,7 +197,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         NotFittedError
             Before :meth:`fit`.
         InvalidValueError
-            If there is a product of that name already, and as :meth:`fit`.
+            If there is already a product of that name, or as in :meth:`fit`.
 
         Warns
         -----
@@ -216,7 +217,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         return self
 
     def detect(self, images: Any, *, maps: bool = True) -> ProductDetections:
-        """Give products, scores, labels and heatmaps, from one pass through the backbone.
+        """Return products, scores, labels and heatmaps, from one pass through the backbone.
 
         Parameters
         ----------
@@ -494,7 +495,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
 
 
 def _unfitted(detector: BaseDetector) -> BaseDetector:
-    """Return an unfitted twin; a module is not copied, so all twins share it."""
+    """Return an unfitted copy; a module is not copied, so all copies share it."""
     return type(detector)(**detector.get_params(deep=False))
 
 

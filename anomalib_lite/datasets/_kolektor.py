@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from anomalib_lite.datasets.base import Sample
+from anomalib_lite.datasets.base import GOOD, Sample
 from anomalib_lite.datasets.listing import list_images_and_masks
 from anomalib_lite.datasets.masks import load_mask
 from anomalib_lite.errors import MissingPathError
@@ -29,5 +29,5 @@ def labelled_by_masks(directory: Path, ending: str, where: str) -> list[Sample]:
         if load_mask(mask, inverted=False, ignore_255=False).any():
             samples.append(Sample(path, 1, "defect", mask))
         else:
-            samples.append(Sample(path, 0, "good"))
+            samples.append(Sample(path, 0, GOOD))
     return samples

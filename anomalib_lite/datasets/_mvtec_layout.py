@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from anomalib_lite._validation import closest
-from anomalib_lite.datasets.base import Sample
+from anomalib_lite.datasets.base import GOOD, Sample
 from anomalib_lite.datasets.listing import (
     as_path,
     check_directory,
@@ -19,7 +19,6 @@ from anomalib_lite.datasets.listing import (
 from anomalib_lite.errors import MissingPathError
 
 __all__ = [
-    "GOOD",
     "TRAIN",
     "bad_samples",
     "find_category",
@@ -28,7 +27,6 @@ __all__ = [
     "list_categories",
 ]
 
-GOOD = "good"
 TRAIN = f"train/{GOOD}"
 # Directories that tell the layouts apart; the first that is there counts.
 _SIGNS = {

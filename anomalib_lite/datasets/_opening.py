@@ -13,7 +13,7 @@ import numpy as np
 from anomalib_lite._validation import check_choice
 from anomalib_lite.datasets import visa
 from anomalib_lite.datasets._mvtec_layout import TRAIN, layout_of
-from anomalib_lite.datasets.base import Dataset
+from anomalib_lite.datasets.base import GOOD, Dataset
 from anomalib_lite.datasets.btad import BTAD
 from anomalib_lite.datasets.folder import Folder
 from anomalib_lite.datasets.kolektor_sdd import KolektorSDD
@@ -31,7 +31,6 @@ __all__ = ["LAYOUTS", "open_dataset"]
 
 _Path: TypeAlias = str | os.PathLike[str]
 _Seed: TypeAlias = int | np.random.RandomState | None
-_GOOD = "good"
 _MASKS = ("ground_truth", "masks")  # directories that hold masks and no images
 
 
@@ -221,7 +220,7 @@ def _recognise(home: Path, named: bool, where: str) -> str:
             f"{where}: {home} must have one layout, got the directories of {', '.join(found)}. "
             "Say which by layout, such as layout='folder'."
         )
-    if named or (home / _GOOD).is_dir():
+    if named or (home / GOOD).is_dir():
         return "folder"
     inside = subdirectories(home)
     below = [path.name for path in inside if any(x.fits(path) for x in _PUBLISHED.values())]
@@ -249,7 +248,7 @@ def _open_folder(
     where: str,
 ) -> Folder:
     kinds = [directory.name for directory in subdirectories(home)]
-    normal = _GOOD if normal is None else normal
+    normal = GOOD if normal is None else normal
     if masks is None:
         masks = next((name for name in _MASKS if name in kinds), None)
     if anomalous is None:

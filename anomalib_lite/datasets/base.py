@@ -14,7 +14,9 @@ import numpy.typing as npt
 from anomalib_lite.datasets.masks import load_mask
 from anomalib_lite.errors import InvalidValueError, MissingPathError
 
-__all__ = ["Dataset", "Sample"]
+__all__ = ["GOOD", "Dataset", "Sample"]
+
+GOOD = "good"  # the usual kind of normal images, and name of their directory
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from anomalib_lite._validation import check_number
-from anomalib_lite.datasets.base import Dataset, Sample
+from anomalib_lite.datasets.base import GOOD, Dataset, Sample
 from anomalib_lite.datasets.listing import (
     MASK_ENDINGS,
     as_path,
@@ -26,7 +26,6 @@ from anomalib_lite.errors import InvalidValueError, MissingPathError
 __all__ = ["Folder"]
 
 _Path: TypeAlias = str | os.PathLike[str]
-_GOOD = "good"
 
 
 class Folder(Dataset):
@@ -101,7 +100,7 @@ class Folder(Dataset):
         self,
         root: _Path,
         *,
-        normal: _Path = _GOOD,
+        normal: _Path = GOOD,
         anomalous: _Path | Iterable[_Path] | None = None,
         normal_test: _Path | None = None,
         masks: _Path | None = None,
@@ -124,8 +123,8 @@ class Folder(Dataset):
             bad += _anomalous(home / as_path("anomalous", directory, "Folder"), good, mask_root)
         super().__init__(
             home.resolve().name if name is None else name,
-            [Sample(path, 0, _GOOD) for path in train],
-            [Sample(path, 0, _GOOD) for path in test] + _add_masks(bad, mask_root),
+            [Sample(path, 0, GOOD) for path in train],
+            [Sample(path, 0, GOOD) for path in test] + _add_masks(bad, mask_root),
         )
 
 
@@ -150,7 +149,7 @@ def _anomalous(directory: Path, good: Path, mask_root: Path | None) -> list[Samp
         )
     samples = [Sample(path, 1, path.parent.name, mask) for path, mask in found]
     for sample in samples:
-        if sample.kind in {_GOOD, good.name}:
+        if sample.kind in {GOOD, good.name}:
             raise InvalidValueError(
                 f"Folder: anomalous must name directories of bad parts only, got {directory}, "
                 f"which holds {sample.path}. Name the directories inside one by one."

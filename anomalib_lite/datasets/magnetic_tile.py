@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_lite._validation import check_number
-from anomalib_lite.datasets.base import Dataset, Sample
+from anomalib_lite.datasets.base import GOOD, Dataset, Sample
 from anomalib_lite.datasets.listing import (
     as_path,
     check_directory,
@@ -121,8 +121,8 @@ class MagneticTile(Dataset):
         trained = set(split_normal(parts, share, random_state, _WHERE)[0])
         super().__init__(
             "magnetic_tile",
-            [Sample(path, 0, "good") for path, part in good.items() if part in trained],
-            [Sample(path, 0, "good") for path, part in good.items() if part not in trained] + bad,
+            [Sample(path, 0, GOOD) for path, part in good.items() if part in trained],
+            [Sample(path, 0, GOOD) for path, part in good.items() if part not in trained] + bad,
         )
 
 

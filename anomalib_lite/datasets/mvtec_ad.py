@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 
 from anomalib_lite.datasets._mvtec_layout import (
-    GOOD,
     TRAIN,
     bad_samples,
     find_category,
     good_samples,
     list_categories,
 )
-from anomalib_lite.datasets.base import Dataset
+from anomalib_lite.datasets.base import GOOD, Dataset
 from anomalib_lite.datasets.listing import check_directory, subdirectories
 
 __all__ = ["MVTecAD"]

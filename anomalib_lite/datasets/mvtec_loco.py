@@ -6,13 +6,12 @@ import os
 from pathlib import Path
 
 from anomalib_lite.datasets._mvtec_layout import (
-    GOOD,
     TRAIN,
     find_category,
     good_samples,
     list_categories,
 )
-from anomalib_lite.datasets.base import Dataset, Sample
+from anomalib_lite.datasets.base import GOOD, Dataset, Sample
 from anomalib_lite.datasets.listing import check_directory, list_images, pair, subdirectories
 
 __all__ = ["MVTecLOCO"]

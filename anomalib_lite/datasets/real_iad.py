@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite._validation import closest
-from anomalib_lite.datasets.base import Dataset, Sample
+from anomalib_lite.datasets.base import GOOD, Dataset, Sample
 from anomalib_lite.datasets.listing import as_path, check_directory, listed_file, subdirectories
 from anomalib_lite.errors import InvalidValueError, MissingPathError
 
@@ -213,7 +213,7 @@ def _sample(entry: dict[str, Any], images: Path, file: Path) -> Sample:
     path = listed_file(images, entry["image_path"], file, _WHERE)
     kind = entry["anomaly_class"]
     if kind == "OK":
-        return Sample(path, 0, "good")
+        return Sample(path, 0, GOOD)
     mask = entry["mask_path"]
     mask_path = listed_file(images, mask, file, _WHERE) if mask else None
     return Sample(path, 1, KINDS.get(kind, kind), mask_path)

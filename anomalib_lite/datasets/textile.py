@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_lite._validation import check_number
-from anomalib_lite.datasets.base import Dataset, Sample
+from anomalib_lite.datasets.base import GOOD, Dataset, Sample
 from anomalib_lite.datasets.listing import list_images, split_normal
 from anomalib_lite.errors import MissingDependencyError
 
@@ -75,10 +75,10 @@ class Textile(Dataset):
         home = _find_images()
         normal = list_images("nominal", home / "nominal", "Textile")
         train, held_out = split_normal(normal, share, random_state, "Textile")
-        test = [Sample(path, 0, "good") for path in held_out]
+        test = [Sample(path, 0, GOOD) for path in held_out]
         for kind in _KINDS:
             test += [Sample(path, 1, kind) for path in list_images(kind, home / kind, "Textile")]
-        super().__init__("textile", [Sample(path, 0, "good") for path in train], test)
+        super().__init__("textile", [Sample(path, 0, GOOD) for path in train], test)
 
 
 def _find_images() -> Path:

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from anomalib_lite._validation import closest
-from anomalib_lite.datasets._mvtec_layout import GOOD, layout_of, list_categories
-from anomalib_lite.datasets.base import Dataset, Sample
+from anomalib_lite.datasets._mvtec_layout import layout_of, list_categories
+from anomalib_lite.datasets.base import GOOD, Dataset, Sample
 from anomalib_lite.datasets.listing import as_path, check_directory, listed_file
 from anomalib_lite.datasets.mvtec_ad import MVTecAD
 from anomalib_lite.errors import InvalidValueError, MissingPathError

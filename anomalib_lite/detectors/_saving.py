@@ -56,11 +56,21 @@ class SavedDetector(ABC):
         (with ``position_window`` also ``positions`` (M,) and ``reach`` (h, w), int32; with
         ``foreground`` also ``foreground`` (D + 1,), float32); for
         PaDiM ``mean`` (P, d) and ``factors`` (P, d (d + 1) / 2), float32, and ``components``; for
-        SubspaceAD ``mean`` (D,) and ``scatter`` (D (D + 1) / 2,), float64. Names of an adapter's
-        tensors begin with ``adapter.``. A cascade has the header of each of
-        its members under ``parts``, and names of their tensors begin with ``detector.`` and
-        ``gate.``; a router has its products there as ``product0`` and so on, without backbones.
-        The weights of a finetuned gate are always in the file.
+        MahalanobisVFM ``patches.mean`` and ``images.mean`` (d,), and likewise ``scatter`` (d, d)
+        and ``cubic`` (d,), float64; for SubspaceAD ``mean`` (D,) and ``scatter``
+        (D (D + 1) / 2,), float64. A mask that :meth:`fit` was given for all images is
+        ``ignore_mask`` (H, W), uint8; polygons are ``ignore_polygons`` in ``state``. Names of an
+        adapter's tensors begin with ``adapter.``, those of a backbone's weights with
+        ``backbone.``.
+
+        A cascade has the header of each of its members under ``parts``, and names of their tensors
+        begin with ``detector.`` and ``gate.``. Its own tensors are ``gate_weights`` and the like,
+        and what the thresholds are computed from: ``calibration_probabilities``,
+        ``calibration_detector_scores``, ``anomaly_probabilities`` and
+        ``anomaly_detector_scores``, float64. The weights of a finetuned gate are always in the
+        file. A router has its products there as ``product0`` and so on, without backbones. Its own
+        tensors are ``known0`` and ``held_back0`` (n, D) float32 and so on: the mean patch embedding
+        of each image of a product, for its mean and for its threshold.
 
         Examples
         --------

@@ -61,7 +61,7 @@ _NORMAL_ONLY = (
 
 
 class DetectorMixin(SavedDetector):
-    """What every detector offers: all answers come from one ``detect(images)``, and it is saved."""
+    """Methods that every detector has; their answers are views of one ``detect(images)``."""
 
     image_size: int | tuple[int, int]
     false_alarm_rate: float
@@ -77,7 +77,7 @@ class DetectorMixin(SavedDetector):
 
     @abstractmethod
     def detect(self, images: Any, *, maps: Any = True) -> Detections:
-        """Give scores, labels and, if wanted, heatmaps."""
+        """Return scores, labels and, if wanted, heatmaps."""
 
     def score(self, images: Any) -> np.ndarray:
         """Score how anomalous each image is: higher is more anomalous.
@@ -93,8 +93,8 @@ class DetectorMixin(SavedDetector):
         Returns
         -------
         ndarray of shape (N,), float32
-            An image is called anomalous above ``threshold_``. In raw units (a distance); those of
-            a cascade lie in [0, 1].
+            An image is called anomalous above ``threshold_``. In units of the detector, which its
+            class states; those of a cascade lie in [0, 1].
 
         Raises
         ------
@@ -160,7 +160,7 @@ class DetectorMixin(SavedDetector):
         check_seed(self.random_state, where)
 
     def _labels(self, scores: np.ndarray) -> np.ndarray:
-        """Decide which images (N,) are anomalous; NaN is, since nothing shows that it is good."""
+        """Decide which images (N,) are anomalous; a score of NaN is, as the part may be bad."""
         if not isinstance(self.threshold_, float | int | np.number) or np.isnan(self.threshold_):
             raise InvalidValueError(
                 f"{type(self).__name__}: threshold_ must be a number, got {self.threshold_!r}."
@@ -213,9 +213,9 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         y : array of shape (N,), optional
             0 (or False) for normal, 1 (or True) for anomalous. Anomalous images are left out.
         ignore_mask : array (H, W), PIL image, path, polygons, or N of them, optional
-            Regions to ignore, in fitting, calibration, scores and heatmaps: one for all
-            images, which is saved with the detector and holds for every image from then on; or one
-            (or None) for each. What is not 0 is ignored; see
+            Regions to ignore in fitting, calibration, scores and heatmaps. One mask for all images
+            is saved with the detector and used for every later image. A list has one (or None) for
+            each image. Pixels that are not 0 are ignored; see
             :func:`~anomalib_lite.images.ignore_mask.read_ignore_mask`.
 
         Returns
@@ -238,14 +238,15 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         return self._fit_images(images, y, ignore_mask)
 
     def partial_fit(self, images: Any, y: Any = None, *, ignore_mask: Any = None) -> Self:
-        """Go on learning from new normal images; what was learned stays.
+        """Update the detector with new normal images, without fitting again on the old ones.
 
         Parameters
         ----------
         images, y
-            As in :meth:`fit`, which is called if nothing was learned yet. One image is enough.
+            As in :meth:`fit`, which is called if the detector is not fitted. One image is enough.
         ignore_mask : optional
-            Regions of these images; by default those of all images in :meth:`fit`.
+            Regions to ignore in these images; by default those that :meth:`fit` was given for all
+            images.
 
         Returns
         -------
@@ -269,13 +270,15 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         -----
         Some of the new images are held back, drawn by ``random_state``: as many as the
         calibration still lacks, at least a fifth and at most half (none of a single one). The
-        detector is fitted on the others. Then the images held back are scored by all that was
-        *fitted* on, their scores are added to ``calibration_scores_``, the threshold is computed
-        again, and their patches are added too. Old scores stay: where more images can only lower
-        scores, an old score is no smaller than that image would have now, so the guarantee of
-        :meth:`fit` holds for old and new images that are exchangeable. Where scores may also
-        rise (an approximate index, Equation 7) the old scores are dropped, and the threshold
-        comes from the new ones alone. ``n_jobs`` has no effect here.
+        detector is fitted on the others. Then the images held back are scored by a model of the
+        images *fitted* on, without any that were held back. Their scores are added to
+        ``calibration_scores_``, the threshold is computed again, and their patches are added.
+
+        Scores of earlier images are kept if more images can only lower scores. Such a score is
+        then at least as large as the image's score would be now, so the guarantee of :meth:`fit`
+        holds for old and new images that are exchangeable. If scores may also rise (an
+        approximate index, Equation 7), earlier scores are dropped, and the threshold comes from
+        the new ones alone. ``n_jobs`` has no effect here.
         """
         if not hasattr(self, "threshold_"):
             self._check_parameters()
@@ -289,14 +292,15 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         return self._fit_images(images, y, ignore_mask, update=True)
 
     def fit_embeddings(self, E: Any, y: object = None) -> Self:
-        """Fit on patch embeddings that you bring, as :meth:`fit` does on images.
+        """Fit on your own patch embeddings, as :meth:`fit` does on images.
 
         Parameters
         ----------
         E : array of shape (N, h, w, D), float32, list of N arrays (h, w, D), or an iterable
             Embeddings of N normal images. An iterable yields blocks (n, h, w, D) or images
-            (h, w, D), and is gone through once. With ``memory_budget`` an array may lie in a file
-            (``numpy.load(..., mmap_mode="r")``), and N need not be known before the end.
+            (h, w, D), and is read once; its length need not be known. An array may be in a file
+            (``numpy.load(..., mmap_mode="r")``). With ``memory_budget``, neither is ever in memory
+            as a whole.
         y : ignored
 
         Returns
@@ -311,15 +315,46 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
 
         Notes
         -----
-        With ``memory_budget`` the images of an iterable that are held back for calibration are
-        drawn as they come, each as likely as any other. They stay in memory, so no more are drawn
-        than ``false_alarm_rate`` needs.
+        With ``memory_budget``, the images of an iterable that are held back for calibration are
+        drawn while it is read, each with the same probability. They stay in memory, so no more are
+        drawn than ``false_alarm_rate`` needs.
         """
         self._check_parameters()
         return self._fit_embeddings(E)
 
     def partial_fit_embeddings(self, E: Any, y: object = None) -> Self:
-        """Go on learning from embeddings, as :meth:`partial_fit` does from images."""
+        """Update the detector with further embeddings, as :meth:`partial_fit` does with images.
+
+        Parameters
+        ----------
+        E : array of shape (N, h, w, D), float32, list of N arrays (h, w, D), or an iterable
+            Embeddings of N normal images, as in :meth:`fit_embeddings`, with the same D as before.
+        y : ignored
+
+        Returns
+        -------
+        BaseDetector
+            Itself; after an error it is as before.
+
+        Raises
+        ------
+        AnomalibLiteError
+            As :meth:`fit_embeddings`; also for another D, or ``calibration="leave_one_out"``.
+
+        Warns
+        -----
+        CalibrationWarning
+            If there are still too few images to guarantee ``false_alarm_rate``.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from anomalib_lite import PatchCore
+        >>> E = np.random.default_rng(0).normal(size=(40, 4, 6, 8)).astype("float32")
+        >>> detector = PatchCore(false_alarm_rate=0.2).fit_embeddings(E[:20])
+        >>> len(detector.partial_fit_embeddings(E[20:]).calibration_scores_)
+        8
+        """
         if not hasattr(self, "threshold_"):
             self._check_parameters()
             return self._fit_embeddings(E)
@@ -327,7 +362,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         return self._fit_embeddings(E, update=True)
 
     def detect(self, images: Any, *, maps: bool = True, ignore_mask: Any = None) -> Detections:
-        """Give scores, heatmaps and labels, from one pass through the backbone.
+        """Return scores, heatmaps and labels, from one pass through the backbone.
 
         Parameters
         ----------
@@ -336,9 +371,9 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         maps : bool, default=True
             Whether to make heatmaps, of (H, W) floats an image.
         ignore_mask : optional
-            Regions to ignore, as in :meth:`fit`; by default those that :meth:`fit` was
-            given for all images. Heatmaps are 0 there. Nothing in these regions has any effect:
-            they are gray before the image is resized and goes through the backbone, in fitting too.
+            Regions to ignore, as in :meth:`fit`; by default those that :meth:`fit` was given for
+            all images. Heatmaps are 0 there. The content of these regions has no effect: they are
+            filled with gray before the image is resized and embedded, also in fitting.
 
         Returns
         -------
@@ -381,7 +416,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         )
 
     def score_embeddings(self, E: Any) -> np.ndarray:
-        """Score patch embeddings that you bring, as :meth:`score` does images.
+        """Score your own patch embeddings, as :meth:`score` does images.
 
         Parameters
         ----------
@@ -409,9 +444,9 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
     def _fit_shards(
         self, shards: ShardSource, random: np.random.RandomState, update: bool = False
     ) -> None:
-        """Fit, calibrate with the images held back, and absorb these: so every detector learns.
+        """Fit, calibrate with the images held back, and then add these to the model.
 
-        A copy learns; what was fitted before stays until all has gone well.
+        A copy is fitted, so that after an error this detector is as before.
         """
         fresh = copy.copy(self)
         if not update:
@@ -431,7 +466,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         joins, accumulated = fresh._scores_are_monotone(), copy.copy(empty)
         if self.calibration == "leave_one_out":
             scores = [fresh._score_left_out(shards.embeddings, fitted)]
-        else:  # where scores only fall, old ones are no smaller than those images would have now
+        else:  # if scores can only fall, old ones are at least as large as they would be now
             scores = [self.calibration_scores_] if update and joins else []
             for result in shards.held_back(ShardTask(empty if joins else None, fresh, score=True)):
                 scores.append(result.scores)
@@ -448,13 +483,13 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         )
         if shortfall is not None:  # at the user's line: above a public method and its _fit_...
             warnings.warn(shortfall, CalibrationWarning, stacklevel=4)
-        # Absorb the images held back, if that can only lower scores.
+        # Add the images held back to the model, if that can only lower scores.
         if joins:
             fresh._add_calibration_patches(removed, accumulated, random)
         self.__dict__.update(fresh.__dict__)
 
     def _fit_images(self, images: Any, y: Any, ignore_mask: Any, update: bool = False) -> Self:
-        """Embed normal images, those to be held back for calibration last, and learn from them."""
+        """Embed normal images, the ones to hold back for calibration last, and fit on them."""
         where, random = type(self).__name__, check_random_state(self.random_state)
         source = ImageSource(images, max_pixels=self.max_pixels, where=where)
         one_for_all = None
@@ -585,9 +620,9 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
     # --- The backbone -----------------------------------------------------------------------
 
     def _open_to_fit(self, images: ImageSource, random: np.random.RandomState) -> AnyBackbone:
-        """Open the backbone; a subclass may let it learn from the images to fit on before.
+        """Open the backbone; a subclass may first adapt it to the images.
 
-        The images are in the order of fitting.
+        The images are in the order of fitting: those to hold back come last.
         """
         backbone = self._open_backbone()
         check_image_size(self.image_size, type(self).__name__, stride=backbone.stride)
@@ -608,13 +643,13 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         return open_backbone(self.backbone, **(options | instead))
 
     def _distributor(self, backbone: AnyBackbone, extractor: Extractor) -> Distribute:
-        """Return what embeds shards of images where joblib's backend decides."""
+        """Return the function that embeds shards of images in the workers of joblib's backend."""
         unfitted = type(self)(**self.get_params(deep=False))
         return partial(
             distribute,
             backbone=backbone,
-            # Engine and type as here, whatever "auto" would become there: one bank needs
-            # embeddings of one kind.
+            # Engine and type of this process, not what "auto" would be there: all embeddings of
+            # a bank must be of one kind.
             reopen=partial(
                 unfitted._open_backbone,
                 engine=backbone.engine,

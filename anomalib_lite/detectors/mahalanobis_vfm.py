@@ -15,13 +15,12 @@ from anomalib_lite._validation import (
     check_choice,
     check_image_size,
     check_int,
-    check_memory,
     check_number,
 )
 from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
+from anomalib_lite.detectors.fitting import Accumulator, images_within_budget
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import Gaussian, Moments, check_shrinkage
@@ -101,7 +100,8 @@ class MahalanobisVFM(BaseDetector):
         Gaussians of patches and of whole images; each has D / 2 features.
     adapter_ : Adapter or None
         The LoRA update that ``adapt`` learned; ``adapter_.history`` has the losses of each epoch.
-    threshold_, calibration_scores_, n_features_, backbone_, dtype_, engine_, skipped_
+    threshold_, calibration_scores_, n_features_, backbone_, dtype_, engine_, skipped_, \
+ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.
 
     Notes
@@ -317,14 +317,14 @@ class MahalanobisVFM(BaseDetector):
             patches, images = self.patches_.moments_, self.images_.moments_
         accumulator = MomentsAccumulator(patches, images, bool(self.normalize))
         if self.memory_budget is not None:
-            budget = check_memory("memory_budget", self.memory_budget, "MahalanobisVFM")
-            per_image = 4 * int(np.prod(shape)) * 4
-            fixed = in_flight + 6 * 8 * n_features**2
-            if budget < fixed + per_image:
-                what = "the covariances and the images under way"
-                refuse_budget("MahalanobisVFM", budget, fixed + per_image, what)
-            at_once = min((budget - fixed) // per_image, MomentsAccumulator.images_per_shard)
-            accumulator.images_per_shard = at_once
+            accumulator.images_per_shard = images_within_budget(
+                "MahalanobisVFM",
+                self.memory_budget,
+                fixed=in_flight + 6 * 8 * n_features**2,
+                per_image=4 * int(np.prod(shape)) * 4,
+                at_most=MomentsAccumulator.images_per_shard,
+                for_what="the covariances and the images under way",
+            )
         return accumulator
 
     def _fit_accumulated(

@@ -9,10 +9,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from anomalib_lite._validation import check_choice, check_int, check_memory, check_number
+from anomalib_lite._validation import check_choice, check_int, check_number
 from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
+from anomalib_lite.detectors.fitting import Accumulator, images_within_budget
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import GaussianGrid
 from anomalib_lite.images.embeddings import Embeddings
@@ -72,7 +72,8 @@ class PaDiM(BaseDetector):
         Mean and covariance of each position.
     components_ : ndarray of shape (d,), int64, or (D, d), float32
         The channels kept, or the projection.
-    threshold_, calibration_scores_, n_features_, backbone_, dtype_, engine_, skipped_
+    threshold_, calibration_scores_, n_features_, backbone_, dtype_, engine_, skipped_, \
+ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.
 
     Notes
@@ -108,6 +109,7 @@ class PaDiM(BaseDetector):
     """
 
     _strides = (4, 8, 16)
+    _one_mask = True
 
     def __init__(
         self,
@@ -158,8 +160,6 @@ class PaDiM(BaseDetector):
         self.random_state = random_state
         self.verbose = verbose
 
-    _one_mask = True
-
     def _check_parameters(self) -> None:
         super()._check_parameters()
         if self.n_components is not None:
@@ -187,14 +187,16 @@ class PaDiM(BaseDetector):
         components = self._draw_components(n_features, random) if not known else self.components_
         at_once = _SHARD_IMAGES
         if self.memory_budget is not None:
-            budget = check_memory("memory_budget", self.memory_budget, "PaDiM")
             reduced = height * width * components.shape[-1]
-            fixed = in_flight + 4 * reduced * components.shape[-1] * (1 if not known else 2)
-            per_image = 4 * height * width * n_features + 8 * reduced
-            if budget < fixed + per_image:
-                what = f"the covariances of {height}x{width} positions and the images under way"
-                refuse_budget("PaDiM", budget, fixed + per_image, what, lower="n_components, ")
-            at_once = min((budget - fixed) // per_image, at_once)
+            at_once = images_within_budget(
+                "PaDiM",
+                self.memory_budget,
+                fixed=in_flight + 4 * reduced * components.shape[-1] * (1 if not known else 2),
+                per_image=4 * height * width * n_features + 8 * reduced,
+                at_most=_SHARD_IMAGES,
+                for_what=f"the covariances of {height}x{width} positions and the images under way",
+                lower="n_components, ",
+            )
         grid = known.shape[:2] if known else (height, width)
         keep = self.calibration == "leave_one_out"
         return GridAccumulator(grid, components, float(self.ridge), at_once, known, keep)

@@ -181,6 +181,11 @@ default="max"
         Number type and engine of the backbone.
     skipped_ : list of (str, str)
         Name and reason of each training image left out.
+    ignore_mask_ : IgnoreMask or None
+        Regions that :meth:`fit` was told to ignore in all images.
+    map_statistics_ : ndarray of shape (2, 3), float32
+        With ``image_score="structure"``: means and standard deviations over normal maps of what
+        :func:`~anomalib_lite.anomaly_map.structure` computes.
 
     Notes
     -----

@@ -9,10 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from anomalib_lite._validation import check_memory
 from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
+from anomalib_lite.detectors.fitting import Accumulator, images_within_budget
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import Moments
 from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
@@ -56,7 +55,8 @@ class SubspaceAD(BaseDetector):
     ----------
     subspace_ : Subspace
         Mean and principal components of the normal patches.
-    threshold_, calibration_scores_, n_features_, backbone_, dtype_, engine_, skipped_
+    threshold_, calibration_scores_, n_features_, backbone_, dtype_, engine_, skipped_, \
+ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.
 
     Notes
@@ -157,14 +157,14 @@ class SubspaceAD(BaseDetector):
         known = self.subspace_.moments_ if hasattr(self, "subspace_") else Moments(n_features)
         accumulator = PatchMoments(known)
         if self.memory_budget is not None:
-            budget = check_memory("memory_budget", self.memory_budget, "SubspaceAD")
-            per_image = 4 * int(np.prod(shape)) * 4
-            fixed = in_flight + 6 * 8 * n_features**2
-            if budget < fixed + per_image:
-                what = "the scatter of the patches and the images under way"
-                refuse_budget("SubspaceAD", budget, fixed + per_image, what)
-            at_once = min((budget - fixed) // per_image, PatchMoments.images_per_shard)
-            accumulator.images_per_shard = at_once
+            accumulator.images_per_shard = images_within_budget(
+                "SubspaceAD",
+                self.memory_budget,
+                fixed=in_flight + 6 * 8 * n_features**2,
+                per_image=4 * int(np.prod(shape)) * 4,
+                at_most=PatchMoments.images_per_shard,
+                for_what="the scatter of the patches and the images under way",
+            )
         return accumulator
 
     def _fit_accumulated(self, accumulated: PatchMoments, random: np.random.RandomState) -> None:

@@ -1,5 +1,6 @@
 """Gaussian models of normal embeddings, fitted from running moments."""
 
+from anomalib_lite.gaussian._estimator import MomentsEstimator
 from anomalib_lite.gaussian._gaussian import Gaussian, check_shrinkage
 from anomalib_lite.gaussian._grid import GaussianGrid
 from anomalib_lite.gaussian._moments import Moments
@@ -8,5 +9,6 @@ __all__ = [
     "Gaussian",
     "GaussianGrid",
     "Moments",
+    "MomentsEstimator",
     "check_shrinkage",
 ]

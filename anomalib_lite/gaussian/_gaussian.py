@@ -15,15 +15,14 @@ References
 from __future__ import annotations
 
 import numbers
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from scipy.linalg.lapack import dtrtri
-from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_is_fitted, validate_data
 
-from anomalib_lite._validation import check_choice, check_number, check_values
-from anomalib_lite.errors import InvalidTypeError, InvalidValueError, NotFittedError
+from anomalib_lite._validation import check_choice, check_number
+from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.gaussian._estimator import MomentsEstimator
 from anomalib_lite.gaussian._moments import Moments, shrinkage_of
 
 __all__ = ["Gaussian", "check_shrinkage", "inverse_factors", "invert_lower"]
@@ -42,7 +41,7 @@ def check_shrinkage(shrinkage: object, where: str) -> None:
         check_choice("shrinkage", shrinkage, SHRINKAGES, where)
 
 
-class Gaussian(BaseEstimator):
+class Gaussian(MomentsEstimator):
     """One Gaussian of normal embeddings; embeddings far from its mean are anomalous.
 
     Parameters
@@ -86,52 +85,8 @@ class Gaussian(BaseEstimator):
     def __init__(self, shrinkage: str | float = "ledoit_wolf") -> None:
         self.shrinkage = shrinkage
 
-    def fit(self, X: Any, y: object = None) -> Self:
-        """Estimate mean and covariance.
-
-        Parameters
-        ----------
-        X : array of shape (N, D), any float type
-            Normal embeddings.
-        y : ignored
-
-        Returns
-        -------
-        Gaussian
-            This object.
-
-        Raises
-        ------
-        InvalidValueError
-            If the shrinkage is unknown, if rows are not finite, or if they are so few or so
-            similar that the covariance has no inverse.
-        """
-        before = self.__dict__.copy()
-        try:
-            X = self._validated(X, reset=True, at_least=2)
-            moments = Moments(X.shape[1])
-            moments.add(X)
-            self.fit_moments(moments)
-        except Exception:  # a failed fit changes nothing
-            self.__dict__ = before
-            raise
-        return self
-
-    def partial_fit(self, X: Any, y: object = None) -> Self:
-        """Update the fit with further rows (N, D).
-
-        The result equals, up to rounding, a fit on all rows at once.
-        """
-        known = getattr(self, "moments_", None)
-        X = self._validated(X, reset=known is None)
-        moments = Moments(X.shape[1])
-        if known is not None:
-            moments.merge(known)
-        moments.add(X)
-        return self._learn(moments)
-
     def mahalanobis(self, X: Any) -> np.ndarray:
-        """Distance of each row from the mean, in standard deviations along its direction.
+        """Return how far each row is from the mean, in standard deviations along its direction.
 
         Parameters
         ----------
@@ -151,10 +106,7 @@ class Gaussian(BaseEstimator):
         InvalidValueError
             If D differs from that of :meth:`fit`, or rows are not finite.
         """
-        try:
-            check_is_fitted(self, "moments_")
-        except ValueError as error:
-            raise NotFittedError("Gaussian: not fitted yet. Call fit(X) first.") from error
+        self._check_fitted()
         X = self._validated(X, reset=False)
         step, whitening = max(1, _BLOCK_VALUES // X.shape[1]), self._factors()
         parts = [
@@ -177,12 +129,7 @@ class Gaussian(BaseEstimator):
         """
         return np.linalg.cholesky(self.precision_)
 
-    def fit_moments(self, moments: Moments) -> Self:
-        """Do what :meth:`fit` does, from the moments of rows that are no longer at hand."""
-        self._learn(moments)._factors()
-        return self
-
-    def _learn(self, moments: Moments) -> Self:
+    def _learn(self, moments: Moments) -> None:
         check_shrinkage(self.shrinkage, "Gaussian")
         shrinkage = shrinkage_of(moments, self.shrinkage)
         covariance = moments.scatter / moments.n
@@ -193,7 +140,9 @@ class Gaussian(BaseEstimator):
         self.moments_, self.location_ = moments, moments.mean
         self.shrinkage_, self.covariance_ = shrinkage, covariance
         self._factor: np.ndarray | None = None
-        return self
+
+    def _solve(self) -> None:
+        self._factors()
 
     def _factors(self) -> np.ndarray:
         """Return the inverse Cholesky factor (D, D) of the covariance.
@@ -211,22 +160,6 @@ class Gaussian(BaseEstimator):
                     "no inverse. Give more rows that differ, or a larger shrinkage."
                 ) from error
         return self._factor
-
-    def _validated(self, X: Any, *, reset: bool, at_least: int = 1) -> np.ndarray:
-        try:
-            X = validate_data(
-                self,
-                X,
-                dtype=[np.float64, np.float32],
-                reset=reset,
-                ensure_min_samples=at_least,
-            )
-        except TypeError as error:
-            raise InvalidTypeError(f"Gaussian: {error}") from error
-        except ValueError as error:
-            raise InvalidValueError(f"Gaussian: {error}") from error
-        check_values("X", X, "Gaussian")
-        return np.asarray(X)
 
 
 def inverse_factors(covariance: np.ndarray) -> np.ndarray:

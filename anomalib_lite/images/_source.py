@@ -415,16 +415,27 @@ def load_all(
 
     Parameters
     ----------
-    source, image_size, stride
-        See :meth:`ImageSource.load`.
+    source : ImageSource
+        The images.
+    image_size : int or (int, int)
+        Shorter side, or height and width, in pixels.
+    stride : int
+        Stride of the backbone; both sides become multiples of it.
     on_error : {"raise", "skip"}, default="raise"
         Whether an image that cannot be used raises its error, or is left out.
 
     Returns
     -------
     list of ndarrays of shape (H, W, 3), uint8
-        In the order of ``source``.
+        Pixels in [0, 255], in the order of ``source``. Sizes differ if aspects do.
 
+    Raises
+    ------
+    AnomalibLiteError
+        For an image that cannot be used, unless ``on_error="skip"``.
+
+    Examples
+    --------
     >>> [image.shape for image in load_all(ImageSource(np.zeros((2, 60, 99, 3), np.uint8)), 32, 16)]
     [(32, 48, 3), (32, 48, 3)]
     """

@@ -70,7 +70,7 @@ class IgnoreMask:
         return self._keep(tuple(size), lambda: _drawn(self.polygons or [], size))
 
     def fill(self, image: Any, where: str = "IgnoreMask") -> Any:
-        """Return a copy of an image whose regions are gray, so that nobody sees what is there.
+        """Return a copy of an image whose regions are gray, so that their content has no effect.
 
         Parameters
         ----------

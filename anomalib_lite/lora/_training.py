@@ -68,7 +68,7 @@ def train_adapter(
     Parameters
     ----------
     backbone : Backbone
-        Made in float32, with ``fusion="summary"``. Its network is changed: give one that nobody
+        Made in float32, with ``fusion="summary"``. Its network is changed: give one that nothing
         else uses.
     source : ImageSource
         Normal images, at least 4. A fifth is kept for validation.

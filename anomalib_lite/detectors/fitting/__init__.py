@@ -7,6 +7,7 @@ from anomalib_lite.detectors.fitting.model import (
     ShardResult,
     ShardSource,
     ShardTask,
+    images_within_budget,
     refuse_budget,
 )
 from anomalib_lite.detectors.fitting.shards import (
@@ -33,6 +34,7 @@ __all__ = [
     "ShardTask",
     "distribute",
     "embed_distributed",
+    "images_within_budget",
     "iter_grids",
     "none_usable",
     "refuse_budget",

@@ -1,4 +1,4 @@
-"""What a detector fills in to fit on patch embeddings, and to score them."""
+"""Methods that a detector supplies to fit on patch embeddings, and to score them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Self
 import numpy as np
 from sklearn.base import BaseEstimator
 
+from anomalib_lite._validation import check_memory
 from anomalib_lite.anomaly_map import image_scores, standardize, structure
 from anomalib_lite.calibration import calibration_size, threshold_and_shortfall
 from anomalib_lite.errors import InvalidValueError
@@ -26,16 +27,17 @@ __all__ = [
     "ShardResult",
     "ShardSource",
     "ShardTask",
+    "images_within_budget",
     "refuse_budget",
 ]
 
 
 class Accumulator(ABC):
-    """What is kept of embeddings that pass by, until a model is fitted on it.
+    """Keeps what a model needs of embeddings that arrive shard by shard.
 
-    A model makes an empty one. Each shard of images is accumulated by itself, perhaps in another
-    process, and the results are merged in the order of the shards. So the outcome depends on the
-    shards, which are fixed, and not on who computed them.
+    A model makes an empty accumulator. Each shard of images is accumulated on its own, perhaps in
+    another process, and the results are merged in the order of the shards. The shards are fixed,
+    so the result does not depend on which process computed which shard.
     """
 
     images_per_shard: int = sys.maxsize  # images whose embeddings are in memory at a time
@@ -43,21 +45,21 @@ class Accumulator(ABC):
 
     @abstractmethod
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
-        """Return an accumulator like this one that holds one shard alone.
+        """Return an accumulator of the same kind that holds only this shard.
 
         Parameters
         ----------
         E : Embeddings
-            Of the images of the shard.
+            Embeddings of the images of the shard.
         position : int
-            Position of the first of them among all images.
+            Position of its first image among all images.
         existing : array of shape (M, D), float32, optional
-            Patches that the model has already.
+            Patches that are in the model already.
         """
 
     @abstractmethod
     def merge(self, other: Self) -> None:
-        """Add what another accumulator holds of the images that follow."""
+        """Add the content of another accumulator, which is of the images that follow."""
 
 
 class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
@@ -95,17 +97,18 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         shape : (h, w, D)
             Shape of the embeddings of the first image.
         n_images : int or None
-            Number of images; None if it is not known before the end.
+            Number of images; None if it is not known in advance.
         in_flight : int
-            Bytes that are taken beside the embeddings of a shard.
+            Bytes of memory taken beside the embeddings of a shard: batches of images, network.
         random : RandomState
+            Source of random choices.
         """
 
     @abstractmethod
     def _fit_accumulated(self, accumulated: Any, random: np.random.RandomState) -> Any:
-        """Fit on what was accumulated, beside what was fitted before.
+        """Fit on the accumulated embeddings; in an update, also on those of earlier fits.
 
-        Return what :meth:`_score_left_out` needs to know of it, if anything.
+        Return what :meth:`_score_left_out` needs, if anything.
         """
 
     @abstractmethod
@@ -123,11 +126,11 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
     # --- A subclass may supply these ----------------------------------------------------------
 
     def _fits_in_shards(self) -> bool:
-        """Whether embeddings pass by shard by shard, so that they are never all in memory."""
+        """Whether ``fit`` works shard by shard, so that embeddings are never all in memory."""
         return self.memory_budget is not None
 
     def _score_left_out(self, E: Embeddings, fitted: Any) -> np.ndarray:
-        """Score (N,) each image that was fitted on as if it had been left out.
+        """Score each image of the fit by a model without that image; return (N,), float32.
 
         ``fitted`` is what :meth:`_fit_accumulated` returned.
         """
@@ -139,27 +142,27 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
     def _scores_are_monotone(self) -> bool:
         """Whether fitting on more images can only lower scores.
 
-        If so, the calibration images are added to the model in the end, and old calibration
-        scores still count after an update.
+        If so, the images held back are added to the model after calibration, and their scores are
+        still used after an update.
         """
         return False
 
     def _existing_patches(self) -> np.ndarray | None:
-        """Return the patches that the model holds, if a coreset must take them into account."""
+        """Return the patches in the model, for coresets that must not repeat them; else None."""
         return None
 
     def _remove_calibration_patches(self) -> Any:
-        """Undo :meth:`_add_calibration_patches` before an update; return what was removed."""
+        """Take the images held back out of the model before an update; return their patches."""
 
     def _add_calibration_patches(
         self, removed: Any, accumulated: Any, random: np.random.RandomState
     ) -> None:
-        """Add the calibration images: what was removed before an update, and the new ones."""
+        """Add the images held back: those removed before an update, and the new ones."""
 
     # --- What the base class makes of them ----------------------------------------------------
 
     def _image_scores(self, E: Embeddings) -> np.ndarray:
-        # A few at a time: the search makes arrays of its own.
+        # A few images at a time, since the search needs memory of its own.
         step = self.batch_size if isinstance(E, np.ndarray) else 1
         scores = [
             self._score_patches(np.ascontiguousarray(E[i : i + step]))[1]
@@ -239,10 +242,10 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
 
 @dataclass
 class ShardResult:
-    """What became of the images of one shard."""
+    """Results for the images of one shard."""
 
-    accumulated: Any = None
-    scores: np.ndarray | None = None
+    accumulated: Any = None  # an Accumulator, if the task asked for one
+    scores: np.ndarray | None = None  # (n,) float32, if the task asked for them
     embeddings: Embeddings | None = None  # only if there was no task
     skipped: Sequence[tuple[int, str]] = ()  # position in the shard, reason
     error: tuple[str, str] | None = None  # class and message: not all backends can send the object
@@ -250,11 +253,11 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What to do with the embeddings of a shard: accumulate them, score them, or both."""
+    """A task for one shard: accumulate its embeddings, score its images, or both."""
 
-    empty: Accumulator | None = None  # accumulate the embeddings as this one does
-    model: EmbeddingModel | None = None  # what is fitted so far
-    score: bool = False  # score the images with the model
+    empty: Accumulator | None = None  # makes the accumulator of the shard
+    model: EmbeddingModel | None = None  # model fitted so far
+    score: bool = False  # whether to score the images with the model
 
     @property
     def channels(self) -> np.ndarray | None:
@@ -264,7 +267,7 @@ class ShardTask:
         return None if self.model is None else self.model._channels
 
     def __call__(self, E: Embeddings, position: int) -> ShardResult:
-        """Carry it out; ``position`` is that of the shard's first image."""
+        """Carry out the task; ``position`` is that of the shard's first image."""
         result = ShardResult()
         if len(E) == 0:
             return result
@@ -277,11 +280,11 @@ class ShardTask:
 
 
 class ShardSource(ABC):
-    """Normal images in the order of fitting; those to be held back for calibration come last."""
+    """Normal images in the order of fitting; the ones to hold back for calibration come last."""
 
     shape: tuple[int, ...]  # (h, w, D) of the first image
-    n_images: int | None  # None if it is not known before the end
-    in_flight = 0  # bytes that are taken beside the embeddings of a shard
+    n_images: int | None  # None if it is not known in advance
+    in_flight = 0  # bytes of memory taken beside the embeddings of a shard
     embeddings: Embeddings = []  # noqa: RUF012  # of the images to fit on, if all are in memory
 
     @abstractmethod
@@ -294,13 +297,13 @@ class ShardSource(ABC):
 
 
 class InMemory(ShardSource):
-    """Embeddings that are all in memory: one shard to fit on, one held back."""
+    """Embeddings that are all in memory: one shard to fit on, and one that is held back."""
 
     def __init__(self, E: Embeddings, n_held_back: int) -> None:
         self.n_images, self.shape = len(E), E[0].shape
         n_to_fit = len(E) - n_held_back
         held: Any = E[n_to_fit:]
-        if isinstance(E, list):  # moved, so that nothing is in memory twice
+        if isinstance(E, list):  # arrays are moved, so that none is in memory twice
             del E[n_to_fit:]
             E, held = contiguous(E), contiguous(held)
         else:
@@ -317,12 +320,55 @@ class InMemory(ShardSource):
             yield task(self._held_back, len(self.embeddings))
 
 
+def images_within_budget(
+    where: str,
+    memory_budget: int | str,
+    *,
+    fixed: int,
+    per_image: int,
+    at_most: int,
+    for_what: str,
+    lower: str = "",
+) -> int:
+    """Return how many images may have their embeddings in memory at a time.
+
+    Parameters
+    ----------
+    where : str
+        First word of error messages.
+    memory_budget : int or str
+        Budget in bytes, or text such as "2GB".
+    fixed, per_image : int
+        Bytes that are taken whatever the number of images, and those of each image.
+    at_most : int
+        Largest number to return.
+    for_what, lower : str
+        What takes the memory, and what to lower, as in :func:`refuse_budget`.
+
+    Raises
+    ------
+    InvalidValueError
+        If the budget is too small for one image, or is no number of bytes.
+
+    Examples
+    --------
+    >>> images_within_budget(
+    ...     "PaDiM", "1MB", fixed=200_000, per_image=100_000, at_most=32, for_what="the covariances"
+    ... )
+    8
+    """
+    budget = check_memory("memory_budget", memory_budget, where)
+    if budget < fixed + per_image:
+        refuse_budget(where, budget, fixed + per_image, for_what, lower=lower)
+    return min((budget - fixed) // per_image, at_most)
+
+
 def refuse_budget(
     where: str, budget: int, needed: int, for_what: str, *, lower: str = ""
 ) -> NoReturn:
-    """Raise InvalidValueError for a ``memory_budget`` that is too small, naming one that would do.
+    """Raise InvalidValueError for a ``memory_budget`` that is too small, and name a sufficient one.
 
-    ``lower`` names the parameters that take less memory when lowered, beside ``image_size`` and
+    ``lower`` names further parameters that reduce memory if lowered, beside ``image_size`` and
     ``batch_size``.
     """
     raise InvalidValueError(

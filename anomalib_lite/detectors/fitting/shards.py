@@ -1,4 +1,4 @@
-"""Training images in shards, so that they need not all be in memory."""
+"""Training images in shards, so that their embeddings need not all be in memory."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ __all__ = [
     "none_usable",
 ]
 
-# Images of a shard, where no budget of memory says how many.
+# Images of a shard, if there is no memory budget that sets the number.
 _SHARD_IMAGES = 64
-# Bytes that a network and its activations take on a CPU for each pixel that goes through it at
-# the same time: measured with EfficientNet-Lite0 in float32.
+# Bytes that a network and its activations take on a CPU for each pixel of the batch inside it:
+# measured with EfficientNet-Lite0 in float32.
 _NETWORK_BYTES = 480
-# Pixels that go through a network at a time, if they belong to more than one image.
+# Largest number of pixels in the network at a time, unless one image alone has more.
 _PIXELS_AT_ONCE = 8 * 256 * 256
 _USUAL_BATCH = 32
 
-# Positions and images of each shard, and what to do with them, if anything -> their results.
+# (position and images of each shard, the task or None) -> their results, in the same order.
 Distribute = Callable[[Iterator[tuple[int, ImageSource]], ShardTask | None], Iterator[ShardResult]]
 
 
@@ -63,13 +63,13 @@ class _Sharded(ShardSource):
 
 
 class Indexed(_Sharded):
-    """Embeddings that are asked for by number: arrays in memory or in a file, lists.
+    """Embeddings that can be indexed: arrays in memory or in a file, lists.
 
     Parameters
     ----------
     E : array of shape (N, h, w, D), or sequence of N arrays (h, w, D)
     order : array of shape (N,), int64
-        Order of fitting; the images to be held back come last.
+        Order of fitting; the images to hold back come last.
     n_held_back : int
     n_features : int or None
         D, if it is known.
@@ -98,11 +98,11 @@ class Indexed(_Sharded):
 
 
 class EmbeddingStream(ShardSource):
-    """Embeddings that come one by one, in a number that is not known before the end.
+    """Embeddings that arrive one by one; their number is not known in advance.
 
-    Images to be held back are drawn as they come (reservoir sampling): ``n_held_back`` of them,
-    or half of all if that is less. Each image is as likely to be drawn as any other, in whatever
-    order they come.
+    Images to hold back are drawn while they arrive (reservoir sampling): ``n_held_back`` of them,
+    or half of all if that is less. Each image is drawn with the same probability, in any order of
+    arrival.
 
     Parameters
     ----------
@@ -136,19 +136,19 @@ class EmbeddingStream(ShardSource):
         self.shape, self.in_flight = first.shape, n_held_back * first.nbytes
 
     def to_fit(self, task: ShardTask) -> Iterator[ShardResult]:
-        """Carry out the task on the grids that are not drawn to be held back, as they come."""
+        """Carry out the task on the images that are not drawn to be held back, as they arrive."""
         assert task.empty is not None
         self._size = task.empty.images_per_shard
         shard: list[np.ndarray] = []
         for grid in self._not_drawn():
-            shard.append(grid.copy())  # or it would keep its whole block in memory
+            shard.append(grid.copy())  # a view would keep its whole block in memory
             if len(shard) == self._size:
                 yield self._carry_out(task, shard)
         if shard:
             yield self._carry_out(task, shard)
 
     def held_back(self, task: ShardTask) -> Iterator[ShardResult]:
-        """Carry out the task on the grids held back, and give their memory back."""
+        """Carry out the task on the images held back, and free their memory."""
         while self._held_back:
             shard, self._held_back = self._held_back[: self._size], self._held_back[self._size :]
             yield self._carry_out(task, shard)
@@ -160,7 +160,7 @@ class EmbeddingStream(ShardSource):
         return task(E, self._n_seen - n)
 
     def _not_drawn(self) -> Iterator[np.ndarray]:
-        """Yield the images to fit on: those that are not drawn, or drawn and then replaced."""
+        """Yield the images to fit on: those not drawn, and those drawn and replaced later."""
         n = 0
         for n, grid in enumerate(self._grids, 1):
             if len(self._held_back) < self._n_held_back:
@@ -176,16 +176,16 @@ class EmbeddingStream(ShardSource):
 
 
 class ImageShards(_Sharded):
-    """Images that go through a backbone shard by shard, in this process or in workers.
+    """Images that are embedded shard by shard, in this process or in workers.
 
     Parameters
     ----------
     extractor : Extractor
     source : ImageSource
-        Images in the order of fitting; those to be held back come last.
+        Images in the order of fitting; the ones to hold back come last.
     n_held_back : int
     skipped : list
-        Is given ``(index, reason)`` for every image left out.
+        List to which ``(index, reason)`` of every image left out is appended.
     distribute : callable, optional
         Carries out the task on shards in workers; see
         :func:`~anomalib_lite.detectors.fitting.workers.distribute`. By default this process does.
@@ -208,11 +208,11 @@ class ImageShards(_Sharded):
         self._extractor, self._source, self._skipped = extractor, source, skipped
         self._distribute = distribute
         self._first: Embeddings | None = None
-        self._n_tried = 0  # images gone through to find the first
+        self._n_tried = 0  # images read to find the first usable one
         self._embed_first()
 
     def _embed_first(self) -> None:
-        """Embed the first image that can be used, which tells how much memory the others take."""
+        """Embed the first image that can be used, to know how much memory an image takes."""
         while self._first is None and self._n_tried < self.n_images:
             i = self._n_tried
             self._n_tried += 1
@@ -226,11 +226,11 @@ class ImageShards(_Sharded):
         self.n_to_fit = max(self.n_to_fit, self._n_tried)
 
     def _bytes_in_flight(self, pixels: np.ndarray, embedding_bytes: int) -> int:
-        """Return the bytes that images take on their way, from one image and its embeddings."""
+        """Return the bytes taken by images being embedded, estimated from one of them."""
         if self._extractor.tile is not None:  # image by image, and a few tiles of each at a time
             at_once = max(self._extractor.tile_side**2, TILE_PIXELS)
             return 4 * pixels.nbytes + embedding_bytes // 4 + _NETWORK_BYTES * at_once
-        # The shards must not depend on the batch, unless it is unusually large.
+        # Shards must not depend on the batch size, unless it is unusually large.
         n, size = max(self._extractor.batch_size, _USUAL_BATCH), pixels[..., 0].size
         at_once = max(size, min(n * size, _PIXELS_AT_ONCE))
         return n * (4 * pixels.nbytes + 2 * embedding_bytes) + _NETWORK_BYTES * at_once
@@ -261,9 +261,10 @@ class ImageShards(_Sharded):
 def embed_distributed(
     source: ImageSource, distribute: Distribute, verbose: int
 ) -> tuple[Embeddings, list[tuple[int, str]]]:
-    """Embed all images at once where joblib's backend decides.
+    """Embed all images in the workers of joblib's backend.
 
-    Returns what :func:`~anomalib_lite.images.embeddings.embed_all` does.
+    Returns embeddings and skipped images, as
+    :func:`~anomalib_lite.images.embeddings.embed_all` does.
     """
     skipped: list[tuple[int, str]] = []
     n = len(source)
@@ -307,7 +308,7 @@ def _watch(
     skipped: list[tuple[int, str]],
     verbose: int,
 ) -> Iterator[ShardResult]:
-    """Pass on the result of each shard, show the progress, and note which images are skipped."""
+    """Yield the result of each shard, show the progress, and record which images are skipped."""
     quiet = None if verbose else True  # None: in a terminal only
     n = end - starts.start
     with tqdm(total=n, desc="fit", unit="image", leave=False, disable=quiet) as bar:
@@ -317,7 +318,7 @@ def _watch(
             bar.update(min(starts.step, end - start))
             yield result
             del result  # and its memory, before the next
-        next(results, None)  # let it end its work in order
+        next(results, None)  # run the generator to its end, so that it can clean up
 
 
 def _as_floats(given: Any, where: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Shards of images that others work on: processes, or a cluster that joblib knows."""
+"""Shards of images that are processed by joblib's workers: processes, or a cluster."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from anomalib_lite.images.embeddings import embed_all
 
 __all__ = ["distribute"]
 
-# How the backends say that a worker is gone or cannot be reached, beside BrokenExecutor.
+# Errors by which backends report a lost worker, beside BrokenExecutor.
 _BACKEND_ERRORS = ("KilledWorker", "PicklingError", "CommClosedError", "CancelledError")
 
-# The backbone of this process, under the name of the fit that it serves: opened once, not once a
-# shard.
+# The backbone of this process, by the name of the fit that uses it: opened once for all shards.
 _backbones: dict[str, AnyBackbone] = {}
 _LOCK = threading.Lock()
 
@@ -42,20 +41,20 @@ def distribute(
     n_jobs: int,
     where: str,
 ) -> Iterator[ShardResult]:
-    """Carry out the task on each shard where joblib's backend decides.
+    """Carry out the task on each shard in the workers of joblib's backend.
 
     Parameters
     ----------
     shards : iterator of (int, ImageSource)
         Position and images of each shard.
     task : ShardTask or None
-        Without one, a result holds the embeddings themselves.
+        None means that each result holds the embeddings themselves.
     backbone : Backbone or CompiledBackbone
         The backbone of this process.
     reopen : callable
         Opens the same backbone in another process.
     extractor : Extractor
-        Holds how images go through the backbone.
+        Options of embedding: image size, batch size and the like.
     n_jobs : int
     where : str
         First word of error messages.
@@ -68,9 +67,9 @@ def distribute(
     Raises
     ------
     AnomalibLiteError
-        The error of the first shard in which a user can mend something.
+        Error of the first shard that failed by a cause a user can remove.
     WorkerError
-        If a worker is lost, or something cannot be sent to it.
+        If a worker ended, or something could not be sent to it.
     """
     with _kept(backbone) as fit, _translated_errors(where):
         make = _ExtractorMaker(fit, reopen, backbone.sha256, _options(extractor), where)
@@ -82,14 +81,14 @@ def distribute(
                     raise getattr(errors, name)(message)
                 yield result
         finally:
-            with warnings.catch_warnings():  # joblib's, of work that is not needed any more
+            with warnings.catch_warnings():  # joblib warns of work that is cancelled
                 warnings.simplefilter("ignore")
                 results.close()
 
 
 @dataclass(frozen=True)
 class _ExtractorMaker:
-    """Makes the extractor of a fit in whichever process it is called."""
+    """Makes the extractor of a fit in the process in which it is called."""
 
     fit: str
     reopen: Callable[[], AnyBackbone]
@@ -98,7 +97,7 @@ class _ExtractorMaker:
     where: str
 
     def __call__(self) -> Extractor:
-        """Return the extractor; the backbone is opened for the first shard alone."""
+        """Return the extractor; the backbone is opened only for the first shard."""
         with _LOCK:
             backbone = _backbones.get(self.fit)
             if backbone is None:
@@ -123,7 +122,7 @@ def _options(extractor: Extractor) -> dict[str, Any]:
 
 @contextmanager
 def _kept(backbone: AnyBackbone) -> Iterator[str]:
-    """Keep a backbone for backends that stay in this process, under the name that is given."""
+    """Register a backbone for backends that run in this process; yield the name of the fit."""
     fit = uuid.uuid4().hex
     with _LOCK:
         _backbones[fit] = backbone
@@ -139,11 +138,11 @@ def _tasks(
     task: ShardTask | None,
     make_extractor: _ExtractorMaker,
 ) -> Iterator[Any]:
-    """Yield joblib's tasks, which hold no backbone."""
+    """Yield joblib's tasks; they do not contain the backbone."""
     model, state = None, None
     arrays: dict[str, np.ndarray] = {}
     if task is not None and task.model is not None:
-        # As arrays among the arguments: backends send or map each to a worker only once.
+        # Arrays are arguments of their own: backends send or map each to a worker only once.
         arrays, state = task.model._get_state()
         parameters = task.model.get_params(deep=False)
         parameters |= dict.fromkeys({"backbone", "n_jobs"} & parameters.keys())
@@ -169,7 +168,7 @@ def _start(tasks: Iterator[Any], n_jobs: int, where: str) -> Any:
 
 @contextmanager
 def _translated_errors(where: str) -> Iterator[None]:
-    """Raise WorkerError where joblib's backend says that a worker is lost or cannot be reached."""
+    """Turn errors of joblib's backend about lost workers into WorkerError."""
     try:
         yield
     except Exception as error:
@@ -196,7 +195,8 @@ def _work_on(
 ) -> ShardResult:
     """Carry out the task in a worker.
 
-    Errors that a user can cause are returned, so that the caller can raise the first shard's.
+    Errors that a user can cause are returned and not raised, so that the caller can raise the error
+    of the first shard.
     """
     try:
         extractor = make_extractor()
