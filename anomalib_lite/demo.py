@@ -68,10 +68,8 @@ def run_demo(
     print(f"Photographs: {cells.name}, {len(train)} to fit on, {len(test)} to test on.")
     print(f"Licence {cells.licence} (non-commercial). Source: {cells.source}")
     print(f"Cite: {cells.citation}\n", flush=True)
-    # float32 gives the same scores on every processor; a small bank keeps the search short.
-    detector = PatchCore(
-        coreset_ratio=0.01, false_alarm_rate=false_alarm_rate, dtype="float32", verbose=1
-    )
+    # float32 gives the same scores on every processor.
+    detector = PatchCore(false_alarm_rate=false_alarm_rate, dtype="float32", verbose=1)
     start = time.perf_counter()
     detector.fit(train)
     fit_s = time.perf_counter() - start

@@ -64,7 +64,7 @@ FIT_OPTIONS: dict[str, Option] = {
         "weights file for a name (default: installed, ANOMALIB_LITE_WEIGHTS, or the hub)",
     ),
     "layers": (_layers, None, "names or positions, separated by commas (default: chosen)"),
-    "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
+    "image_size": (_image_size, 384, "shorter side in pixels, or HxW; all but PatchCore: 256"),
     "tile": (int, None, "PatchCore: side of the tiles of large images (default: no tiles)"),
     "overlap": (int, 0, "PatchCore: pixels that neighbouring tiles share"),
     "augment": (

@@ -66,7 +66,7 @@ class PatchCore(BaseDetector):
     normalize : bool, default=False
         Whether to divide each embedding by its length, so that patches are compared by their
         direction, as AnomalyDINO and RAD do; meant for vision transformers.
-    image_size : int or (int, int), default=256
+    image_size : int or (int, int), default=384
         Size at which images go through the backbone. An int is the shorter side in pixels, the
         aspect is kept; a pair (H, W) is exact.
     tile : int, optional
@@ -206,16 +206,16 @@ default="max"
     patches fit. The bounds of those papers, within a constant of the best, would need as many
     patches from each shard as the whole bank has.
 
-    With ``position_window``, a patch of cell c has the score :math:`\\min \\|x - m\\|` over the bank
-    patches m at most r(c) cells away in row and in column. r(c) is the window, or as much more as is
-    needed to meet ``n_neighbors`` of the patches fitted on; it stays when patches are added, so
-    scores only fall then. The coreset is chosen without regard to positions. RAD and DINOSaur
-    (arXiv:2605.24251) search in such neighbourhoods.
+    With ``position_window``, a patch of cell c has the score :math:`\\min \\|x - m\\|` over the
+    bank patches m at most r(c) cells away in row and in column. r(c) is the window, or as much
+    more as is needed to meet ``n_neighbors`` of the patches fitted on; it stays when patches
+    are added, so scores only fall then. The coreset is chosen without regard to positions. RAD
+    and DINOSaur (arXiv:2605.24251) search in such neighbourhoods.
 
-    With ``foreground``, patches x with :math:`v \\cdot x \\le t` are background, where v is the first
-    principal component of normal patches, as in AnomalyDINO (arXiv:2405.14529), and t Otsu's cut;
-    holes of the object are filled, and one patch around it is added. The bank holds background as
-    well. Both stay when more is learned.
+    With ``foreground``, patches x with :math:`v \\cdot x \\le t` are background, where v is the
+    first principal component of normal patches, as in AnomalyDINO (arXiv:2405.14529), and t
+    Otsu's cut; holes of the object are filled, and one patch around it is added. The bank holds
+    background as well. Both stay when more is learned.
 
     Examples
     --------
@@ -240,7 +240,7 @@ default="max"
         layers: Sequence[str | int] | None = None,
         fusion: str = "concat",
         normalize: bool = False,
-        image_size: int | tuple[int, int] = 256,
+        image_size: int | tuple[int, int] = 384,
         tile: int | None = None,
         overlap: int = 0,
         augment: str | Sequence[str] | None = None,

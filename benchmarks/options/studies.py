@@ -38,4 +38,35 @@ FRONT: dict[str, dict[str, Any]] = {
     )
     if bank != "10 %" or size == 256
 }
-STUDIES = {"front": FRONT}
+# Each option differs from the default in what is given here.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "before: 256 pixels, 10 %": BEFORE,
+    "image_score='smoothed'": {"image_score": "smoothed"},
+    "image_score='top1%'": {"image_score": "top1%"},
+    "image_score='top0.1% pixels'": {"image_score": "top0.1% pixels"},
+    "image_score='structure'": {"image_score": "structure"},
+    "image_score='reweighted'": {"image_score": "reweighted"},
+    "n_neighbors=3": {"n_neighbors": 3},
+    "coreset='random'": {"coreset": "random"},
+    "coreset='kmeans'": {"coreset": "kmeans"},
+    "position_window=2": {"position_window": 2},
+    "normalize=True": {"normalize": True},
+    "whiten=True": {"whiten": True},
+    "feature_dim=64, pca": {"feature_dim": 64, "projection": "pca"},
+    "feature_dim=64, gaussian_random": {"feature_dim": 64, "projection": "gaussian_random"},
+    "fusion='single'": {"fusion": "single"},
+    "fusion='nearest'": {"fusion": "nearest"},
+    "fusion='weighted' (2, 1)": {"fusion": "weighted", "layer_weights": (2.0, 1.0)},
+    "fusion='adaptive'": {"fusion": "adaptive"},
+    "fusion='per_layer'": {"fusion": "per_layer"},
+    "backbone='efficientnet_lite2'": {"backbone": "efficientnet_lite2"},
+    "augment='flips'": {"augment": "flips"},
+    "foreground=True": {"foreground": True},
+    "PaDiM": {"detector": "PaDiM"},
+    "MahalanobisVFM": {"detector": "MahalanobisVFM"},
+    "MahalanobisVFM, 384": {"detector": "MahalanobisVFM", "image_size": 384},
+    "SubspaceAD": {"detector": "SubspaceAD"},
+    "SubspaceAD, 384": {"detector": "SubspaceAD", "image_size": 384},
+}
+STUDIES = {"front": FRONT, "options": OPTIONS}
