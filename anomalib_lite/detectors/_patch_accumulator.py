@@ -45,6 +45,8 @@ class PatchAccumulator(Accumulator):
         Whether patches are divided by their length.
     n_to_come : int, default=0
         Number of images that are to be accumulated, and of those held back; 0 if unknown.
+    size : int, optional
+        Number of patches to keep of all these images; ``ratio`` is then a first guess.
     grid : (h, w), optional
         Grid in which the places of the patches are kept; without one they are not.
     samples : bool, default=False
@@ -77,6 +79,7 @@ class PatchAccumulator(Accumulator):
         *,
         normalize: bool = False,
         n_to_come: int = 0,
+        size: int | None = None,
         grid: tuple[int, int] | None = None,
         samples: bool = False,
     ) -> None:
@@ -85,7 +88,7 @@ class PatchAccumulator(Accumulator):
         self.samples: bool = samples
         self.sample: PatchSample | None = None
         self.n_seen, self.n_images, self.radius = 0, 0, 0.0
-        self.n_to_come = n_to_come
+        self.n_to_come, self.size = n_to_come, size
         self.method, self.ratio, self.seed = method, ratio, seed
         self.normalize = normalize
         self.thinned, self.capacity = plan.thin, plan.capacity
@@ -122,6 +125,8 @@ class PatchAccumulator(Accumulator):
             self.sample = other.sample if not self.sample else self.sample.merged_with(other.sample)
         self.n_seen += other.n_seen
         self.n_images += other.n_images
+        if self.size is not None and not self.thinned:
+            self.ratio = min(1.0, self.size * self.n_images / max(1, self.n_seen * self.n_to_come))
         self.radius = max(self.radius, other.radius)
 
     def _thin(self, existing: np.ndarray | None = None) -> np.ndarray:

@@ -364,9 +364,14 @@ default="max"
         samples = bool(self.foreground) and bank is None
         options: dict[str, Any] = {"normalize": bool(self.normalize), "grid": grid}
         options |= {"samples": samples, "n_to_come": n_images or 0}
+        ratio = self.coreset_ratio  # else that of the images before
+        ratio = getattr(self, "coreset_ratio_", None) if ratio is None else float(ratio)
+        if ratio is None:
+            options["size"] = int(self.coreset_size)
         if self.memory_budget is None:
-            return AllPatches(**options)
-        ratio = self._ratio_to_plan(None if n_images is None else n_images * height * width)
+            return AllPatches(ratio=1.0 if ratio is None else ratio, **options)
+        if ratio is None:
+            ratio = self._planned_ratio(None if n_images is None else n_images * height * width)
         plan = plan_patches(
             check_memory("memory_budget", self.memory_budget, "PatchCore"),
             patches=height * width,
@@ -380,12 +385,8 @@ default="max"
         seed = int(copy.deepcopy(random).randint(2**31))  # with a budget or without: the same draws
         return PatchAccumulator(n_features, self.coreset, ratio, seed, plan, **options)
 
-    def _ratio_to_plan(self, n_patches: int | None) -> float:
-        """Return the share to keep of about ``n_patches`` to come, before they have come."""
-        if self.coreset_ratio is not None:
-            return float(self.coreset_ratio)
-        if hasattr(self, "coreset_ratio_"):
-            return self.coreset_ratio_
+    def _planned_ratio(self, n_patches: int | None) -> float:
+        """Return the share to keep of about ``n_patches`` that are to come."""
         if n_patches is None:
             raise InvalidValueError(
                 "PatchCore: coreset_size is a share of a known number of images, got a stream of "
@@ -399,7 +400,7 @@ default="max"
         """Add a coreset of the patches to the bank; return which of them were kept, if known."""
         bank = getattr(self, "memory_bank_", None)
         device, kept = device_of(self.device, "PatchCore"), None
-        self.coreset_ratio_ = self._ratio_to_keep(accumulated)
+        self.coreset_ratio_ = accumulated.ratio
         if bank is None and accumulated.sample is not None:
             self.foreground_ = learn_foreground(accumulated.sample, "PatchCore")
         if accumulated.thinned:
@@ -449,17 +450,6 @@ default="max"
         assert self.position_window is not None
         reach = window_reach(cells, grid, int(self.position_window), self.n_neighbors)
         return WindowedBank(**self._bank_parameters(device)).fit(rows).place(cells, reach)
-
-    def _ratio_to_keep(self, accumulated: AllPatches | PatchAccumulator) -> float:
-        """Return the share of the patches to keep; images held back will add as large a share."""
-        if self.coreset_ratio is not None:
-            return float(self.coreset_ratio)
-        if hasattr(self, "coreset_ratio_"):  # of the images before
-            return self.coreset_ratio_
-        if isinstance(accumulated, PatchAccumulator) and accumulated.thinned:
-            return accumulated.ratio
-        patches = accumulated.n_seen * accumulated.n_to_come / accumulated.n_images
-        return min(1.0, self.coreset_size / max(1.0, patches))
 
     def _extend(self, rows: np.ndarray, radius: float, cells: np.ndarray | None) -> None:
         old = self.memory_bank_
@@ -604,6 +594,8 @@ class AllPatches(Accumulator):
     n_seen: int = 0
     n_images: int = 0
     n_to_come: int = 0
+    size: int | None = None
+    ratio: float = 1.0
     radius: float = 0.0
     thinned: bool = False
     normalize: bool = False
@@ -632,6 +624,8 @@ class AllPatches(Accumulator):
             self.sample = other.sample if not self.sample else self.sample.merged_with(other.sample)
         self.n_seen += other.n_seen
         self.n_images += other.n_images
+        if self.size is not None:  # images held back will add as large a share
+            self.ratio = min(1.0, self.size * self.n_images / max(1, self.n_seen * self.n_to_come))
 
 
 def _reweight(
