@@ -141,20 +141,9 @@ def evaluate(
     check_number("fpr_limit", fpr_limit, "evaluate", "(0, 1]")
     check_int("chunk_size", chunk_size, "evaluate", low=1)
     name, train, test = _unpack(dataset)
-    with_masks = pixel_metrics and _masks_complete(test)
-    escalated = getattr(detector, "maps", None) == "escalated"
-    if with_masks and escalated:
-        raise InvalidValueError(
-            f"evaluate: pixel metrics need heatmaps of all images, but {type(detector).__name__} "
-            "has maps='escalated', which makes them for some only. Set maps='always', or pass "
-            "pixel_metrics=False."
-        )
     n_shared = _warn_of_shared(train, test, getattr(detector, "on_error", "raise"))
     how = {"inverted": inverted_masks, "ignore_255": ignore_255}
-    if with_masks:  # if masks are inverted, all are: say so before minutes of work
-        next(s for s in test if s.label).mask(**how)
-    read = partial(_mask_of, how=how) if with_masks else None
-    boxes = getattr(dataset, "boxes", {}) if pixel_metrics and not escalated else {}
+    read, boxes = _truth_of_pixels(detector, dataset, test, how) if pixel_metrics else (None, {})
     pixels = PixelTest(read, boxes, fpr_limit, memory_budget)
     fit_s = _fit_if_needed(detector, train)
     tested = _test(detector, test, pixels, chunk_size, progress)
@@ -178,6 +167,23 @@ def evaluate(
         scores=tested.scores,
         decisions=tested.decisions,
     )
+
+
+def _truth_of_pixels(
+    detector: Detector, dataset: Any, test: tuple[Sample, ...], how: dict[str, bool | None]
+) -> tuple[Any, Any]:
+    """Return what reads the masks of samples, or None; and the boxes by path, if there are any."""
+    with_masks, escalated = _masks_complete(test), getattr(detector, "maps", None) == "escalated"
+    if with_masks and escalated:
+        raise InvalidValueError(
+            f"evaluate: pixel metrics need heatmaps of all images, but {type(detector).__name__} "
+            "has maps='escalated', which makes them for some only. Set maps='always', or pass "
+            "pixel_metrics=False."
+        )
+    if with_masks:  # if masks are inverted, all are: say so before minutes of work
+        next(s for s in test if s.label).mask(**how)
+    read = partial(_mask_of, how=how) if with_masks else None
+    return read, {} if escalated else getattr(dataset, "boxes", {})
 
 
 class _Tested(NamedTuple):
