@@ -1,4 +1,4 @@
-"""What KolektorSDD and KolektorSDD2 share: every image has a mask beside it, which labels it."""
+"""Layout of KolektorSDD and KolektorSDD2: every image has a mask beside it, which labels it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PatchCore keeps of embeddings within a budget of memory."""
+"""Patches that PatchCore keeps within a budget of memory."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ __all__ = ["SavedDetector"]
 
 
 class SavedDetector(ABC):
-    """What every detector offers to be written into a file and to be read from one."""
+    """Methods that write a detector into a file, and restore it from one."""
 
     threshold_: float
     skipped_: list[tuple[str, str]]

@@ -557,7 +557,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         """Raise if a parameter needs images."""
 
     def _fit_embeddings(self, E: Any, update: bool = False) -> Self:
-        """Learn from embeddings, in whatever form they come."""
+        """Fit on embeddings in any of the forms that :meth:`fit_embeddings` takes."""
         if not update:
             self._check_fit_on_embeddings()
         where, random = type(self).__name__, check_random_state(self.random_state)

@@ -1,4 +1,4 @@
-"""What a detector says of images."""
+"""Results of a detector: scores, labels and heatmaps of images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Detections"]
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector says of each image, in the order in which the images were given.
+    """Results of a detector for each image, in the order in which the images were given.
 
     Attributes
     ----------

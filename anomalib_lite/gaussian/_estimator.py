@@ -1,4 +1,4 @@
-"""What estimators on plain rows share that are fitted from running moments."""
+"""Base of the estimators on plain rows that are fitted from running moments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of networks without torch: names, figures, places of weights, LoRA updates."""
+"""Facts on networks that need no torch: names, figures, places of weights, LoRA updates."""
 
 from anomalib_lite.networks._networks import NETWORKS, Network
 from anomalib_lite.networks._sources import (
