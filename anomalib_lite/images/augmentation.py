@@ -118,7 +118,7 @@ class AugmentedSource(ImageSource):
         return image if change is None else change.of_image(image)
 
     def ignored_in(self, index: int) -> IgnoreMask | None:
-        """Return the regions of one image that nobody looks at."""
+        """Return the regions of one image to ignore."""
         ignored, change = super().ignored_in(index), self.changes[index]
         return ignored if ignored is None or change is None else _ChangedMask(ignored, change)
 

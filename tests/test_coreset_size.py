@@ -1,0 +1,95 @@
+"""PatchCore(coreset_size=...): a number of patches, however the images come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anomalib_lite import PatchCore, load
+from anomalib_lite.errors import InvalidValueError
+
+
+def embeddings(n: int, seed: int = 0, side: int = 12) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, side, side, 6)).astype(np.float32)
+
+
+def bank_of(detector: PatchCore) -> np.ndarray:
+    return detector.memory_bank_.embeddings_
+
+
+@pytest.mark.parametrize("size", [1, 40, 500])
+@pytest.mark.parametrize("n", [20, 60])
+def test_the_bank_has_that_many_patches(size: int, n: int) -> None:
+    detector = PatchCore(coreset_size=size, false_alarm_rate=0.1).fit_embeddings(embeddings(n))
+    # Fitted and held-back images round by themselves; each gives at least one.
+    assert abs(len(bank_of(detector)) - size) <= 1
+    assert detector.coreset_ratio_ == pytest.approx(size / (n * 144))
+
+
+def test_fewer_patches_are_all_kept() -> None:
+    detector = PatchCore(coreset_size=5000, false_alarm_rate=0.1).fit_embeddings(embeddings(20))
+    assert detector.coreset_ratio_ == 1.0
+    assert len(bank_of(detector)) == 20 * 144
+
+
+def test_a_size_is_the_share_that_it_comes_to() -> None:
+    E = embeddings(30)
+    of_size = PatchCore(coreset_size=432, false_alarm_rate=0.1).fit_embeddings(E)
+    of_ratio = PatchCore(coreset_ratio=0.1, false_alarm_rate=0.1).fit_embeddings(E)
+    np.testing.assert_array_equal(bank_of(of_size), bank_of(of_ratio))
+    assert of_size.threshold_ == of_ratio.threshold_
+
+
+def test_images_of_several_sizes_count_by_their_patches() -> None:
+    E = [*embeddings(20), *embeddings(20, seed=1, side=6)]
+    E = [E[i] for i in np.random.default_rng(0).permutation(len(E))]
+    detector = PatchCore(coreset_size=300, false_alarm_rate=0.1).fit_embeddings(E)
+    # The share comes from the images fitted on, four fifths of all.
+    assert 240 < len(bank_of(detector)) < 360
+
+
+@pytest.mark.parametrize("budget", ["400MB", "70MB"])
+def test_a_budget_keeps_as_many(budget: str) -> None:
+    E = embeddings(400, side=16)
+    parameters: dict[str, Any] = {"coreset_size": 1000, "false_alarm_rate": 0.1}
+    free = PatchCore(**parameters).fit_embeddings(E)
+    bounded = PatchCore(**parameters, memory_budget=budget).fit_embeddings(E)
+    if budget == "400MB":  # all fit: the same bank
+        np.testing.assert_array_equal(bank_of(free), bank_of(bounded))
+    else:  # each shard rounds by itself
+        assert abs(len(bank_of(bounded)) - 1000) < 50
+
+
+def test_later_images_add_the_same_share() -> None:
+    detector = PatchCore(coreset_size=200, false_alarm_rate=0.1).fit_embeddings(embeddings(40))
+    ratio = detector.coreset_ratio_
+    detector.partial_fit_embeddings(embeddings(40, seed=1))
+    assert detector.coreset_ratio_ == ratio
+    assert abs(len(bank_of(detector)) - 400) <= 4
+
+
+def test_the_share_is_saved(tmp_path: Any) -> None:
+    detector = PatchCore(coreset_size=200, false_alarm_rate=0.1).fit_embeddings(embeddings(40))
+    detector.save(tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
+    assert loaded.coreset_ratio_ == detector.coreset_ratio_
+    more = embeddings(40, seed=1)
+    np.testing.assert_array_equal(
+        bank_of(loaded.partial_fit_embeddings(more)), bank_of(detector.partial_fit_embeddings(more))
+    )
+
+
+def test_a_stream_needs_a_share() -> None:
+    detector = PatchCore(coreset_size=200, memory_budget="400MB")
+    with pytest.raises(InvalidValueError, match=r"known number of images.*Set coreset_ratio"):
+        detector.fit_embeddings(iter(embeddings(20)))
+    ratio = PatchCore(coreset_ratio=0.1, memory_budget="400MB", false_alarm_rate=0.1)
+    assert len(bank_of(ratio.fit_embeddings(iter(embeddings(20))))) > 100
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, None])
+def test_a_size_that_is_none_is_refused(size: Any) -> None:
+    with pytest.raises(InvalidValueError, match="coreset_size must be a whole number"):
+        PatchCore(coreset_size=size).fit_embeddings(embeddings(20))
