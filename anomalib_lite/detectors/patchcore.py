@@ -191,16 +191,16 @@ default="max"
     patches fit. The bounds of those papers, within a constant of the best, would need as many
     patches from each shard as the whole bank has.
 
-    With ``position_window``, a patch of cell c has the score :math:`\\min \\|x - m\\|` over the bank
-    patches m at most r(c) cells away in row and in column. r(c) is the window, or as much more as is
-    needed to meet ``n_neighbors`` of the patches fitted on; it stays when patches are added, so
-    scores only fall then. The coreset is chosen without regard to positions. RAD and DINOSaur
+    With ``position_window``, a patch of cell c has the score :math:`\\min \\|x - m\\|` over the
+    bank patches m at most r(c) cells away in row and in column. r(c) is the window, or as much more
+    as is needed to meet ``n_neighbors`` of the patches fitted on; it stays when patches are added,
+    so scores only fall then. The coreset is chosen without regard to positions. RAD and DINOSaur
     (arXiv:2605.24251) search in such neighbourhoods.
 
-    With ``foreground``, patches x with :math:`v \\cdot x \\le t` are background, where v is the first
-    principal component of normal patches, as in AnomalyDINO (arXiv:2405.14529), and t Otsu's cut;
-    holes of the object are filled, and one patch around it is added. The bank holds background as
-    well. Both stay when more is learned.
+    With ``foreground``, patches x with :math:`v \\cdot x \\le t` are background, where v is the
+    first principal component of normal patches, as in AnomalyDINO (arXiv:2405.14529), and t Otsu's
+    cut; holes of the object are filled, and one patch around it is added. The bank holds background
+    as well. Both stay when more is learned.
 
     Examples
     --------
