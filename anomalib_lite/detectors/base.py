@@ -6,7 +6,7 @@ import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
-from functools import partial
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -26,17 +26,15 @@ from anomalib_lite._validation import (
 from anomalib_lite.anomaly_map import anomaly_maps
 from anomalib_lite.calibration import calibration_size, threshold_and_shortfall
 from anomalib_lite.detectors._saving import SavedDetector
+from anomalib_lite.detectors._transforming import BY_LAYER, TransformingModel, transform_all
 from anomalib_lite.detectors.detections import Detections
 from anomalib_lite.detectors.fitting import (
-    Distribute,
-    EmbeddingModel,
     EmbeddingStream,
     ImageShards,
     Indexed,
     InMemory,
     ShardSource,
     ShardTask,
-    distribute,
     embed_distributed,
     iter_grids,
     none_usable,
@@ -181,7 +179,7 @@ class DetectorMixin(SavedDetector):
         return []
 
 
-class BaseDetector(DetectorMixin, EmbeddingModel):
+class BaseDetector(DetectorMixin, TransformingModel):
     """Base of all detectors: fits on images, calibrates the threshold, and detects.
 
     Subclasses store the parameters that :class:`~anomalib_lite.PatchCore` documents, and supply
@@ -191,7 +189,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
     # Strides of the stages that the embeddings are made of, unless ``layers`` says.
     _strides: tuple[int, ...] = (8, 16)
     # "summary" puts the numbers of the whole image into each of its patches.
-    _fusions: ClassVar[tuple[str, ...]] = tuple(name for name in FUSIONS if name != "summary")
+    _fusions: ClassVar[tuple[str, ...]] = (*(f for f in FUSIONS if f != "summary"), *BY_LAYER)
     tile: int | None = None
     overlap: int = 0
     _one_mask = False  # whether all images to fit on must ignore the same regions
@@ -355,9 +353,9 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         scores = np.full(len(source.items), np.nan, np.float32)
         heatmaps: list[Any] = [None] * len(source.items)
         skipped: list[tuple[int, str]] = []
-        tiles: Any = {"tile": self.tile, "overlap": self.overlap}
+        more: Any = {"tile": self.tile, "overlap": self.overlap, "transform": self.transform_}
         extractor = Extractor(
-            self.backbone_, self.image_size, self.batch_size, self.on_error, self.verbose, **tiles
+            self.backbone_, self.image_size, self.batch_size, self.on_error, self.verbose, **more
         )
         for batch, E in extractor.embed_batches(
             source, channels=self._channels, skipped=skipped, progress="score"
@@ -396,7 +394,10 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             raise NotFittedError(
                 f"{type(self).__name__}: not fitted yet. Call fit_embeddings(E) or fit(images)."
             )
-        return self._image_scores(check_embeddings(E, type(self).__name__, self.n_features_))
+        transform = self.transform_
+        length = self.n_features_ if transform is None else transform.n_features_in_
+        E = check_embeddings(E, type(self).__name__, length)
+        return self._image_scores(E if transform is None else transform_all(E, transform))
 
     # --- How a detector learns --------------------------------------------------------------
 
@@ -461,13 +462,15 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         order = np.arange(n) if leave_one_out else random.permutation(n)
         in_order = source.take(order)
         backbone = self.backbone_ if update else self._open_to_fit(in_order, random)
-        tiles: Any = {"tile": self.tile, "overlap": self.overlap}
-        extractor = Extractor(
-            backbone, self.image_size, self.batch_size, self.on_error, self.verbose, **tiles
-        )
-        distributor = None
-        if self.n_jobs is not None and not update:  # an update is for a few images
-            distributor = self._distributor(backbone, extractor)
+        options = self.image_size, self.batch_size, self.on_error, self.verbose
+        extractor = Extractor(backbone, *options, tile=self.tile, overlap=self.overlap)
+        asked = self.fusion in BY_LAYER or any(getattr(self, name) for name in self._asking)
+        transform = self.transform_ if update else None
+        if asked and not update:
+            transform = self._learn_from_images(extractor, in_order, random)
+        extractor = replace(extractor, transform=transform)
+        distributes = self.n_jobs is not None and not update  # an update is for a few images
+        distributor = self._distributor(backbone, extractor) if distributes else None
         E: Embeddings | None = None
         skipped: list[tuple[int, str]] = []
         if not self._fits_in_shards():
@@ -483,6 +486,8 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         n_held_back = (
             0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known, purposes)
         )
+        if transform is not None and not update:  # images that it was learned from are fitted on
+            n_held_back = min(n_held_back, n - transform.n_images_)
         shards: ShardSource
         if E is not None:
             shards = InMemory(E, n_held_back)
@@ -490,10 +495,16 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             shards = ImageShards(extractor, in_order, n_held_back, skipped, distributor)
         self._fit_shards(shards, random, update)
         self._take_backbone(backbone)
-        self.ignore_mask_ = one_for_all
-        named = [(source.names[i], r) for i, r in sorted((order[i], r) for i, r in skipped)]
-        self.skipped_ = [*self.skipped_, *named] if update else named
+        self.transform_, self.ignore_mask_ = transform, one_for_all
+        self._take_skipped(source, [(order[i], reason) for i, reason in skipped], update)
         return self
+
+    def _take_skipped(
+        self, source: ImageSource, skipped: list[tuple[int, str]], update: bool
+    ) -> None:
+        """List the images left out, each as (position, reason), by their names."""
+        named = [(source.names[i], reason) for i, reason in sorted(skipped)]
+        self.skipped_ = [*self.skipped_, *named] if update else named
 
     def _ignore(self, source: ImageSource, given: Any, update: bool) -> IgnoreMask | None:
         """Set the regions to ignore in images to fit on; return those of all later images."""
@@ -508,9 +519,6 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             )
         return one_for_all
 
-    def _check_fit_on_embeddings(self) -> None:
-        """Raise if a parameter needs images."""
-
     def _fit_embeddings(self, E: Any, update: bool = False) -> Self:
         """Learn from embeddings, in whatever form they come."""
         if not update:
@@ -522,6 +530,9 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         one_by_one = isinstance(E, Iterable) and not by_number and not hasattr(E, "ndim")
         stream = one_by_one and in_shards and not leave_one_out
         indexed = by_number and in_shards and len(E) > 0
+        transform = self.transform_ if update else None
+        if transform is not None:
+            n_features = transform.n_features_in_
         if not stream and not indexed:
             given = list(iter_grids(E, where)) if one_by_one else E
             E = check_embeddings(given, where, n_features)
@@ -533,14 +544,20 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         )
         shards: ShardSource
         if n is None:
-            shards = EmbeddingStream(E, n_held_back, random, n_features, where)
+            if not update:
+                self._check_stream()
+            shards = EmbeddingStream(E, n_held_back, random, n_features, where, transform)
         else:
             order = np.arange(n) if leave_one_out else random.permutation(n)
+            if not update:
+                transform = self._learn_from_embeddings(E, order, random)
             if indexed:
-                shards = Indexed(E, order, n_held_back, n_features, where)
+                shards = Indexed(E, order, n_held_back, n_features, where, transform)
             else:
+                E = E if transform is None else transform_all(E, transform)
                 shards = InMemory(take(E, order), n_held_back)
         self._fit_shards(shards, random, update)
+        self.transform_ = transform
         if not update:
             for fitted_on_images in _FITTED_ON_IMAGES:
                 self.__dict__.pop(fitted_on_images, None)
@@ -551,6 +568,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         where = type(self).__name__
         self._check_image_parameters()
         check_choice("fusion", self.fusion, self._fusions, where)
+        self._check_transform()
         check_choice("calibration", self.calibration, CALIBRATIONS, where)
         check_number("smoothing", self.smoothing, where, "[0, 1000]")
         if self.n_jobs is not None and self.n_jobs != -1:
@@ -589,7 +607,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             "weights": self.weights,
             "layers": self.layers,
             "strides": self._strides,
-            "fusion": self.fusion,
+            "fusion": self._layout if self.fusion in BY_LAYER else self.fusion,
             "device": self.device,
             "dtype": self.dtype,
             "engine": self.engine,
@@ -597,38 +615,14 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         }
         return open_backbone(self.backbone, **(options | instead))
 
-    def _distributor(self, backbone: AnyBackbone, extractor: Extractor) -> Distribute:
-        """Return what embeds shards of images where joblib's backend decides."""
-        unfitted = type(self)(**self.get_params(deep=False))
-        return partial(
-            distribute,
-            backbone=backbone,
-            # Engine and type as here, whatever "auto" would become there: one bank needs
-            # embeddings of one kind.
-            reopen=partial(
-                unfitted._open_backbone,
-                engine=backbone.engine,
-                dtype=_name(backbone.dtype),
-                adapter=backbone.adapter,
-            ),
-            extractor=extractor,
-            n_jobs=self.n_jobs,
-            where=type(self).__name__,
-        )
-
     def _fitted_backbone(self) -> AnyBackbone | None:
         return getattr(self, "backbone_", None)
-
-    def _take_backbone(self, backbone: AnyBackbone) -> None:
-        """Make this the backbone of the fitted detector."""
-        self.backbone_ = backbone
-        self.engine_ = backbone.engine
-        self.dtype_ = _name(backbone.dtype)
 
     # --- Its file -----------------------------------------------------------------------------
 
     def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors, header = super()._describe(include_backbone)
+        self._describe_transform(tensors, header)
         tensors["calibration_scores"] = self.calibration_scores_
         if hasattr(self, "map_statistics_"):
             tensors["map_statistics"] = self.map_statistics_
@@ -648,6 +642,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         members: dict[str, Any],
     ) -> Self:
         detector = super()._restore(parameters, arrays, state, members)
+        detector._restore_transform(arrays, state)
         detector.calibration_scores_ = arrays["calibration_scores"]
         if detector.image_score == "structure":
             detector.map_statistics_ = arrays["map_statistics"]
@@ -655,8 +650,3 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         ignored = next((given for given in (mask, polygons) if given is not None), None)
         detector.ignore_mask_ = None if ignored is None else read_ignore_mask(ignored, cls.__name__)
         return detector
-
-
-def _name(dtype: Any) -> str:
-    """Return the name of a number type without "torch."."""
-    return str(dtype).removeprefix("torch.")

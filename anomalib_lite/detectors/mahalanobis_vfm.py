@@ -20,6 +20,7 @@ from anomalib_lite._validation import (
 )
 from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.calibration import calibration_size
+from anomalib_lite.detectors._transforming import BY_LAYER
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.engines import AnyBackbone
@@ -47,9 +48,13 @@ class MahalanobisVFM(BaseDetector):
         ``batch_size``, ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``. For a
         foundation model: ``"vit_base_patch14_dinov2.lvd142m"``, with ``weights`` if there is
         no network.
-    fusion : {"summary"}, default="summary"
+    fusion : {"summary", "weighted", "adaptive"}, default="summary"
         How features become embeddings: those of a patch beside those of its image; see
-        :mod:`~anomalib_lite.fusion`.
+        :mod:`~anomalib_lite.fusion`. ``"weighted"`` and ``"adaptive"`` multiply those of each layer
+        by a weight, as in :class:`~anomalib_lite.PatchCore`; not with ``multi_scale``.
+    layer_weights, feature_dim, projection, whiten, whiten_shrinkage
+        As in :class:`~anomalib_lite.PatchCore`. They are learned from patches, and change those and
+        the features of images alike.
     adapt : {None, "lora"}, default=None
         ``"lora"`` adapts the attention of a vision transformer to the images to fit on, against
         synthetic anomalies, before the Gaussians are fitted; see
@@ -134,6 +139,11 @@ class MahalanobisVFM(BaseDetector):
         weights: str | Path | None = None,
         layers: Sequence[str | int] | None = None,
         fusion: str = "summary",
+        layer_weights: Sequence[float] | None = None,
+        feature_dim: int | None = None,
+        projection: str = "pca",
+        whiten: bool = False,
+        whiten_shrinkage: float = 0.07,
         image_size: int | tuple[int, int] = 256,
         adapt: str | None = None,
         rank: int = 16,
@@ -165,6 +175,11 @@ class MahalanobisVFM(BaseDetector):
         self.weights = weights
         self.layers = layers
         self.fusion = fusion
+        self.layer_weights = layer_weights
+        self.feature_dim = feature_dim
+        self.projection = projection
+        self.whiten = whiten
+        self.whiten_shrinkage = whiten_shrinkage
         self.image_size = image_size
         self.adapt = adapt
         self.rank = rank
@@ -192,7 +207,10 @@ class MahalanobisVFM(BaseDetector):
         self.random_state = random_state
         self.verbose = verbose
 
-    _fusions = ("summary",)
+    _fusions = ("summary", *BY_LAYER)
+    _layout = "summary"
+    _copies = 2
+    _asking = ("feature_dim", "whiten")
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -216,6 +234,11 @@ class MahalanobisVFM(BaseDetector):
         if self.alpha is not None:
             check_number("alpha", self.alpha, where, "(0, inf)")
         check_number("learning_rate", self.learning_rate, where, "(0, 1)")
+        if self.multi_scale and self.fusion in BY_LAYER:
+            raise InvalidValueError(
+                f"{where}: fusion={self.fusion!r} needs one map a layer, which multi_scale=True "
+                "does not give. Set one of them only."
+            )
         if self.adapt is None:
             if self.adaptive:
                 raise InvalidValueError(
@@ -236,6 +259,7 @@ class MahalanobisVFM(BaseDetector):
             )
 
     def _check_fit_on_embeddings(self) -> None:
+        super()._check_fit_on_embeddings()
         if self.adapt is not None:
             raise InvalidValueError(
                 "MahalanobisVFM: adapt='lora' needs images to adapt to, got embeddings. Call "

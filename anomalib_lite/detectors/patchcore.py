@@ -45,9 +45,24 @@ class PatchCore(BaseDetector):
         Weights file for a timm name; by default they come from the hub.
     layers : sequence of str or int, optional
         Layers to use; by default strides 8 and 16, or two blocks of a vision transformer.
-    fusion : {"concat", "single", "mean", "nearest"}, default="concat"
+    fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive"}, default="concat"
         How the maps of several layers become one embedding a patch; see
-        :func:`~anomalib_lite.fusion.patch_embeddings`.
+        :func:`~anomalib_lite.fusion.patch_embeddings`. ``"weighted"`` is ``"concat"`` with each
+        layer multiplied by one of ``layer_weights``; ``"adaptive"`` chooses these so that each
+        layer has the same variance over normal patches.
+    layer_weights : sequence of float, optional
+        For ``fusion="weighted"``: one number above 0 for each layer.
+    feature_dim : int, optional
+        Length that embeddings are shortened to; by default they stay as they are. Learned, as is
+        ``whiten``, from the patches of at most 64 of the images to fit on, none of them held back
+        for calibration; see :class:`~anomalib_lite.fusion.EmbeddingTransform`.
+    projection : {"pca", "gaussian_random"}, default="pca"
+        How: to the principal components of normal patches, or to random directions.
+    whiten : bool, default=False
+        Whether to multiply by the inverse square root of the covariance of normal patches, so that
+        distances are Mahalanobis distances, as MH-PatchCore does.
+    whiten_shrinkage : float in [0, 1], default=0.07
+        Weight of the multiple of the identity in that covariance.
     normalize : bool, default=False
         Whether to divide each embedding by its length, so that patches are compared by their
         direction, as AnomalyDINO and RAD do; meant for vision transformers.
@@ -129,13 +144,15 @@ default="max"
         ``conformal_threshold(detector.calibration_scores_, rate)`` gives the threshold for
         another rate.
     n_features_ : int
-        D, the length of an embedding.
+        Length of an embedding, after ``feature_dim``.
     n_absorbed_ : int
         Number of patches that come from calibration images: the last rows of the bank.
     backbone_ : Backbone or CompiledBackbone
         The network that embeds images.
     dtype_, engine_ : str
         Number type and engine of the backbone.
+    transform_ : EmbeddingTransform or None
+        What ``feature_dim``, ``whiten`` and the weights of layers have learned.
     skipped_ : list of (str, str)
         Name and reason of each training image left out.
 
@@ -180,6 +197,11 @@ default="max"
         weights: str | Path | None = None,
         layers: Sequence[str | int] | None = None,
         fusion: str = "concat",
+        layer_weights: Sequence[float] | None = None,
+        feature_dim: int | None = None,
+        projection: str = "pca",
+        whiten: bool = False,
+        whiten_shrinkage: float = 0.07,
         normalize: bool = False,
         image_size: int | tuple[int, int] = 256,
         tile: int | None = None,
@@ -209,6 +231,11 @@ default="max"
         self.weights = weights
         self.layers = layers
         self.fusion = fusion
+        self.layer_weights = layer_weights
+        self.feature_dim = feature_dim
+        self.projection = projection
+        self.whiten = whiten
+        self.whiten_shrinkage = whiten_shrinkage
         self.normalize = normalize
         self.image_size = image_size
         self.tile = tile
@@ -233,6 +260,8 @@ default="max"
         self.max_pixels = max_pixels
         self.random_state = random_state
         self.verbose = verbose
+
+    _asking = ("feature_dim", "whiten")
 
     def _check_parameters(self) -> None:
         super()._check_parameters()

@@ -31,9 +31,13 @@ class SubspaceAD(BaseDetector):
         ``smoothing``, ``false_alarm_rate``, ``device``, ``dtype``, ``engine``, ``batch_size``,
         ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``. In the paper:
         ``"vit_giant_patch14_reg4_dinov2.lvd142m"`` with ``image_size=672``.
-    fusion : {"concat", "single", "mean", "nearest"}, default="concat"
+    fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive"}, default="concat"
         How the maps of several layers become one embedding a patch; see
-        :mod:`~anomalib_lite.fusion`.
+        :class:`~anomalib_lite.PatchCore`.
+    layer_weights, feature_dim, projection, whiten, whiten_shrinkage
+        As in :class:`~anomalib_lite.PatchCore`: how embeddings are changed before all else.
+    normalize : bool, default=False
+        Whether to divide each embedding by its length after that.
     n_components : int or float in (0, 1), default=0.99
         Number of principal components, or the share of the variance that they hold; see
         :class:`~anomalib_lite.subspace.Subspace`.
@@ -88,6 +92,12 @@ class SubspaceAD(BaseDetector):
         weights: str | Path | None = None,
         layers: Sequence[str | int] | None = None,
         fusion: str = "concat",
+        layer_weights: Sequence[float] | None = None,
+        feature_dim: int | None = None,
+        projection: str = "pca",
+        whiten: bool = False,
+        whiten_shrinkage: float = 0.07,
+        normalize: bool = False,
         image_size: int | tuple[int, int] = 256,
         n_components: int | float = 0.99,
         image_score: str = "top1%",
@@ -109,6 +119,12 @@ class SubspaceAD(BaseDetector):
         self.weights = weights
         self.layers = layers
         self.fusion = fusion
+        self.layer_weights = layer_weights
+        self.feature_dim = feature_dim
+        self.projection = projection
+        self.whiten = whiten
+        self.whiten_shrinkage = whiten_shrinkage
+        self.normalize = normalize
         self.image_size = image_size
         self.n_components = n_components
         self.image_score = image_score
