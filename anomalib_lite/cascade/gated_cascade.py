@@ -566,7 +566,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         return [
             ("gate", f"{self.gate} ({where}): normal {normal}, anomalous {anomalous}"),
             ("gate loses", lost),
-            *self.detector_._summary_lines(),
+            *self.detector_._learner()._summary_lines(),
         ]
 
     def _fitted_backbone(self) -> AnyBackbone | None:

@@ -25,6 +25,18 @@ def _number_or_share(text: str) -> int | float:
     return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
 
 
+def _numbers(text: str) -> list[float]:
+    """Parse ``"1,0.5"``."""
+    return [float(number) for number in text.split(",")]
+
+
+def _truth(text: str) -> bool:
+    """Parse ``"true"`` or ``"false"``."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() == "true"
+
+
 def _name_or_number(text: str) -> str | float:
     try:
         return float(text)
@@ -53,6 +65,22 @@ FIT_OPTIONS: dict[str, Option] = {
         "weights file for a name (default: installed, ANOMALIB_LITE_WEIGHTS, or the hub)",
     ),
     "layers": (_layers, None, "names or positions, separated by commas (default: chosen)"),
+    "fusion": (
+        str,
+        "concat",
+        "concat, single, mean, nearest (PaDiM's default), weighted, adaptive or per_layer; "
+        "MahalanobisVFM: summary (its default), weighted, adaptive or per_layer",
+    ),
+    "layer_weights": (_numbers, None, "for weighted: a number for each layer, with commas"),
+    "feature_dim": (int, None, "length that embeddings are shortened to (default: as they are)"),
+    "projection": (str, "pca", "how they are shortened: pca or gaussian_random"),
+    "whiten": (_truth, False, "true makes all directions of the features count alike"),
+    "whiten_shrinkage": (float, 0.07, "shrinkage of the covariance of whiten, 0 to 1"),
+    "normalize": (
+        _truth,
+        False,
+        "true divides each embedding by its length (MahalanobisVFM's default: true)",
+    ),
     "image_size": (_image_size, 256, "shorter side in pixels, or HxW"),
     "tile": (int, None, "PatchCore: side of the tiles of large images (default: no tiles)"),
     "overlap": (int, 0, "PatchCore: pixels that neighbouring tiles share"),

@@ -53,7 +53,10 @@ class SavedDetector(ABC):
         the detector's arrays: for PatchCore ``embeddings`` (M, D)
         float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``; for
         PaDiM ``mean`` (P, d) and ``factors`` (P, d (d + 1) / 2), float32, and ``components``; for
-        SubspaceAD ``mean`` (D,) and ``scatter`` (D (D + 1) / 2,), float64. Names of an adapter's
+        SubspaceAD ``mean`` (D,) and ``scatter`` (D (D + 1) / 2,), float64. A map of the embeddings
+        has ``transform.0.scale``, ``transform.0.mean`` (D,) and ``transform.0.components`` (D, d),
+        float32, and one more number for each further layer with ``fusion="per_layer"``; names of
+        the detector's arrays then begin with ``layer0.`` and so on. Names of an adapter's
         tensors begin with ``adapter.``. A cascade has the header of each of
         its members under ``parts``, and names of their tensors begin with ``detector.`` and
         ``gate.``; a router has its products there as ``product0`` and so on, without backbones.
@@ -72,6 +75,14 @@ class SavedDetector(ABC):
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return what a file must hold beside the parameters and the threshold: arrays, JSON."""
 
+    def _learner(self) -> Any:
+        """Return what holds the state: this detector, or the models of its layers."""
+        return self
+
+    def _restore_learner(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        """Become fitted, but for the threshold; ValueError if something does not fit."""
+        self._set_state(arrays, state)
+
     @abstractmethod
     def _fitted_backbone(self) -> AnyBackbone | None:
         """Return the backbone that this detector was fitted with, without those of its members."""
@@ -83,7 +94,7 @@ class SavedDetector(ABC):
     def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what a file holds of this detector: tensors by name, and the header as JSON."""
         name = type(self).__name__
-        arrays, state = self._get_state()
+        arrays, state = self._learner()._get_state()
         tensors: dict[str, Any] = {key: np.ascontiguousarray(a) for key, a in arrays.items()}
         header: dict[str, Any] = {
             **VERSIONS,
@@ -126,7 +137,7 @@ class SavedDetector(ABC):
         KeyError, TypeError or ValueError if something is missing or does not fit.
         """
         detector = cls(**parameters)
-        detector._set_state(arrays, state)
+        detector._restore_learner(arrays, state)
         detector.threshold_ = float(state["threshold"])
         if "skipped" in state:
             detector.skipped_ = [tuple(entry) for entry in state["skipped"]]

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
+from sklearn.utils import check_random_state
 
-from anomalib_lite._validation import check_memory
+from anomalib_lite._validation import check_embeddings, check_memory
 from anomalib_lite.calibration import calibration_size
+from anomalib_lite.detectors._per_layer import LayerModels
 from anomalib_lite.detectors.fitting import (
     Distribute,
     EmbeddingModel,
+    EmbeddingStream,
     Indexed,
+    InMemory,
+    ShardSource,
     distribute,
+    iter_grids,
     none_usable,
     refuse_budget,
 )
@@ -24,14 +31,16 @@ from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.gaussian import Moments
 from anomalib_lite.images import Extractor, ImageSource
-from anomalib_lite.images.embeddings import patch_rows
+from anomalib_lite.images.embeddings import patch_rows, take
 from anomalib_lite.model_file import select
 
 __all__ = ["BY_LAYER", "TransformingModel"]
 
 # Strategies that must know which features are of which layer.
-BY_LAYER = ("weighted", "adaptive")
+BY_LAYER = ("weighted", "adaptive", "per_layer")
 
+# Fitted attributes that are of images, and not of embeddings.
+_FITTED_ON_IMAGES = ("adapter_", "backbone_", "dtype_", "engine_", "ignore_mask_", "skipped_")
 # Images that a transformation is learned from, at most: all of their patches.
 _MOST_IMAGES = 64
 _TRANSFORM = "transform."  # prefix of its tensors in a file
@@ -40,6 +49,9 @@ _TRANSFORM = "transform."  # prefix of its tensors in a file
 class TransformingModel(EmbeddingModel):
     """Fits on embeddings that a learned map has changed, if a parameter asks for one."""
 
+    random_state: Any
+    threshold_: float
+    calibration_scores_: np.ndarray
     fusion: str
     layer_weights: Sequence[float] | None
     feature_dim: int | None
@@ -51,6 +63,7 @@ class TransformingModel(EmbeddingModel):
     n_jobs: int | None
     backbone_: AnyBackbone
     transform_: EmbeddingTransform | None = None  # None: embeddings stay as they are
+    layer_models_: LayerModels | None = None  # with fusion="per_layer"
     # Parameters that ask for a map; without normalize, the model divides by the length itself.
     _asking: ClassVar[tuple[str, ...]] = ("feature_dim", "whiten", "normalize")
     _copies: ClassVar[int] = 1  # 2: the features of a patch are beside those of its image
@@ -71,6 +84,25 @@ class TransformingModel(EmbeddingModel):
                 f"{where}: layer_weights must be a list of numbers, one a layer, got "
                 f"{self.layer_weights!r}. fusion='adaptive' learns them."
             )
+        for name, refused in (("calibration", "leave_one_out"), ("image_score", "reweighted")):
+            if self.fusion == "per_layer" and getattr(self, name) == refused:
+                raise InvalidValueError(
+                    f"{where}: {name}={refused!r} needs one model, and fusion='per_layer' has one "
+                    f"for each layer. Set another {name}, or fusion='concat'."
+                )
+
+    def _check_same_transform(self) -> None:
+        """Raise if a parameter of the map has changed since it was learned."""
+        known = self.transform_
+        then = EmbeddingTransform().get_params() if known is None else known.get_params()
+        for name, now in self._unfitted_transform(None).get_params().items():
+            was = then[name]
+            if name != "random_state" and not _alike(was, now):
+                raise InvalidValueError(
+                    f"{type(self).__name__}: {name} must stay as it was in fit, {was!r}, got "
+                    f"{now!r}: what was learned is of other embeddings. Set it back, or call fit "
+                    "on all images."
+                )
 
     def _unfitted_transform(self, random: Any) -> EmbeddingTransform:
         return EmbeddingTransform(
@@ -80,6 +112,7 @@ class TransformingModel(EmbeddingModel):
             whiten_shrinkage=self.whiten_shrinkage,
             normalize=self.normalize if "normalize" in self._asking else False,
             layer_weights="adaptive" if self.fusion == "adaptive" else self.layer_weights,
+            per_layer=self.fusion == "per_layer",
             random_state=random,
         )
 
@@ -87,7 +120,62 @@ class TransformingModel(EmbeddingModel):
         """Whether the parameters ask for a map."""
         return self.fusion in BY_LAYER or any(getattr(self, name) for name in self._asking)
 
-    # --- Learning -----------------------------------------------------------------------------
+    @abstractmethod
+    def _fit_shards(
+        self,
+        shards: ShardSource,
+        random: np.random.RandomState,
+        update: bool,
+        transform: EmbeddingTransform | None,
+    ) -> None:
+        """Fit on the embeddings of a source, and calibrate."""
+
+    # --- Learning from embeddings that a user brings ---------------------------------------------
+
+    def _fit_embeddings(self, E: Any, update: bool = False) -> Self:
+        """Learn from embeddings, in whatever form they come."""
+        if not update:
+            self._check_fit_on_embeddings()
+        where, random = type(self).__name__, check_random_state(self.random_state)
+        leave_one_out = self.calibration == "leave_one_out"
+        in_shards, n_features = self._fits_in_shards(), self.n_features_ if update else None
+        by_number = isinstance(E, list | tuple) or getattr(E, "ndim", 0) > 0
+        one_by_one = isinstance(E, Iterable) and not by_number and not hasattr(E, "ndim")
+        stream = one_by_one and in_shards and not leave_one_out
+        indexed = by_number and in_shards and len(E) > 0
+        transform = self.transform_ if update else None
+        if transform is not None:
+            n_features = transform.n_features_in_
+        if not stream and not indexed:
+            given = list(iter_grids(E, where)) if one_by_one else E
+            E = check_embeddings(given, where, n_features)
+        n = None if stream else len(E)
+        known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
+        purposes = 2 if self.image_score == "structure" else 1
+        n_held_back = (
+            0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known, purposes)
+        )
+        shards: ShardSource
+        if n is None:
+            if not update:
+                self._check_stream()
+            shards = EmbeddingStream(E, n_held_back, random, n_features, where, transform)
+        else:
+            order = np.arange(n) if leave_one_out else random.permutation(n)
+            if not update:
+                transform = self._learn_from_embeddings(E, order, random)
+            if indexed:
+                shards = Indexed(E, order, n_held_back, n_features, where, transform)
+            else:
+                E = E if transform is None else transform_all(E, transform)
+                shards = InMemory(take(E, order), n_held_back)
+        self._fit_shards(shards, random, update, transform)
+        if not update:
+            for fitted_on_images in _FITTED_ON_IMAGES:
+                self.__dict__.pop(fitted_on_images, None)
+        return self
+
+    # --- Learning the map -----------------------------------------------------------------------
 
     def _learn_from_images(
         self, extractor: Extractor, images: ImageSource, random: np.random.RandomState
@@ -152,7 +240,7 @@ class TransformingModel(EmbeddingModel):
         """Score patches and images as :meth:`_score_patches`, from embeddings not yet changed."""
         if self.transform_ is not None:
             E = self.transform_.transform(E)
-        return self._score_patches(np.ascontiguousarray(E))
+        return (self.layer_models_ or self)._score_patches(np.ascontiguousarray(E))
 
     # --- Its backbone ---------------------------------------------------------------------------
 
@@ -194,8 +282,6 @@ class TransformingModel(EmbeddingModel):
         if "transform" in state:
             fitted = self._unfitted_transform(None)
             self.transform_ = fitted.set_arrays(select(_TRANSFORM, arrays), state["transform"])
-            if self.transform_.n_features_ != self.n_features_:
-                raise ValueError(f"the transformation does not give {self.n_features_} features")
 
 
 class _Learner:
@@ -240,6 +326,12 @@ class _Learner:
         except InvalidValueError as error:
             message = str(error).removeprefix("EmbeddingTransform: ")
             raise InvalidValueError(f"{type(self.model).__name__}: {message}") from error
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return list(one) == list(other)  # a list after it was read from a file
+    return bool(one == other)
 
 
 def transform_all(E: Any, transform: EmbeddingTransform) -> Any:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 from sklearn.utils import check_random_state
@@ -25,32 +24,30 @@ from anomalib_lite._validation import (
 )
 from anomalib_lite.anomaly_map import anomaly_maps
 from anomalib_lite.calibration import calibration_size, threshold_and_shortfall
+from anomalib_lite.detectors._per_layer import LayerModels
 from anomalib_lite.detectors._saving import SavedDetector
 from anomalib_lite.detectors._transforming import BY_LAYER, TransformingModel, transform_all
 from anomalib_lite.detectors.detections import Detections
 from anomalib_lite.detectors.fitting import (
-    EmbeddingStream,
+    EmbeddingModel,
     ImageShards,
-    Indexed,
     InMemory,
     ShardSource,
     ShardTask,
     embed_distributed,
-    iter_grids,
     none_usable,
 )
 from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
+from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.images import Extractor, ImageSource
-from anomalib_lite.images.embeddings import Embeddings, embed_all, stack, take
+from anomalib_lite.images.embeddings import Embeddings, embed_all, stack
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image, read_ignore_mask
 
 __all__ = ["BaseDetector", "DetectorMixin"]
 
 CALIBRATIONS = ("split", "leave_one_out")
 
-# Fitted attributes that are of images, and not of embeddings.
-_FITTED_ON_IMAGES = ("adapter_", "backbone_", "dtype_", "engine_", "ignore_mask_", "skipped_")
 _NORMAL_ONLY = (
     "fit takes normal images only. Use dataset.train, or pass y=[sample.label for sample in "
     "samples]."
@@ -357,10 +354,11 @@ class BaseDetector(DetectorMixin, TransformingModel):
         extractor = Extractor(
             self.backbone_, self.image_size, self.batch_size, self.on_error, self.verbose, **more
         )
+        model = self.layer_models_ or self
         for batch, E in extractor.embed_batches(
-            source, channels=self._channels, skipped=skipped, progress="score"
+            source, channels=model._channels, skipped=skipped, progress="score"
         ):
-            patch_scores, scores[batch.indices] = self._score_patches(E)
+            patch_scores, scores[batch.indices] = model._score_patches(E)
             if maps:
                 input_size = batch.pixels.shape[1:3]
                 made = anomaly_maps(patch_scores, input_size, batch.sizes, self.smoothing)
@@ -397,12 +395,17 @@ class BaseDetector(DetectorMixin, TransformingModel):
         transform = self.transform_
         length = self.n_features_ if transform is None else transform.n_features_in_
         E = check_embeddings(E, type(self).__name__, length)
-        return self._image_scores(E if transform is None else transform_all(E, transform))
+        model = self.layer_models_ or self
+        return model._image_scores(E if transform is None else transform_all(E, transform))
 
     # --- How a detector learns --------------------------------------------------------------
 
     def _fit_shards(
-        self, shards: ShardSource, random: np.random.RandomState, update: bool = False
+        self,
+        shards: ShardSource,
+        random: np.random.RandomState,
+        update: bool,
+        transform: EmbeddingTransform | None,
     ) -> None:
         """Fit, calibrate with the images held back, and absorb these: so every detector learns.
 
@@ -413,27 +416,32 @@ class BaseDetector(DetectorMixin, TransformingModel):
             for name in [n for n in vars(fresh) if n.endswith("_")]:
                 delattr(fresh, name)
             fresh.n_features_ = shards.shape[-1]
-        empty = fresh._make_accumulator(shards.shape, shards.n_images, shards.in_flight, random)
-        removed = fresh._remove_calibration_patches() if update else None
+        fresh.transform_, known, model = transform, fresh.layer_models_, cast(EmbeddingModel, fresh)
+        fresh.layer_models_ = None
+        if self.fusion == "per_layer":
+            model = known.copied() if known is not None else LayerModels.of(fresh)
+            fresh.layer_models_ = model
+        empty = model._make_accumulator(shards.shape, shards.n_images, shards.in_flight, random)
+        removed = model._remove_calibration_patches() if update else None
         # Fit on the images that are not held back.
         accumulated = copy.copy(empty)
-        for result in shards.to_fit(ShardTask(empty, fresh if update else None)):
+        for result in shards.to_fit(ShardTask(empty, model if update else None)):
             accumulated.merge(result.accumulated)
             del result  # and its memory, before the next
-        fitted = fresh._fit_accumulated(accumulated, random)
+        fitted = model._fit_accumulated(accumulated, random)
         # Calibrate with scores of images that were not fitted on.
         scores: list[Any]
-        joins, accumulated = fresh._scores_are_monotone(), copy.copy(empty)
+        joins, accumulated = model._scores_are_monotone(), copy.copy(empty)
         if self.calibration == "leave_one_out":
-            scores = [fresh._score_left_out(shards.embeddings, fitted)]
+            scores = [model._score_left_out(shards.embeddings, fitted)]
         else:  # where scores only fall, old ones are no smaller than those images would have now
             scores = [self.calibration_scores_] if update and joins else []
-            for result in shards.held_back(ShardTask(empty if joins else None, fresh, score=True)):
+            for result in shards.held_back(ShardTask(empty if joins else None, model, score=True)):
                 scores.append(result.scores)
                 if joins:
                     accumulated.merge(result.accumulated)
                 del result
-        fresh.calibration_scores_ = fresh._standardize_calibration(
+        fresh.calibration_scores_ = model._standardize_calibration(
             np.concatenate(scores or [np.empty(0, np.float32)]),
             left_out=self.calibration == "leave_one_out",
         )
@@ -444,7 +452,7 @@ class BaseDetector(DetectorMixin, TransformingModel):
             warnings.warn(shortfall, CalibrationWarning, stacklevel=4)
         # Absorb the images held back, if that can only lower scores.
         if joins:
-            fresh._add_calibration_patches(removed, accumulated, random)
+            model._add_calibration_patches(removed, accumulated, random)
         self.__dict__.update(fresh.__dict__)
 
     def _fit_images(self, images: Any, y: Any, ignore_mask: Any, update: bool = False) -> Self:
@@ -493,9 +501,9 @@ class BaseDetector(DetectorMixin, TransformingModel):
             shards = InMemory(E, n_held_back)
         else:
             shards = ImageShards(extractor, in_order, n_held_back, skipped, distributor)
-        self._fit_shards(shards, random, update)
+        self._fit_shards(shards, random, update, transform)
         self._take_backbone(backbone)
-        self.transform_, self.ignore_mask_ = transform, one_for_all
+        self.ignore_mask_ = one_for_all
         self._take_skipped(source, [(order[i], reason) for i, reason in skipped], update)
         return self
 
@@ -519,50 +527,6 @@ class BaseDetector(DetectorMixin, TransformingModel):
             )
         return one_for_all
 
-    def _fit_embeddings(self, E: Any, update: bool = False) -> Self:
-        """Learn from embeddings, in whatever form they come."""
-        if not update:
-            self._check_fit_on_embeddings()
-        where, random = type(self).__name__, check_random_state(self.random_state)
-        leave_one_out = self.calibration == "leave_one_out"
-        in_shards, n_features = self._fits_in_shards(), self.n_features_ if update else None
-        by_number = isinstance(E, list | tuple) or getattr(E, "ndim", 0) > 0
-        one_by_one = isinstance(E, Iterable) and not by_number and not hasattr(E, "ndim")
-        stream = one_by_one and in_shards and not leave_one_out
-        indexed = by_number and in_shards and len(E) > 0
-        transform = self.transform_ if update else None
-        if transform is not None:
-            n_features = transform.n_features_in_
-        if not stream and not indexed:
-            given = list(iter_grids(E, where)) if one_by_one else E
-            E = check_embeddings(given, where, n_features)
-        n = None if stream else len(E)
-        known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
-        purposes = 2 if self.image_score == "structure" else 1
-        n_held_back = (
-            0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known, purposes)
-        )
-        shards: ShardSource
-        if n is None:
-            if not update:
-                self._check_stream()
-            shards = EmbeddingStream(E, n_held_back, random, n_features, where, transform)
-        else:
-            order = np.arange(n) if leave_one_out else random.permutation(n)
-            if not update:
-                transform = self._learn_from_embeddings(E, order, random)
-            if indexed:
-                shards = Indexed(E, order, n_held_back, n_features, where, transform)
-            else:
-                E = E if transform is None else transform_all(E, transform)
-                shards = InMemory(take(E, order), n_held_back)
-        self._fit_shards(shards, random, update)
-        self.transform_ = transform
-        if not update:
-            for fitted_on_images in _FITTED_ON_IMAGES:
-                self.__dict__.pop(fitted_on_images, None)
-        return self
-
     def _check_parameters(self) -> None:
         """Raise for the first parameter that cannot be used."""
         where = type(self).__name__
@@ -584,6 +548,7 @@ class BaseDetector(DetectorMixin, TransformingModel):
     def _check_update(self) -> None:
         """Raise if a parameter cannot be used, or if the calibration allows no update."""
         self._check_parameters()
+        self._check_same_transform()
         if self.calibration == "leave_one_out":
             raise InvalidValueError(
                 f"{type(self).__name__}: partial_fit needs calibration='split': to leave one out, "
@@ -618,14 +583,26 @@ class BaseDetector(DetectorMixin, TransformingModel):
     def _fitted_backbone(self) -> AnyBackbone | None:
         return getattr(self, "backbone_", None)
 
+    def _learner(self) -> EmbeddingModel:
+        return self.layer_models_ or self
+
+    def _restore_learner(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        self._restore_transform(arrays, state)
+        if self.fusion == "per_layer":
+            self.layer_models_ = LayerModels.of(self)
+            self.n_features_ = self.transform_.n_features_
+        self._learner()._set_state(arrays, state)
+        if self.transform_ is not None and self.transform_.n_features_ != self.n_features_:
+            raise ValueError(f"the transformation does not give {self.n_features_} features")
+
     # --- Its file -----------------------------------------------------------------------------
 
     def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors, header = super()._describe(include_backbone)
         self._describe_transform(tensors, header)
         tensors["calibration_scores"] = self.calibration_scores_
-        if hasattr(self, "map_statistics_"):
-            tensors["map_statistics"] = self.map_statistics_
+        if hasattr(self._learner(), "map_statistics_"):
+            tensors["map_statistics"] = self._learner().map_statistics_
         ignored = getattr(self, "ignore_mask_", None)
         if ignored is not None and ignored.mask is not None:
             tensors["ignore_mask"] = ignored.mask.astype(np.uint8)
@@ -642,10 +619,9 @@ class BaseDetector(DetectorMixin, TransformingModel):
         members: dict[str, Any],
     ) -> Self:
         detector = super()._restore(parameters, arrays, state, members)
-        detector._restore_transform(arrays, state)
         detector.calibration_scores_ = arrays["calibration_scores"]
         if detector.image_score == "structure":
-            detector.map_statistics_ = arrays["map_statistics"]
+            detector._learner().map_statistics_ = arrays["map_statistics"]
         mask, polygons = arrays.get("ignore_mask"), state.get("ignore_polygons")
         ignored = next((given for given in (mask, polygons) if given is not None), None)
         detector.ignore_mask_ = None if ignored is None else read_ignore_mask(ignored, cls.__name__)

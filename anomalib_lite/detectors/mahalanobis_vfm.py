@@ -48,10 +48,11 @@ class MahalanobisVFM(BaseDetector):
         ``batch_size``, ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``. For a
         foundation model: ``"vit_base_patch14_dinov2.lvd142m"``, with ``weights`` if there is
         no network.
-    fusion : {"summary", "weighted", "adaptive"}, default="summary"
+    fusion : {"summary", "weighted", "adaptive", "per_layer"}, default="summary"
         How features become embeddings: those of a patch beside those of its image; see
         :mod:`~anomalib_lite.fusion`. ``"weighted"`` and ``"adaptive"`` multiply those of each layer
-        by a weight, as in :class:`~anomalib_lite.PatchCore`; not with ``multi_scale``.
+        by a weight, and ``"per_layer"`` fits Gaussians to each layer, as in
+        :class:`~anomalib_lite.PatchCore`; not with ``multi_scale``.
     layer_weights, feature_dim, projection, whiten, whiten_shrinkage
         As in :class:`~anomalib_lite.PatchCore`. They are learned from patches, and change those and
         the features of images alike.

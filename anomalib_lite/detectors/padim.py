@@ -38,7 +38,8 @@ class PaDiM(BaseDetector):
         ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``.
     layers : sequence of str or int, optional
         Layers to use; by default those of stride 4, 8 and 16.
-    fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive"}, default="nearest"
+    fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive", "per_layer"}, \
+default="nearest"
         How the maps of several layers become one embedding a patch; see
         :class:`~anomalib_lite.PatchCore`.
     layer_weights, feature_dim, projection, whiten, whiten_shrinkage

@@ -45,11 +45,14 @@ class PatchCore(BaseDetector):
         Weights file for a timm name; by default they come from the hub.
     layers : sequence of str or int, optional
         Layers to use; by default strides 8 and 16, or two blocks of a vision transformer.
-    fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive"}, default="concat"
+    fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive", "per_layer"}, \
+default="concat"
         How the maps of several layers become one embedding a patch; see
         :func:`~anomalib_lite.fusion.patch_embeddings`. ``"weighted"`` is ``"concat"`` with each
         layer multiplied by one of ``layer_weights``; ``"adaptive"`` chooses these so that each
-        layer has the same variance over normal patches.
+        layer has the same variance over normal patches. ``"per_layer"`` has one bank for each
+        layer, and averages the maps, as RAD and SuperAD do; not with ``"leave_one_out"`` or
+        ``"reweighted"``.
     layer_weights : sequence of float, optional
         For ``fusion="weighted"``: one number above 0 for each layer.
     feature_dim : int, optional
@@ -151,6 +154,9 @@ default="max"
         The network that embeds images.
     dtype_, engine_ : str
         Number type and engine of the backbone.
+    layer_models_ : LayerModels or None
+        With ``fusion="per_layer"``: its ``models_`` are the detectors of each layer, and have what
+        this one then lacks, such as ``memory_bank_``.
     transform_ : EmbeddingTransform or None
         What ``feature_dim``, ``whiten`` and the weights of layers have learned.
     skipped_ : list of (str, str)

@@ -31,7 +31,8 @@ class SubspaceAD(BaseDetector):
         ``smoothing``, ``false_alarm_rate``, ``device``, ``dtype``, ``engine``, ``batch_size``,
         ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``. In the paper:
         ``"vit_giant_patch14_reg4_dinov2.lvd142m"`` with ``image_size=672``.
-    fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive"}, default="concat"
+    fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive", "per_layer"}, \
+default="concat"
         How the maps of several layers become one embedding a patch; see
         :class:`~anomalib_lite.PatchCore`.
     layer_weights, feature_dim, projection, whiten, whiten_shrinkage
