@@ -86,6 +86,26 @@ class TestFit:
         assert "patches and " in capsys.readouterr().out
         assert load(path).shrinkage == 0.3
 
+    @pytest.mark.parametrize("detector", ["patchcore", "padim", "mahalanobis_vfm", "subspace_ad"])
+    def test_embeddings_are_changed_as_asked(
+        self, detector: str, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "c.safetensors"
+        common = f"fit {wall}/train/good -o {path} --image-size 64 --false-alarm-rate 0.2 "
+        common += f"--detector {detector} "
+        asked = "--feature-dim 20 --whiten yes --whiten-shrinkage 0.2 --normalize yes"
+        weights = "1,2,4" if detector == "padim" else "1,2"
+        given = f"{common}{asked} --fusion weighted --layer-weights {weights}"
+        assert cli.main(given.split()) == 0
+        again = load(path)
+        assert (again.feature_dim, again.whiten, again.normalize) == (20, True, True)
+        assert again.layer_weights == [float(weight) for weight in weights.split(",")]
+        assert again.transform_.parts_[0].n_out == 20
+        assert cli.main(f"{common}--fusion per_layer".split()) == 0
+        assert " layer 1: " in capsys.readouterr().out
+        assert cli.main(f"{common}--whiten true".split()) == 2
+        assert "must be yes or no, got 'true'" in capsys.readouterr().err
+
     @pytest.mark.parametrize(("given", "expected"), [("0.9", 0.9), ("30", 30), (None, 0.99)])
     def test_subspace_ad_takes_a_share_or_a_number(
         self,

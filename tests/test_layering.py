@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 BESIDE = {
     ("_device", "_validation"),
     ("model_file", "_files"),
+    ("fusion", "gaussian"),
     ("backbones", "fusion"),
     ("engines", "backbones"),
     ("engines", "fusion"),

@@ -27,7 +27,7 @@ PATHS = {
     "anomalib_lite.errors": "AnomalibLiteError CalibrationWarning ImageError NotFittedError "
     "SharedImagesWarning",
     "anomalib_lite.evaluation": "Report evaluate",
-    "anomalib_lite.fusion": "STRATEGIES patch_embeddings",
+    "anomalib_lite.fusion": "EmbeddingTransform PROJECTIONS STRATEGIES patch_embeddings",
     "anomalib_lite.gaussian": "Gaussian GaussianGrid",
     "anomalib_lite.images": "ImageSource iter_batches",
     "anomalib_lite.lora": "adaptive_rank train_adapter",

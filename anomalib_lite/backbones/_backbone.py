@@ -90,6 +90,8 @@ class Backbone:
         Names of the layers.
     stride : int
         Largest stride of the layers; the sides of the input should be multiples of it.
+    channels : list of int or None
+        Number of channels of each layer; None if the module does not announce them.
     mean, std : list of float
         Mean and standard deviation that normalise pixels in [0, 1], one for each channel.
     sha256 : str
@@ -356,6 +358,8 @@ class Backbone:
         self.stride = max((s["reduction"] for s in stages if s["module"] in self.layers), default=1)
         channels = {s["module"]: s["num_chs"] for s in stages}
         self._channels = [channels.get(name) for name in self.layers]
+        known = [int(c) for c in self._channels if c is not None]
+        self.channels = known if known and len(known) == len(self._channels) else None
 
     def _resolve_layers(
         self, layers: Sequence[str | int], network: nn.Module, names: list[str]

@@ -479,7 +479,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
 
     @property
     def _map_threshold(self) -> float:
-        return float(self.detector_._in_map_units(self.routing_.threshold))
+        return float(self.detector_._learner()._in_map_units(self.routing_.threshold))
 
     def _members(self) -> dict[str, DetectorMixin]:
         members = {"detector": self.detector_, "gate": self.gate_.detector}
@@ -571,7 +571,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         return [
             ("gate", f"{self.gate} ({where}): normal {normal}, anomalous {anomalous}"),
             ("gate misses", missed),
-            *self.detector_._summary_lines(),
+            *self.detector_._learner()._summary_lines(),
         ]
 
     def _fitted_backbone(self) -> AnyBackbone | None:

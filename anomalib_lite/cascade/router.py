@@ -252,7 +252,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
             for place in np.unique(places[indices]):
                 rows = np.flatnonzero(places[indices] == place)
                 detector = self.detectors_[self.products_[place]]
-                patch_scores, raw = detector._score_patches(np.ascontiguousarray(E[rows]))
+                patch_scores, raw = detector._score_raw(E[rows])
                 scores[indices[rows]] = _relative(raw, detector)
                 if maps:
                     made = _relative_maps(patch_scores, batch, rows, detector)

@@ -186,7 +186,7 @@ def summary_lines(
     used = f"{n_used:,} in {seconds:.1f} s ({model.backbone_.device}, {model.dtype_})"
     return [
         ("images", used),
-        *detector._summary_lines(),
+        *detector._learner()._summary_lines(),
         ("threshold", f"{level:.6g}{whose}"),
         ("false alarms", _promise(detector, rate_kept)),
     ]

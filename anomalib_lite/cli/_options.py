@@ -30,6 +30,11 @@ def _names(text: str) -> str | list[str]:
     return text.split(",") if "," in text else text
 
 
+def _numbers(text: str) -> list[float]:
+    """Parse ``"1,0.5"``."""
+    return [float(number) for number in text.split(",")]
+
+
 def _yes_or_no(text: str) -> bool:
     if text.lower() not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"must be yes or no, got {text!r}")
@@ -64,6 +69,22 @@ FIT_OPTIONS: dict[str, Option] = {
         "weights file for a name (default: installed, ANOMALIB_LITE_WEIGHTS, or the hub)",
     ),
     "layers": (_layers, None, "names or positions, separated by commas (default: chosen)"),
+    "fusion": (
+        str,
+        "concat",
+        "concat, single, mean, nearest (PaDiM's default), weighted, adaptive or per_layer; "
+        "MahalanobisVFM: summary (its default), weighted, adaptive or per_layer",
+    ),
+    "layer_weights": (_numbers, None, "for weighted: a number for each layer, with commas"),
+    "feature_dim": (int, None, "length that embeddings are shortened to (default: as they are)"),
+    "projection": (str, "pca", "how they are shortened: pca or gaussian_random"),
+    "whiten": (_yes_or_no, False, "yes makes all directions of the features count alike"),
+    "whiten_shrinkage": (float, 0.07, "shrinkage of the covariance of whiten, 0 to 1"),
+    "normalize": (
+        _yes_or_no,
+        False,
+        "yes divides each embedding by its length (MahalanobisVFM's default: yes)",
+    ),
     "image_size": (_image_size, 384, "shorter side in pixels, or HxW; all but PatchCore: 256"),
     "tile": (int, None, "PatchCore: side of the tiles of large images (default: no tiles)"),
     "overlap": (int, 0, "PatchCore: pixels that neighbouring tiles share"),

@@ -16,7 +16,7 @@ from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images.embeddings import Embeddings, patch_rows, unit_rows
 
-__all__ = ["PatchAccumulator", "Plan", "plan_patches"]
+__all__ = ["PatchAccumulator", "Plan", "plan_patches", "planned_ratio"]
 
 # Patches of a shard: enough to choose among, and few enough to be work for many workers.
 _SHARD_ROWS = 65_536
@@ -260,3 +260,16 @@ def plan_patches(
     if n_rows <= for_all:
         return Plan(images_per_shard, False, for_all)
     return Plan(images_per_shard, True, free // row)
+
+
+def planned_ratio(size: int, n_images: int | None, patches: int) -> float:
+    """Return the share that ``size`` patches are of those of ``n_images``, of ``patches`` each.
+
+    InvalidValueError if the number of images is not known.
+    """
+    if n_images is None:
+        raise InvalidValueError(
+            "PatchCore: coreset_size is a share of a known number of images, got a stream of "
+            "embeddings. Set coreset_ratio, such as coreset_ratio=0.01."
+        )
+    return min(1.0, size / (n_images * patches))

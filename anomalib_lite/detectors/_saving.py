@@ -58,7 +58,10 @@ class SavedDetector(ABC):
         PaDiM ``mean`` (P, d) and ``factors`` (P, d (d + 1) / 2), float32, and ``components``; for
         MahalanobisVFM ``patches.mean`` and ``images.mean`` (d,), and likewise ``scatter`` (d, d)
         and ``cubic`` (d,), float64; for SubspaceAD ``mean`` (D,) and ``scatter``
-        (D (D + 1) / 2,), float64. A mask that :meth:`fit` was given for all images is
+        (D (D + 1) / 2,), float64. A map of the embeddings has ``transform.0.scale``,
+        ``transform.0.mean`` (D,) and ``transform.0.components`` (D, d), float32, and one more
+        number for each further layer with ``fusion="per_layer"``; names of the detector's arrays
+        then begin with ``layer0.`` and so on. A mask that :meth:`fit` was given for all images is
         ``ignore_mask`` (H, W), uint8; polygons are ``ignore_polygons`` in ``state``. Names of an
         adapter's tensors begin with ``adapter.``, those of a backbone's weights with
         ``backbone.``.
@@ -85,6 +88,14 @@ class SavedDetector(ABC):
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return what a file must hold beside the parameters and the threshold: arrays, JSON."""
 
+    def _learner(self) -> Any:
+        """Return what holds the state: this detector, or the models of its layers."""
+        return self
+
+    def _restore_learner(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        """Become fitted, but for the threshold; ValueError if something does not fit."""
+        self._set_state(arrays, state)
+
     @abstractmethod
     def _fitted_backbone(self) -> AnyBackbone | None:
         """Return the backbone that this detector was fitted with, without those of its members."""
@@ -96,7 +107,7 @@ class SavedDetector(ABC):
     def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what a file holds of this detector: tensors by name, and the header as JSON."""
         name = type(self).__name__
-        arrays, state = self._get_state()
+        arrays, state = self._learner()._get_state()
         tensors: dict[str, Any] = {key: np.ascontiguousarray(a) for key, a in arrays.items()}
         header: dict[str, Any] = {
             **VERSIONS,
@@ -139,7 +150,7 @@ class SavedDetector(ABC):
         KeyError, TypeError or ValueError if something is missing or does not fit.
         """
         detector = cls(**parameters)
-        detector._set_state(arrays, state)
+        detector._restore_learner(arrays, state)
         detector.threshold_ = float(state["threshold"])
         if "skipped" in state:
             detector.skipped_ = [tuple(entry) for entry in state["skipped"]]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable
-from functools import partial
-from typing import Any, ClassVar, Self
+from dataclasses import replace
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 from sklearn.utils import check_random_state
@@ -25,35 +24,31 @@ from anomalib_lite._validation import (
 )
 from anomalib_lite.anomaly_map import anomaly_maps
 from anomalib_lite.calibration import calibration_size, threshold_and_shortfall
+from anomalib_lite.detectors._per_layer import LayerModels
 from anomalib_lite.detectors._saving import SavedDetector
+from anomalib_lite.detectors._transforming import BY_LAYER, TransformingModel, transform_all
 from anomalib_lite.detectors.detections import Detections
 from anomalib_lite.detectors.fitting import (
-    Distribute,
     EmbeddingModel,
-    EmbeddingStream,
     ImageShards,
-    Indexed,
     InMemory,
     ShardSource,
     ShardTask,
-    distribute,
     embed_distributed,
-    iter_grids,
     none_usable,
 )
 from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
+from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.images.augmentation import AugmentedSource
-from anomalib_lite.images.embeddings import Embeddings, embed_all, stack, take
+from anomalib_lite.images.embeddings import Embeddings, embed_all, stack
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image, read_ignore_mask
 
 __all__ = ["BaseDetector", "DetectorMixin"]
 
 CALIBRATIONS = ("split", "leave_one_out")
 
-# Fitted attributes that are of images, and not of embeddings.
-_FITTED_ON_IMAGES = ("adapter_", "backbone_", "dtype_", "engine_", "ignore_mask_", "skipped_")
 _NORMAL_ONLY = (
     "fit takes normal images only. Use dataset.train, or pass y=[sample.label for sample in "
     "samples]."
@@ -183,7 +178,7 @@ class DetectorMixin(SavedDetector):
         return []
 
 
-class BaseDetector(DetectorMixin, EmbeddingModel):
+class BaseDetector(DetectorMixin, TransformingModel):
     """Base of all detectors: fits on images, calibrates the threshold, and detects.
 
     Subclasses store the parameters that :class:`~anomalib_lite.PatchCore` documents, and supply
@@ -193,7 +188,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
     # Strides of the stages that the embeddings are made of, unless ``layers`` says.
     _strides: tuple[int, ...] = (8, 16)
     # "summary" puts the numbers of the whole image into each of its patches.
-    _fusions: ClassVar[tuple[str, ...]] = tuple(name for name in FUSIONS if name != "summary")
+    _fusions: ClassVar[tuple[str, ...]] = (*(f for f in FUSIONS if f != "summary"), *BY_LAYER)
     tile: int | None = None
     overlap: int = 0
     _one_mask = False  # whether all images to fit on must ignore the same regions
@@ -201,7 +196,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
 
     @property
     def _map_threshold(self) -> float:
-        return self._in_map_units(float(self.threshold_))
+        return self._learner()._in_map_units(float(self.threshold_))
 
     def fit(self, images: Any, y: Any = None, *, ignore_mask: Any = None) -> Self:
         """Learn what normal looks like, and calibrate the threshold.
@@ -396,14 +391,15 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         scores = np.full(len(source.items), np.nan, np.float32)
         heatmaps: list[Any] = [None] * len(source.items)
         skipped: list[tuple[int, str]] = []
-        tiles: Any = {"tile": self.tile, "overlap": self.overlap}
+        more: Any = {"tile": self.tile, "overlap": self.overlap, "transform": self.transform_}
         extractor = Extractor(
-            self.backbone_, self.image_size, self.batch_size, self.on_error, self.verbose, **tiles
+            self.backbone_, self.image_size, self.batch_size, self.on_error, self.verbose, **more
         )
+        model = self.layer_models_ or self
         for batch, E in extractor.embed_batches(
-            source, channels=self._channels, skipped=skipped, progress="score"
+            source, channels=model._channels, skipped=skipped, progress="score"
         ):
-            patch_scores, scores[batch.indices] = self._score_patches(E)
+            patch_scores, scores[batch.indices] = model._score_patches(E)
             if maps:
                 input_size = batch.pixels.shape[1:3]
                 made = anomaly_maps(patch_scores, input_size, batch.sizes, self.smoothing)
@@ -437,12 +433,20 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             raise NotFittedError(
                 f"{type(self).__name__}: not fitted yet. Call fit_embeddings(E) or fit(images)."
             )
-        return self._image_scores(check_embeddings(E, type(self).__name__, self.n_features_))
+        transform = self.transform_
+        length = self.n_features_ if transform is None else transform.n_features_in_
+        E = check_embeddings(E, type(self).__name__, length)
+        model = self.layer_models_ or self
+        return model._image_scores(E if transform is None else transform_all(E, transform))
 
     # --- How a detector learns --------------------------------------------------------------
 
     def _fit_shards(
-        self, shards: ShardSource, random: np.random.RandomState, update: bool = False
+        self,
+        shards: ShardSource,
+        random: np.random.RandomState,
+        update: bool,
+        transform: EmbeddingTransform | None,
     ) -> None:
         """Fit, calibrate with the images held back, and then add these to the model.
 
@@ -453,27 +457,32 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             for name in [n for n in vars(fresh) if n.endswith("_")]:
                 delattr(fresh, name)
             fresh.n_features_ = shards.shape[-1]
-        empty = fresh._make_accumulator(shards.shape, shards.n_images, shards.in_flight, random)
-        removed = fresh._remove_calibration_patches() if update else None
+        fresh.transform_, known, model = transform, fresh.layer_models_, cast(EmbeddingModel, fresh)
+        fresh.layer_models_ = None
+        if self.fusion == "per_layer":
+            model = known.copied() if known is not None else LayerModels.of(fresh)
+            fresh.layer_models_ = model
+        empty = model._make_accumulator(shards.shape, shards.n_images, shards.in_flight, random)
+        removed = model._remove_calibration_patches() if update else None
         # Fit on the images that are not held back.
         accumulated = copy.copy(empty)
-        for result in shards.to_fit(ShardTask(empty, fresh if update else None)):
+        for result in shards.to_fit(ShardTask(empty, model if update else None)):
             accumulated.merge(result.accumulated)
             del result  # and its memory, before the next
-        fitted = fresh._fit_accumulated(accumulated, random)
+        fitted = model._fit_accumulated(accumulated, random)
         # Calibrate with scores of images that were not fitted on.
         scores: list[Any]
-        joins, accumulated = fresh._scores_are_monotone(), copy.copy(empty)
+        joins, accumulated = model._scores_are_monotone(), copy.copy(empty)
         if self.calibration == "leave_one_out":
-            scores = [fresh._score_left_out(shards.embeddings, fitted)]
+            scores = [model._score_left_out(shards.embeddings, fitted)]
         else:  # if scores can only fall, old ones are at least as large as they would be now
             scores = [self.calibration_scores_] if update and joins else []
-            for result in shards.held_back(ShardTask(empty if joins else None, fresh, score=True)):
+            for result in shards.held_back(ShardTask(empty if joins else None, model, score=True)):
                 scores.append(result.scores)
                 if joins:
                     accumulated.merge(result.accumulated)
                 del result
-        fresh.calibration_scores_ = fresh._standardize_calibration(
+        fresh.calibration_scores_ = model._standardize_calibration(
             np.concatenate(scores or [np.empty(0, np.float32)]),
             self.false_alarm_rate,
             left_out=self.calibration == "leave_one_out",
@@ -485,7 +494,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             warnings.warn(shortfall, CalibrationWarning, stacklevel=4)
         # Add the images held back to the model, if that can only lower scores.
         if joins:
-            fresh._add_calibration_patches(removed, accumulated, random)
+            model._add_calibration_patches(removed, accumulated, random)
         self.__dict__.update(fresh.__dict__)
 
     def _fit_images(self, images: Any, y: Any, ignore_mask: Any, update: bool = False) -> Self:
@@ -506,13 +515,15 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
         if self.augment is not None:
             in_order, order = self._with_copies(in_order, order, known)
-        tiles: Any = {"tile": self.tile, "overlap": self.overlap}
-        extractor = Extractor(
-            backbone, self.image_size, self.batch_size, self.on_error, self.verbose, **tiles
-        )
-        distributor = None
-        if self.n_jobs is not None and not update:  # an update is for a few images
-            distributor = self._distributor(backbone, extractor)
+        options = self.image_size, self.batch_size, self.on_error, self.verbose
+        extractor = Extractor(backbone, *options, tile=self.tile, overlap=self.overlap)
+        asked = self.fusion in BY_LAYER or any(getattr(self, name) for name in self._asking)
+        transform = self.transform_ if update else None
+        if asked and not update:
+            transform = self._learn_from_images(extractor, in_order, random)
+        extractor = replace(extractor, transform=transform)
+        distributes = self.n_jobs is not None and not update  # an update is for a few images
+        distributor = self._distributor(backbone, extractor) if distributes else None
         E: Embeddings | None = None
         skipped: list[tuple[int, str]] = []
         if not self._fits_in_shards():
@@ -528,17 +539,25 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         )
         if isinstance(in_order, AugmentedSource):
             n_held_back = in_order.n_held_back(skipped)
+        if transform is not None and not update:  # images that it was learned from are fitted on
+            n_held_back = min(n_held_back, n - transform.n_images_)
         shards: ShardSource
         if E is not None:
             shards = InMemory(E, n_held_back)
         else:
             shards = ImageShards(extractor, in_order, n_held_back, skipped, distributor)
-        self._fit_shards(shards, random, update)
+        self._fit_shards(shards, random, update, transform)
         self._take_backbone(backbone)
         self.ignore_mask_ = one_for_all
-        named = [(source.names[i], r) for i, r in sorted({(order[i], r) for i, r in skipped})]
-        self.skipped_ = [*self.skipped_, *named] if update else named
+        self._take_skipped(source, [(order[i], reason) for i, reason in skipped], update)
         return self
+
+    def _take_skipped(
+        self, source: ImageSource, skipped: list[tuple[int, str]], update: bool
+    ) -> None:
+        """List the images left out, each as (position, reason), by their names."""
+        named = [(source.names[i], reason) for i, reason in sorted(set(skipped))]
+        self.skipped_ = [*self.skipped_, *named] if update else named
 
     def _ignore(self, source: ImageSource, given: Any, update: bool) -> IgnoreMask | None:
         """Set the regions to ignore in images to fit on; return those of all later images."""
@@ -553,49 +572,12 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             )
         return one_for_all
 
-    def _check_fit_on_embeddings(self) -> None:
-        """Raise if a parameter needs images."""
-
-    def _fit_embeddings(self, E: Any, update: bool = False) -> Self:
-        """Fit on embeddings in any of the forms that :meth:`fit_embeddings` takes."""
-        if not update:
-            self._check_fit_on_embeddings()
-        where, random = type(self).__name__, check_random_state(self.random_state)
-        leave_one_out = self.calibration == "leave_one_out"
-        in_shards, n_features = self._fits_in_shards(), self.n_features_ if update else None
-        by_number = isinstance(E, list | tuple) or getattr(E, "ndim", 0) > 0
-        one_by_one = isinstance(E, Iterable) and not by_number and not hasattr(E, "ndim")
-        stream = one_by_one and in_shards and not leave_one_out
-        indexed = by_number and in_shards and len(E) > 0
-        if not stream and not indexed:
-            given = list(iter_grids(E, where)) if one_by_one else E
-            E = check_embeddings(given, where, n_features)
-        n = None if stream else len(E)
-        known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
-        purposes = 2 if self.image_score == "structure" else 1
-        n_held_back = (
-            0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known, purposes)
-        )
-        shards: ShardSource
-        if n is None:
-            shards = EmbeddingStream(E, n_held_back, random, n_features, where)
-        else:
-            order = np.arange(n) if leave_one_out else random.permutation(n)
-            if indexed:
-                shards = Indexed(E, order, n_held_back, n_features, where)
-            else:
-                shards = InMemory(take(E, order), n_held_back)
-        self._fit_shards(shards, random, update)
-        if not update:
-            for fitted_on_images in _FITTED_ON_IMAGES:
-                self.__dict__.pop(fitted_on_images, None)
-        return self
-
     def _check_parameters(self) -> None:
         """Raise for the first parameter that cannot be used."""
         where = type(self).__name__
         self._check_image_parameters()
         check_choice("fusion", self.fusion, self._fusions, where)
+        self._check_transform()
         check_choice("calibration", self.calibration, CALIBRATIONS, where)
         check_number("smoothing", self.smoothing, where, "[0, 1000]")
         if self.n_jobs is not None and self.n_jobs != -1:
@@ -611,6 +593,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
     def _check_update(self) -> None:
         """Raise if a parameter cannot be used, or if the calibration allows no update."""
         self._check_parameters()
+        self._check_same_transform()
         if self.calibration == "leave_one_out":
             raise InvalidValueError(
                 f"{type(self).__name__}: partial_fit needs calibration='split': to leave one out, "
@@ -634,7 +617,7 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
             "weights": self.weights,
             "layers": self.layers,
             "strides": self._strides,
-            "fusion": self.fusion,
+            "fusion": self._layout if self.fusion in BY_LAYER else self.fusion,
             "device": self.device,
             "dtype": self.dtype,
             "engine": self.engine,
@@ -642,42 +625,30 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         }
         return open_backbone(self.backbone, **(options | instead))
 
-    def _distributor(self, backbone: AnyBackbone, extractor: Extractor) -> Distribute:
-        """Return the function that embeds shards of images in the workers of joblib's backend."""
-        unfitted = type(self)(**self.get_params(deep=False))
-        return partial(
-            distribute,
-            backbone=backbone,
-            # Engine and type of this process, not what "auto" would be there: all embeddings of
-            # a bank must be of one kind.
-            reopen=partial(
-                unfitted._open_backbone,
-                engine=backbone.engine,
-                dtype=_name(backbone.dtype),
-                adapter=backbone.adapter,
-            ),
-            extractor=extractor,
-            n_jobs=self.n_jobs,
-            where=type(self).__name__,
-        )
-
     def _fitted_backbone(self) -> AnyBackbone | None:
         return getattr(self, "backbone_", None)
 
-    def _take_backbone(self, backbone: AnyBackbone) -> None:
-        """Make this the backbone of the fitted detector."""
-        self.backbone_ = backbone
-        self.engine_ = backbone.engine
-        self.dtype_ = _name(backbone.dtype)
+    def _learner(self) -> EmbeddingModel:
+        return self.layer_models_ or self
+
+    def _restore_learner(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        self._restore_transform(arrays, state)
+        if self.fusion == "per_layer":
+            self.layer_models_ = LayerModels.of(self)
+            self.n_features_ = self.transform_.n_features_
+        self._learner()._set_state(arrays, state)
+        if self.transform_ is not None and self.transform_.n_features_ != self.n_features_:
+            raise ValueError(f"the transformation does not give {self.n_features_} features")
 
     # --- Its file -----------------------------------------------------------------------------
 
     def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors, header = super()._describe(include_backbone)
+        self._describe_transform(tensors, header)
         tensors["calibration_scores"] = self.calibration_scores_
-        if hasattr(self, "map_statistics_"):
-            tensors["map_statistics"] = self.map_statistics_
-            header["state"]["map_threshold"] = self.map_threshold_
+        if hasattr(self._learner(), "map_statistics_"):
+            tensors["map_statistics"] = self._learner().map_statistics_
+            header["state"]["map_threshold"] = self._learner().map_threshold_
         ignored = getattr(self, "ignore_mask_", None)
         if ignored is not None and ignored.mask is not None:
             tensors["ignore_mask"] = ignored.mask.astype(np.uint8)
@@ -696,14 +667,10 @@ class BaseDetector(DetectorMixin, EmbeddingModel):
         detector = super()._restore(parameters, arrays, state, members)
         detector.calibration_scores_ = arrays["calibration_scores"]
         if detector.image_score == "structure":
-            detector.map_statistics_ = arrays["map_statistics"]
-            detector.map_threshold_ = state.get("map_threshold")  # older files do not say
+            learner = detector._learner()
+            learner.map_statistics_ = arrays["map_statistics"]
+            learner.map_threshold_ = state.get("map_threshold")  # older files do not say
         mask, polygons = arrays.get("ignore_mask"), state.get("ignore_polygons")
         ignored = next((given for given in (mask, polygons) if given is not None), None)
         detector.ignore_mask_ = None if ignored is None else read_ignore_mask(ignored, cls.__name__)
         return detector
-
-
-def _name(dtype: Any) -> str:
-    """Return the name of a number type without "torch."."""
-    return str(dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ from anomalib_lite._validation import (
 )
 from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.calibration import calibration_size
+from anomalib_lite.detectors._transforming import BY_LAYER
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, images_within_budget
 from anomalib_lite.engines import AnyBackbone
@@ -47,9 +48,14 @@ class MahalanobisVFM(BaseDetector):
         ``batch_size``, ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``. For a
         foundation model: ``"vit_base_patch14_dinov2.lvd142m"``, with ``weights`` if there is
         no network.
-    fusion : {"summary"}, default="summary"
+    fusion : {"summary", "weighted", "adaptive", "per_layer"}, default="summary"
         How features become embeddings: those of a patch beside those of its image; see
-        :mod:`~anomalib_lite.fusion`.
+        :mod:`~anomalib_lite.fusion`. ``"weighted"`` and ``"adaptive"`` multiply those of each layer
+        by a weight, and ``"per_layer"`` fits Gaussians to each layer, as in
+        :class:`~anomalib_lite.PatchCore`; not with ``multi_scale``.
+    layer_weights, feature_dim, projection, whiten, whiten_shrinkage
+        As in :class:`~anomalib_lite.PatchCore`. They are learned from patches, and change those and
+        the features of images alike.
     augment : {"rotations", "flips", "brightness"} or tuple of these, optional
         Transformed copies of the images to fit on; see :class:`~anomalib_lite.PatchCore`. ``adapt``
         sees the images without their copies.
@@ -138,6 +144,11 @@ ignore_mask_, map_statistics_
         weights: str | Path | None = None,
         layers: Sequence[str | int] | None = None,
         fusion: str = "summary",
+        layer_weights: Sequence[float] | None = None,
+        feature_dim: int | None = None,
+        projection: str = "pca",
+        whiten: bool = False,
+        whiten_shrinkage: float = 0.07,
         image_size: int | tuple[int, int] = 256,
         augment: str | Sequence[str] | None = None,
         adapt: str | None = None,
@@ -170,6 +181,11 @@ ignore_mask_, map_statistics_
         self.weights = weights
         self.layers = layers
         self.fusion = fusion
+        self.layer_weights = layer_weights
+        self.feature_dim = feature_dim
+        self.projection = projection
+        self.whiten = whiten
+        self.whiten_shrinkage = whiten_shrinkage
         self.image_size = image_size
         self.augment = augment
         self.adapt = adapt
@@ -198,7 +214,10 @@ ignore_mask_, map_statistics_
         self.random_state = random_state
         self.verbose = verbose
 
-    _fusions = ("summary",)
+    _fusions = ("summary", *BY_LAYER)
+    _layout = "summary"
+    _copies = 2
+    _asking = ("feature_dim", "whiten")
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -224,6 +243,11 @@ ignore_mask_, map_statistics_
         if self.alpha is not None:
             check_number("alpha", self.alpha, where, "(0, inf)")
         check_number("learning_rate", self.learning_rate, where, "(0, 1)")
+        if self.multi_scale and self.fusion in BY_LAYER:
+            raise InvalidValueError(
+                f"{where}: fusion={self.fusion!r} needs one map a layer, which multi_scale=True "
+                "does not give. Set one of them only."
+            )
         if self.adapt is None:
             if self.adaptive:
                 raise InvalidValueError(
@@ -244,6 +268,7 @@ ignore_mask_, map_statistics_
             )
 
     def _check_fit_on_embeddings(self) -> None:
+        super()._check_fit_on_embeddings()
         if self.augment is not None:
             refuse_augment("MahalanobisVFM", self.augment)
         if self.adapt is not None:

@@ -38,9 +38,14 @@ class PaDiM(BaseDetector):
         ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``.
     layers : sequence of str or int, optional
         Layers to use; by default those of stride 4, 8 and 16.
-    fusion : {"nearest", "concat", "single", "mean"}, default="nearest"
+    fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive", "per_layer"}, \
+default="nearest"
         How the maps of several layers become one embedding a patch; see
-        :mod:`~anomalib_lite.fusion`.
+        :class:`~anomalib_lite.PatchCore`.
+    layer_weights, feature_dim, projection, whiten, whiten_shrinkage
+        As in :class:`~anomalib_lite.PatchCore`: how embeddings are changed before all else.
+    normalize : bool, default=False
+        Whether to divide each embedding by its length after that.
     n_components : int, optional
         d, the length to which embeddings are reduced; shorter embeddings stay as they are. By
         default 100, or 550 if they have more than 1,000 channels, as in the paper for ResNet-18
@@ -118,6 +123,12 @@ ignore_mask_, map_statistics_
         weights: str | Path | None = None,
         layers: Sequence[str | int] | None = None,
         fusion: str = "nearest",
+        layer_weights: Sequence[float] | None = None,
+        feature_dim: int | None = None,
+        projection: str = "pca",
+        whiten: bool = False,
+        whiten_shrinkage: float = 0.07,
+        normalize: bool = False,
         image_size: int | tuple[int, int] = 256,
         n_components: int | None = None,
         reduction: str = "random",
@@ -141,6 +152,12 @@ ignore_mask_, map_statistics_
         self.weights = weights
         self.layers = layers
         self.fusion = fusion
+        self.layer_weights = layer_weights
+        self.feature_dim = feature_dim
+        self.projection = projection
+        self.whiten = whiten
+        self.whiten_shrinkage = whiten_shrinkage
+        self.normalize = normalize
         self.image_size = image_size
         self.n_components = n_components
         self.reduction = reduction

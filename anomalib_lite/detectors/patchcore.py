@@ -19,7 +19,7 @@ from anomalib_lite._validation import (
     check_memory,
     check_number,
 )
-from anomalib_lite.anomaly_map import check_image_score, image_scores, reweight
+from anomalib_lite.anomaly_map import check_image_score, image_scores
 from anomalib_lite.coreset import METHODS, select_coreset
 from anomalib_lite.coreset import coreset_size as check_share
 from anomalib_lite.detectors._foreground import (
@@ -28,24 +28,27 @@ from anomalib_lite.detectors._foreground import (
     object_patches,
     sample_bytes,
 )
-from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
+from anomalib_lite.detectors._patch_accumulator import (
+    PatchAccumulator,
+    plan_patches,
+    planned_ratio,
+)
 from anomalib_lite.detectors._position_window import (
     WindowedBank,
     check_position_window,
     patch_cells,
     window_reach,
 )
+from anomalib_lite.detectors._reweighting import SUPPORT_SIZE, reweight_by_bank
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
 from anomalib_lite.images.embeddings import Embeddings, patch_rows, unit_rows
+from anomalib_lite.images.tiling import check_tiles
 from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
 
 __all__ = ["PatchCore"]
-
-# b of Equation 7, as in the paper.
-_SUPPORT_SIZE = 9
 
 
 class PatchCore(BaseDetector):
@@ -60,9 +63,27 @@ class PatchCore(BaseDetector):
         Weights file for a timm name; by default they come from the hub.
     layers : sequence of str or int, optional
         Layers to use; by default strides 8 and 16, or two blocks of a vision transformer.
-    fusion : {"concat", "single", "mean", "nearest"}, default="concat"
+    fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive", "per_layer"}, \
+default="concat"
         How the maps of several layers become one embedding a patch; see
-        :func:`~anomalib_lite.fusion.patch_embeddings`.
+        :func:`~anomalib_lite.fusion.patch_embeddings`. ``"weighted"`` is ``"concat"`` with each
+        layer multiplied by one of ``layer_weights``; ``"adaptive"`` chooses these so that each
+        layer has the same variance over normal patches. ``"per_layer"`` has one bank for each
+        layer, and averages the maps, as RAD and SuperAD do; not with ``"leave_one_out"`` or
+        ``"reweighted"``.
+    layer_weights : sequence of float, optional
+        For ``fusion="weighted"``: one number above 0 for each layer.
+    feature_dim : int, optional
+        Length that embeddings are shortened to; by default they stay as they are. Learned, as is
+        ``whiten``, from the patches of at most 64 of the images to fit on, none of them held back
+        for calibration; see :class:`~anomalib_lite.fusion.EmbeddingTransform`.
+    projection : {"pca", "gaussian_random"}, default="pca"
+        How: to the principal components of normal patches, or to random directions.
+    whiten : bool, default=False
+        Whether to multiply by the inverse square root of the covariance of normal patches, so that
+        distances are Mahalanobis distances, as MH-PatchCore does.
+    whiten_shrinkage : float in [0, 1], default=0.07
+        Weight of the multiple of the identity in that covariance.
     normalize : bool, default=False
         Whether to divide each embedding by its length, so that patches are compared by their
         direction, as AnomalyDINO and RAD do; meant for vision transformers.
@@ -167,7 +188,7 @@ default="max"
         ``conformal_threshold(detector.calibration_scores_, rate)`` gives the threshold for
         another rate.
     n_features_ : int
-        D, the length of an embedding.
+        Length of an embedding, after ``feature_dim``.
     coreset_ratio_ : float
         Share of the patches that was kept.
     foreground_ : ndarray of shape (D + 1,), float32
@@ -179,6 +200,11 @@ default="max"
         The network that embeds images.
     dtype_, engine_ : str
         Number type and engine of the backbone.
+    layer_models_ : LayerModels or None
+        With ``fusion="per_layer"``: its ``models_`` are the detectors of each layer, and have what
+        this one then lacks, such as ``memory_bank_``.
+    transform_ : EmbeddingTransform or None
+        What ``feature_dim``, ``whiten`` and the weights of layers have learned.
     skipped_ : list of (str, str)
         Name and reason of each training image left out.
     ignore_mask_ : IgnoreMask or None
@@ -239,6 +265,11 @@ default="max"
         weights: str | Path | None = None,
         layers: Sequence[str | int] | None = None,
         fusion: str = "concat",
+        layer_weights: Sequence[float] | None = None,
+        feature_dim: int | None = None,
+        projection: str = "pca",
+        whiten: bool = False,
+        whiten_shrinkage: float = 0.07,
         normalize: bool = False,
         image_size: int | tuple[int, int] = 384,
         tile: int | None = None,
@@ -272,6 +303,11 @@ default="max"
         self.weights = weights
         self.layers = layers
         self.fusion = fusion
+        self.layer_weights = layer_weights
+        self.feature_dim = feature_dim
+        self.projection = projection
+        self.whiten = whiten
+        self.whiten_shrinkage = whiten_shrinkage
         self.normalize = normalize
         self.image_size = image_size
         self.tile = tile
@@ -301,6 +337,8 @@ default="max"
         self.random_state = random_state
         self.verbose = verbose
 
+    _asking = ("feature_dim", "whiten")
+
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_int("coreset_size", self.coreset_size, "PatchCore", low=1)
@@ -312,7 +350,7 @@ default="max"
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
         check_bool("normalize", self.normalize, "PatchCore")
         check_bool("foreground", self.foreground, "PatchCore")
-        self._check_tiles()
+        check_tiles(self.tile, self.overlap, self.image_size, "PatchCore")
         if self.augment is not None:
             check_augment(self.augment, "PatchCore")
         if self.position_window is not None:
@@ -330,24 +368,9 @@ default="max"
             )
 
     def _check_fit_on_embeddings(self) -> None:
+        super()._check_fit_on_embeddings()
         if self.augment is not None:
             refuse_augment("PatchCore", self.augment)
-
-    def _check_tiles(self) -> None:
-        if self.tile is None:
-            if self.overlap != 0:
-                raise InvalidValueError(
-                    f"PatchCore: overlap={self.overlap!r} is that of tiles, got tile=None. Set "
-                    "tile, or overlap=0."
-                )
-            return
-        tile = check_int("tile", self.tile, "PatchCore", low=16)
-        check_int("overlap", self.overlap, "PatchCore", low=0, high=tile - 1)
-        if not isinstance(self.image_size, int | np.integer):
-            raise InvalidValueError(
-                "PatchCore: image_size must be the side of a tile in the backbone, one whole "
-                f"number, if tile is given, got {self.image_size!r}."
-            )
 
     def _make_accumulator(
         self,
@@ -371,7 +394,7 @@ default="max"
         if self.memory_budget is None:
             return AllPatches(ratio=1.0 if ratio is None else ratio, **options)
         if ratio is None:
-            ratio = self._planned_ratio(None if n_images is None else n_images * height * width)
+            ratio = planned_ratio(self.coreset_size, n_images, height * width)
         plan = plan_patches(
             check_memory("memory_budget", self.memory_budget, "PatchCore"),
             patches=height * width,
@@ -384,15 +407,6 @@ default="max"
         )
         seed = int(copy.deepcopy(random).randint(2**31))  # with a budget or without: the same draws
         return PatchAccumulator(n_features, self.coreset, ratio, seed, plan, **options)
-
-    def _planned_ratio(self, n_patches: int | None) -> float:
-        """Return the share to keep of about ``n_patches`` that are to come."""
-        if n_patches is None:
-            raise InvalidValueError(
-                "PatchCore: coreset_size is a share of a known number of images, got a stream of "
-                "embeddings. Set coreset_ratio, such as coreset_ratio=0.01."
-            )
-        return min(1.0, self.coreset_size / n_patches)
 
     def _fit_accumulated(
         self, accumulated: AllPatches | PatchAccumulator, random: np.random.RandomState
@@ -463,7 +477,7 @@ default="max"
 
     def _bank_parameters(self, device: str) -> dict[str, Any]:
         return {
-            "n_neighbors": _SUPPORT_SIZE,
+            "n_neighbors": SUPPORT_SIZE,
             "index": self.index,
             "nprobe": self.nprobe,
             "ef_search": self.ef_search,
@@ -499,7 +513,7 @@ default="max"
             seen = np.where(ignored, np.float32(-1), patch_scores.ravel())
             worst = seen.reshape(len(E), -1).argmax(axis=1)
             worst += np.arange(len(E)) * (E.shape[1] * E.shape[2])
-            scores = _reweight(scores, rows[worst], neighbors[worst, 0], bank)
+            scores = reweight_by_bank(scores, rows[worst], neighbors[worst, 0], bank)
         return patch_scores, scores
 
     def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
@@ -514,7 +528,7 @@ default="max"
             if isinstance(whole, WindowedBank):
                 bank = self._windowed_bank(others, whole.cells_[images != i], whole.grid)
             else:
-                bank = MemoryBank(_SUPPORT_SIZE).fit(others)
+                bank = MemoryBank(SUPPORT_SIZE).fit(others)
             scores.append(self._score_patches(E[i * copies][None], bank)[1])
         return np.concatenate(scores)
 
@@ -626,19 +640,3 @@ class AllPatches(Accumulator):
         self.n_images += other.n_images
         if self.size is not None:  # images held back will add as large a share
             self.ratio = min(1.0, self.size * self.n_images / max(1, self.n_seen * self.n_to_come))
-
-
-def _reweight(
-    scores: np.ndarray, patches: np.ndarray, nearest: np.ndarray, bank: MemoryBank
-) -> np.ndarray:
-    """Reweight the score of each image by Equation 7.
-
-    ``patches`` (B, D) are the most anomalous ones, ``nearest`` (B,) their neighbours in the bank.
-    """
-    size = min(_SUPPORT_SIZE, len(bank.embeddings_))
-    _, support = bank.search(bank.embeddings_[nearest], size)  # (B, b)
-    # A twin of the nearest bank point may come first: put the point itself there.
-    order = np.argsort(support != nearest[:, None], axis=1, kind="stable")
-    support = np.take_along_axis(support, order, axis=1)
-    difference = bank.embeddings_[support] - patches[:, None]
-    return reweight(scores, np.linalg.norm(difference, axis=2))

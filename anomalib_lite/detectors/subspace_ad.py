@@ -31,9 +31,14 @@ class SubspaceAD(BaseDetector):
         ``smoothing``, ``false_alarm_rate``, ``device``, ``dtype``, ``engine``, ``batch_size``,
         ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``. In the paper:
         ``"vit_giant_patch14_reg4_dinov2.lvd142m"`` with ``image_size=672``.
-    fusion : {"concat", "single", "mean", "nearest"}, default="concat"
+    fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive", "per_layer"}, \
+default="concat"
         How the maps of several layers become one embedding a patch; see
-        :mod:`~anomalib_lite.fusion`.
+        :class:`~anomalib_lite.PatchCore`.
+    layer_weights, feature_dim, projection, whiten, whiten_shrinkage
+        As in :class:`~anomalib_lite.PatchCore`: how embeddings are changed before all else.
+    normalize : bool, default=False
+        Whether to divide each embedding by its length after that.
     augment : {"rotations", "flips", "brightness"} or tuple of these, optional
         Transformed copies of the images to fit on; see :class:`~anomalib_lite.PatchCore`. The paper
         has 30 rotations of each of few images.
@@ -92,6 +97,12 @@ ignore_mask_, map_statistics_
         weights: str | Path | None = None,
         layers: Sequence[str | int] | None = None,
         fusion: str = "concat",
+        layer_weights: Sequence[float] | None = None,
+        feature_dim: int | None = None,
+        projection: str = "pca",
+        whiten: bool = False,
+        whiten_shrinkage: float = 0.07,
+        normalize: bool = False,
         image_size: int | tuple[int, int] = 256,
         augment: str | Sequence[str] | None = None,
         n_components: int | float = 0.99,
@@ -114,6 +125,12 @@ ignore_mask_, map_statistics_
         self.weights = weights
         self.layers = layers
         self.fusion = fusion
+        self.layer_weights = layer_weights
+        self.feature_dim = feature_dim
+        self.projection = projection
+        self.whiten = whiten
+        self.whiten_shrinkage = whiten_shrinkage
+        self.normalize = normalize
         self.image_size = image_size
         self.augment = augment
         self.n_components = n_components
@@ -140,6 +157,7 @@ ignore_mask_, map_statistics_
             check_augment(self.augment, "SubspaceAD")
 
     def _check_fit_on_embeddings(self) -> None:
+        super()._check_fit_on_embeddings()
         if self.augment is not None:
             refuse_augment("SubspaceAD", self.augment)
 

@@ -34,7 +34,7 @@ _EXTRAS = {"openvino": "fast", "onnxruntime": "onnx"}
 _RUNTIMES: dict[str, Any] = {"openvino": OpenVinoGraph, "onnxruntime": OnnxRuntimeGraph}
 # The code that makes a graph. If one of these files changes, graphs are converted again.
 _PACKAGE = Path(__file__).parents[1]
-_FOLDERS, _FILES = ("backbones", "engines", "networks"), ("_device.py", "fusion.py")
+_FOLDERS, _FILES = ("backbones", "engines", "fusion", "networks"), ("_device.py",)
 # Largest error in a short number type, as a share of the embeddings' length. Rounding gives 1 %, or
 # 7 % in networks with depthwise convolutions; wrong numbers give far more.
 _MOST_ROUNDING = 0.25
@@ -107,7 +107,7 @@ class CompiledBackbone:
 
     Attributes
     ----------
-    layers, stride, mean, std, sha256, adapter
+    layers, stride, channels, mean, std, sha256, adapter
         The same as those of :class:`~anomalib_lite.backbones.Backbone`.
     device : str
         "cpu".
@@ -129,6 +129,7 @@ class CompiledBackbone:
         self.engine, self.where = origin.engine, origin.where
         self.adapter: Adapter | None = origin.arguments["adapter"]
         self.layers, self.stride = description["layers"], description["stride"]
+        self.channels: list[int] | None = description["channels"]
         self.mean, self.std = description["mean"], description["std"]
         self.sha256: str = description["sha256"]
         self.dtype = _resolve_dtype(dtype, origin.engine, description["depthwise"])
@@ -302,7 +303,7 @@ class _Origin:
                 "engine='torch'."
             )
             return _caused_by(error, InvalidValueError(message))
-        names = ("layers", "stride", "mean", "std", "sha256", "depthwise")
+        names = ("layers", "stride", "channels", "mean", "std", "sha256", "depthwise")
         return {name: getattr(network, name) for name in names} | {"sizes": sizes}, graph
 
     def _weights_id(self, sha256: str | None) -> str | None:

@@ -58,8 +58,8 @@ where
     -------
     Backbone or CompiledBackbone
         Both have ``embed``, which takes pixels (B, H, W, 3), uint8 or float32 in [0, 1], and gives
-        embeddings (B, h, w, D) float32; and ``layers``, ``stride``, ``mean``, ``std``, ``sha256``,
-        ``device``, ``dtype`` and ``engine``.
+        embeddings (B, h, w, D) float32; and ``layers``, ``stride``, ``channels``, ``mean``,
+        ``std``, ``sha256``, ``device``, ``dtype`` and ``engine``.
 
     Raises
     ------

@@ -501,6 +501,8 @@ class Extractor:
         Side of the squares that an image is cut into, and what neighbours share at least, in pixels
         of the original image. Each goes through the backbone at ``image_size``, an int; see
         :func:`~anomalib_lite.images.tiling.embed_tiles`.
+    transform : EmbeddingTransform, optional
+        What changes embeddings, by its method ``transform``, before anything else sees them.
 
     Examples
     --------
@@ -522,6 +524,7 @@ class Extractor:
     name: str = "the backbone"
     tile: int | None = None
     overlap: int = 0
+    transform: Any = None
 
     def embed_batches(
         self,
@@ -556,7 +559,7 @@ class Extractor:
             finite.
         """
         quiet = None if self.verbose and progress else True  # None: in a terminal only
-        n = len(source.items)
+        n, wanted = len(source.items), None if self.transform is not None else channels
         with tqdm(total=n, desc=progress, unit="image", leave=False, disable=quiet) as bar:
             for batch in iter_batches(
                 source,
@@ -568,14 +571,18 @@ class Extractor:
                 skipped=skipped,
             ):
                 if self.tile is None:
-                    embeddings = self.backbone.embed(batch.pixels, channels)
+                    embeddings = self.backbone.embed(batch.pixels, wanted)
                 else:
-                    embeddings = self._embed_tiles(batch.pixels[0], channels)
+                    embeddings = self._embed_tiles(batch.pixels[0], wanted)
                 if not np.isfinite(embeddings).all():
                     raise InvalidValueError(
                         f"{source.where}: {self.name} gives NaN or infinity in "
                         f"{self.backbone.dtype}. Use dtype='float32'."
                     )
+                if self.transform is not None:
+                    embeddings = self.transform.transform(embeddings)
+                    if channels is not None:
+                        embeddings = np.take(embeddings, channels, axis=-1)
                 for grid, mask, size in zip(embeddings, batch.ignored, batch.sizes, strict=False):
                     if mask is not None:
                         grid[mask.cells(size, grid.shape[:2], source.where)] = np.nan

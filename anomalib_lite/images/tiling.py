@@ -4,10 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-__all__ = ["embed_tiles", "owners", "tile_starts"]
+from anomalib_lite._validation import check_int
+from anomalib_lite.errors import InvalidValueError
+
+__all__ = ["check_tiles", "embed_tiles", "owners", "tile_starts"]
+
+
+def check_tiles(tile: Any, overlap: Any, image_size: Any, where: str) -> None:
+    """Raise InvalidValueError if a detector's parameters of tiles cannot be used.
+
+    >>> check_tiles(512, 64, 256, "PatchCore")
+    >>> check_tiles(None, 64, 256, "PatchCore")
+    Traceback (most recent call last):
+    ...
+    anomalib_lite.errors.InvalidValueError: PatchCore: overlap=64 is that of tiles, got tile=None. \
+Set tile, or overlap=0.
+    """
+    if tile is None:
+        if overlap != 0:
+            raise InvalidValueError(
+                f"{where}: overlap={overlap!r} is that of tiles, got tile=None. Set tile, or "
+                "overlap=0."
+            )
+        return
+    side = check_int("tile", tile, where, low=16)
+    check_int("overlap", overlap, where, low=0, high=side - 1)
+    if not isinstance(image_size, int | np.integer):
+        raise InvalidValueError(
+            f"{where}: image_size must be the side of a tile in the backbone, one whole number, if "
+            f"tile is given, got {image_size!r}."
+        )
 
 
 def embed_tiles(

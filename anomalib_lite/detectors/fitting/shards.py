@@ -13,6 +13,7 @@ from tqdm import tqdm
 from anomalib_lite._validation import check_grid
 from anomalib_lite.detectors.fitting.model import ShardResult, ShardSource, ShardTask
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
+from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.images import TILE_PIXELS, Extractor, ImageSource
 from anomalib_lite.images.embeddings import Embeddings, assemble, contiguous, embed_all
 
@@ -75,25 +76,35 @@ class Indexed(_Sharded):
         D, if it is known.
     where : str
         First word of error messages.
+    transform : EmbeddingTransform, optional
+        Changes the embeddings of each image when they are asked for.
     """
 
     def __init__(
-        self, E: Any, order: np.ndarray, n_held_back: int, n_features: int | None, where: str
+        self,
+        E: Any,
+        order: np.ndarray,
+        n_held_back: int,
+        n_features: int | None,
+        where: str,
+        transform: EmbeddingTransform | None = None,
     ) -> None:
         super().__init__(len(order), n_held_back)
         self._E, self._order, self._n_features, self._where = E, order, n_features, where
-        self.shape = self._grid(0).shape
+        self._transform = transform
+        self.shape = self.grid(0).shape
 
-    def _grid(self, position: int) -> np.ndarray:
+    def grid(self, position: int) -> np.ndarray:
+        """Return the embeddings (h, w, D) of one image, by its place in the order."""
         i = int(self._order[position])
         grid = _as_floats(self._E[i], self._where)
         self._n_features = check_grid(grid, i, self._where, self._n_features)
-        return grid
+        return grid if self._transform is None else self._transform.transform(grid)
 
     def _results(self, begin: int, end: int, size: int, task: ShardTask) -> Iterator[ShardResult]:
         for start in range(begin, end, size):
             n = min(size, end - start)
-            grids = (([i], self._grid(start + i)[None]) for i in range(n))
+            grids = (([i], self.grid(start + i)[None]) for i in range(n))
             yield task(assemble(n, grids), start)
 
 
@@ -113,6 +124,8 @@ class EmbeddingStream(ShardSource):
         D, if it is known.
     where : str
         First word of error messages.
+    transform : EmbeddingTransform, optional
+        Changes the embeddings of each image as they come.
     """
 
     n_images = None
@@ -124,8 +137,11 @@ class EmbeddingStream(ShardSource):
         random: np.random.RandomState,
         n_features: int | None,
         where: str,
+        transform: EmbeddingTransform | None = None,
     ) -> None:
         grids = iter_grids(blocks, where, n_features)
+        if transform is not None:
+            grids = map(transform.transform, grids)
         first = next(grids, None)
         if first is None:
             raise InvalidValueError(f"{where}: E holds no image. Give at least one.")
@@ -219,7 +235,11 @@ class ImageShards(_Sharded):
             skipped: list[tuple[int, str]] = []
             for batch, E in self._extractor.embed_batches(self._source.take([i]), skipped=skipped):
                 self._first, self.shape = E, E.shape[1:]
-                self.in_flight = self._bytes_in_flight(batch.pixels[0], E.nbytes)
+                n_bytes, transform = E.nbytes, self._extractor.transform
+                if transform is not None:  # before and after it, and itself
+                    n_bytes += E.nbytes // E.shape[-1] * transform.n_features_in_
+                self.in_flight = self._bytes_in_flight(batch.pixels[0], n_bytes)
+                self.in_flight += 0 if transform is None else transform.nbytes
             self._skipped += [(i, reason) for _, reason in skipped]
         if self._first is None:
             raise none_usable(self._source, self._skipped)
