@@ -134,7 +134,8 @@ class LayerModels(EmbeddingModel):
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         both = zip(self.models_, self.layers, strict=True)
         found = [model._score_patches(np.take(E, at, axis=-1)) for model, at in both]
-        patch_scores = np.mean([patches for patches, _ in found], axis=0, dtype=np.float32)
+        maps = [patches for patches, _ in found]
+        patch_scores = np.asarray(np.mean(maps, axis=0, dtype=np.float32))
         weight = np.float32(getattr(self.detector, "global_weight", 0))
         scores = self._score_maps(patch_scores)
         if weight > 0:
@@ -168,7 +169,8 @@ class LayerModels(EmbeddingModel):
         ]
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        arrays, states = {}, []
+        arrays: dict[str, np.ndarray] = {}
+        states = []
         for i, model in enumerate(self.models_):
             own, state = model._get_state()
             arrays |= {f"layer{i}.{name}": array for name, array in own.items()}

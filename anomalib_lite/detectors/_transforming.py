@@ -52,15 +52,16 @@ class TransformingModel(EmbeddingModel):
     random_state: Any
     threshold_: float
     calibration_scores_: np.ndarray
-    fusion: str
-    layer_weights: Sequence[float] | None
-    feature_dim: int | None
-    projection: str
-    whiten: bool
-    whiten_shrinkage: float
-    normalize: bool
+    # For detectors that do not have all of these parameters.
+    fusion: str = "concat"
+    layer_weights: Sequence[float] | None = None
+    feature_dim: int | None = None
+    projection: str = "pca"
+    whiten: bool = False
+    whiten_shrinkage: float = 0.07
+    normalize: bool = False
     false_alarm_rate: float
-    n_jobs: int | None
+    n_jobs: Any
     backbone_: AnyBackbone
     transform_: EmbeddingTransform | None = None  # None: embeddings stay as they are
     layer_models_: LayerModels | None = None  # with fusion="per_layer"
