@@ -114,10 +114,11 @@ class LayerModels(EmbeddingModel):
             try:
                 parts.append(model._make_accumulator(own, n_images, share, random))
             except InvalidValueError as error:
+                # What it names as enough would be that of this layer alone.
+                reason = str(error).partition(" Raise it to ")[0]
                 raise InvalidValueError(
-                    f"{type(model).__name__}: the model of layer {i}, which has the share "
-                    f"{len(at)}/{shape[2]} of any memory_budget: "
-                    f"{str(error).removeprefix(f'{type(model).__name__}: ')}"
+                    f"{reason} This is the share of layer {i}, {len(at)} of {shape[2]} features. "
+                    "Raise memory_budget, or lower image_size or batch_size."
                 ) from error
         images_per_shard = min(part.images_per_shard for part in parts)
         if self.detector.memory_budget is not None:  # features of a layer are copied
