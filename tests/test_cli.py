@@ -96,6 +96,7 @@ class TestFit:
         asked = "--feature-dim 20 --whiten yes --whiten-shrinkage 0.2 --normalize yes"
         weights = "1,2,4" if detector == "padim" else "1,2"
         given = f"{common}{asked} --fusion weighted --layer-weights {weights}"
+        given += " --n-components 5" if detector == "subspace_ad" else ""
         assert cli.main(given.split()) == 0
         again = load(path)
         assert (again.feature_dim, again.whiten, again.normalize) == (20, True, True)

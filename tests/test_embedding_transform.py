@@ -367,6 +367,25 @@ def test_images_that_are_missing_do_not_mix_them(
         clone(plain).fit([tmp_path / "gone.png"] * 24)
 
 
+@pytest.mark.parametrize(
+    ("options", "n"),
+    [
+        ({"whiten": True}, 18),
+        ({"feature_dim": 4}, 18),
+        ({"fusion": "adaptive"}, 18),
+        ({"fusion": "weighted", "layer_weights": (1.0, 2.0)}, 1),
+        ({"fusion": "per_layer"}, 1),
+        ({"feature_dim": 4, "projection": "gaussian_random"}, 1),
+    ],
+)
+def test_no_more_images_are_read_twice_than_teach(
+    plain: Any, options: dict[str, Any], n: int
+) -> None:
+    fitted = plain.set_params(false_alarm_rate=0.15, **options).fit(good(24))
+    assert fitted.transform_.n_images_ == n
+    assert len(fitted.calibration_scores_) == 6
+
+
 def test_one_left_out_learns_from_all_of_the_list(
     plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

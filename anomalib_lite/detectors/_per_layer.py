@@ -114,10 +114,11 @@ class LayerModels(EmbeddingModel):
             try:
                 parts.append(model._make_accumulator(own, n_images, share, random))
             except InvalidValueError as error:
+                # What it names as enough would be that of this layer alone.
+                reason = str(error).partition(" Raise it to ")[0]
                 raise InvalidValueError(
-                    f"{type(model).__name__}: the model of layer {i}, which has the share "
-                    f"{len(at)}/{shape[2]} of any memory_budget: "
-                    f"{str(error).removeprefix(f'{type(model).__name__}: ')}"
+                    f"{reason} This is the share of layer {i}, {len(at)} of {shape[2]} features. "
+                    "Raise memory_budget, or lower image_size or batch_size."
                 ) from error
         images_per_shard = min(part.images_per_shard for part in parts)
         if self.detector.memory_budget is not None:  # features of a layer are copied
@@ -134,7 +135,8 @@ class LayerModels(EmbeddingModel):
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         both = zip(self.models_, self.layers, strict=True)
         found = [model._score_patches(np.take(E, at, axis=-1)) for model, at in both]
-        patch_scores = np.mean([patches for patches, _ in found], axis=0, dtype=np.float32)
+        maps = [patches for patches, _ in found]
+        patch_scores = np.asarray(np.mean(maps, axis=0, dtype=np.float32))
         weight = np.float32(getattr(self.detector, "global_weight", 0))
         scores = self._score_maps(patch_scores, np.isnan(E[..., 0]))
         if weight > 0:
@@ -168,7 +170,8 @@ class LayerModels(EmbeddingModel):
         ]
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        arrays, states = {}, []
+        arrays: dict[str, np.ndarray] = {}
+        states = []
         for i, model in enumerate(self.models_):
             own, state = model._get_state()
             arrays |= {f"layer{i}.{name}": array for name, array in own.items()}

@@ -52,15 +52,16 @@ class TransformingModel(EmbeddingModel):
     random_state: Any
     threshold_: float
     calibration_scores_: np.ndarray
-    fusion: str
-    layer_weights: Sequence[float] | None
-    feature_dim: int | None
-    projection: str
-    whiten: bool
-    whiten_shrinkage: float
-    normalize: bool
+    # For detectors that do not have all of these parameters.
+    fusion: str = "concat"
+    layer_weights: Sequence[float] | None = None
+    feature_dim: int | None = None
+    projection: str = "pca"
+    whiten: bool = False
+    whiten_shrinkage: float = 0.07
+    normalize: bool = False
     false_alarm_rate: float
-    n_jobs: int | None
+    n_jobs: Any
     backbone_: AnyBackbone
     transform_: EmbeddingTransform | None = None  # None: embeddings stay as they are
     layer_models_: LayerModels | None = None  # with fusion="per_layer"
@@ -181,10 +182,10 @@ class TransformingModel(EmbeddingModel):
         self, extractor: Extractor, images: ImageSource, random: np.random.RandomState
     ) -> EmbeddingTransform:
         """Learn from images in the order of fitting, without those to be held back."""
-        positions = self._to_learn_from(len(images))
+        positions, most = self._to_learn_from(len(images)), self._most_images()
         learner, skipped = _Learner(self, random), []
-        for start in range(0, len(positions), _MOST_IMAGES):  # the next if all are unusable
-            some = images.take(positions[start : start + _MOST_IMAGES])
+        for start in range(0, len(positions), most):  # the next if all are unusable
+            some = images.take(positions[start : start + most])
             left_out: list[tuple[int, str]] = []
             for batch, E in extractor.embed_batches(some, skipped=left_out):
                 if learner.n_images == 0 and self.fusion in BY_LAYER:
@@ -202,18 +203,23 @@ class TransformingModel(EmbeddingModel):
         if not self._needs_transform():
             return None
         learner, given = _Learner(self, random), Indexed(E, order, 0, None, type(self).__name__)
-        for position in self._to_learn_from(len(order))[:_MOST_IMAGES]:
+        for position in self._to_learn_from(len(order))[: self._most_images()]:
             learner.add(given.grid(position)[None])
         return learner.learn()
 
+    def _most_images(self) -> int:
+        """Number of images to learn from: one where their sizes are all that must be known."""
+        components = self.feature_dim is not None and self.projection == "pca"
+        return _MOST_IMAGES if components or self.whiten or self.fusion == "adaptive" else 1
+
     def _to_learn_from(self, n: int) -> np.ndarray:
-        """Return positions in the order of fitting; the first ``_MOST_IMAGES`` are used.
+        """Return positions in the order of fitting; the first ``_most_images()`` are used.
 
         Images held back for calibration are not among them: their scores must be those of images
         that nothing was learned from.
         """
         if self.calibration == "leave_one_out":  # in the order given: from all of it
-            sample = np.linspace(0, n - 1, min(n, _MOST_IMAGES)).astype(np.int64)
+            sample = np.linspace(0, n - 1, min(n, self._most_images())).astype(np.int64)
             return np.concatenate([sample, np.setdiff1d(np.arange(n), sample)])
         purposes = 2 if self.image_score == "structure" else 1
         return np.arange(n - calibration_size(self.false_alarm_rate, n, purposes=purposes))

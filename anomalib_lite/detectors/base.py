@@ -634,6 +634,8 @@ class BaseDetector(DetectorMixin, TransformingModel):
     def _restore_learner(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         self._restore_transform(arrays, state)
         if self.fusion == "per_layer":
+            if self.transform_ is None:
+                raise ValueError("nothing says which features are of which layer")
             self.layer_models_ = LayerModels.of(self)
             self.n_features_ = self.transform_.n_features_
         self._learner()._set_state(arrays, state)
