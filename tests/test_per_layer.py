@@ -116,7 +116,8 @@ def test_images_are_scored_by_the_mean_map(detector: Any, how: str, tmp_path: Pa
     plain = clone(fitted).set_params(fusion=type(fitted)().fusion)
     if how == "structure":
         plain.map_statistics_ = fitted.layer_models_.map_statistics_
-    np.testing.assert_array_equal(scores, plain._score_maps(patch_scores))
+    none = np.zeros(patch_scores.shape, bool)
+    np.testing.assert_array_equal(scores, plain._score_maps(patch_scores, none))
     fitted.save(tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors", backbone=Small())
     assert_same(again, fitted)

@@ -265,7 +265,7 @@ class TransformingModel(EmbeddingModel):
                 adapter=backbone.adapter,
             ),
             extractor=extractor,
-            n_jobs=self.n_jobs,
+            n_jobs=self.n_jobs or 1,
             where=type(self).__name__,
         )
 

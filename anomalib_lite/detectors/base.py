@@ -501,9 +501,8 @@ class BaseDetector(DetectorMixin, TransformingModel):
         """Embed normal images, the ones to hold back for calibration last, and fit on them."""
         where, random = type(self).__name__, check_random_state(self.random_state)
         source = ImageSource(images, max_pixels=self.max_pixels, where=where)
-        one_for_all = None
-        if ignore_mask is not None or update:
-            one_for_all = self._ignore(source, ignore_mask, update)
+        asked = ignore_mask is not None or update
+        one_for_all = self._ignore(source, ignore_mask, update) if asked else None
         if y is not None:
             source = source.take(normal_indices(y, len(source), where))
         else:
@@ -517,13 +516,12 @@ class BaseDetector(DetectorMixin, TransformingModel):
             in_order, order = self._with_copies(in_order, order, known)
         options = self.image_size, self.batch_size, self.on_error, self.verbose
         extractor = Extractor(backbone, *options, tile=self.tile, overlap=self.overlap)
-        asked = self.fusion in BY_LAYER or any(getattr(self, name) for name in self._asking)
         transform = self.transform_ if update else None
-        if asked and not update:
+        if not update and (self.fusion in BY_LAYER or any(getattr(self, a) for a in self._asking)):
             transform = self._learn_from_images(extractor, in_order, random)
         extractor = replace(extractor, transform=transform)
-        distributes = self.n_jobs is not None and not update  # an update is for a few images
-        distributor = self._distributor(backbone, extractor) if distributes else None
+        alone = self.n_jobs is None or update  # an update is for a few images
+        distributor = None if alone else self._distributor(backbone, extractor)
         E: Embeddings | None = None
         skipped: list[tuple[int, str]] = []
         if not self._fits_in_shards():
