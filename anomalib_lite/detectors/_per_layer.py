@@ -28,6 +28,7 @@ _OF_ONE_LAYER: dict[str, Any] = {
     "weights": None,
     "layers": None,
     "n_jobs": None,
+    "augment": None,  # the copies are among the embeddings
 }
 
 

@@ -531,10 +531,9 @@ class BaseDetector(DetectorMixin, TransformingModel):
                 E, skipped = embed_distributed(in_order, distributor, self.verbose)
             if (n := len(E)) == 0:
                 raise none_usable(in_order, skipped)
-        purposes = 2 if self.image_score == "structure" else 1
-        n_held_back = (
-            0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known, purposes)
-        )
+        n_held_back, purposes = 0, 2 if self.image_score == "structure" else 1
+        if not leave_one_out:
+            n_held_back = calibration_size(self.false_alarm_rate, n, known, purposes)
         if isinstance(in_order, AugmentedSource):
             n_held_back = in_order.n_held_back(skipped)
         if transform is not None and not update:  # images that it was learned from are fitted on

@@ -356,6 +356,11 @@ default="max"
         if self.position_window is not None:
             check_int("position_window", self.position_window, "PatchCore", low=0)
             check_position_window("PatchCore", self.index, self.image_score, self.augment)
+        if self.foreground and self.fusion == "per_layer":
+            raise InvalidValueError(
+                "PatchCore: foreground=True needs one model, and fusion='per_layer' has one for "
+                "each layer, which would differ on what is background. Set another fusion."
+            )
         if self.image_score == "reweighted" and self.n_neighbors != 1:
             raise InvalidValueError(
                 "PatchCore: image_score='reweighted' is defined for n_neighbors=1, "
