@@ -178,3 +178,9 @@ def test_a_file_keeps_it(tmp_path: Path) -> None:
 def test_other_values_are_refused(foreground: Any) -> None:
     with pytest.raises(InvalidTypeError, match="foreground must be True or False"):
         make(foreground=foreground).fit(parts(8))
+
+
+def test_layers_of_their_own_have_no_foreground() -> None:
+    detector = PatchCore(foreground=True, fusion="per_layer")
+    with pytest.raises(InvalidValueError, match=r"foreground=True needs one model.*another fusion"):
+        detector.fit(np.zeros((4, 64, 64, 3), np.uint8))

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import binary_dilation, binary_fill_holes
 
+from anomalib_lite._validation import check_bool
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images.embeddings import Embeddings, unit_rows
 
-__all__ = ["PatchSample", "learn_foreground", "object_patches", "sample_bytes"]
+__all__ = ["PatchSample", "check_foreground", "learn_foreground", "object_patches", "sample_bytes"]
 
 # Images of which patches are kept to learn from, and patches of each, at most.
 _IMAGES, _PATCHES = 32, 1024
@@ -27,6 +28,16 @@ _IMAGES, _PATCHES = 32, 1024
 _LEAST_DIFFERENCE = 0.6
 _BORDER, _MIDDLE = 1, 2
 _MARGIN = 2  # outermost patches that nothing is learned from
+
+
+def check_foreground(foreground: object, fusion: str, where: str) -> None:
+    """Raise InvalidValueError if the parameter cannot be used, or not with this fusion."""
+    check_bool("foreground", foreground, where)
+    if foreground and fusion == "per_layer":
+        raise InvalidValueError(
+            f"{where}: foreground=True needs one model, and fusion='per_layer' has one for each "
+            "layer, which would differ on what is background. Set another fusion."
+        )
 
 
 @dataclass(frozen=True)

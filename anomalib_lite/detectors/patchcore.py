@@ -24,6 +24,7 @@ from anomalib_lite.coreset import METHODS, select_coreset
 from anomalib_lite.coreset import coreset_size as check_share
 from anomalib_lite.detectors._foreground import (
     PatchSample,
+    check_foreground,
     learn_foreground,
     object_patches,
     sample_bytes,
@@ -349,18 +350,13 @@ default="max"
         check_index(self.index, "PatchCore", nprobe=self.nprobe, efSearch=self.ef_search)
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
         check_bool("normalize", self.normalize, "PatchCore")
-        check_bool("foreground", self.foreground, "PatchCore")
+        check_foreground(self.foreground, self.fusion, "PatchCore")
         check_tiles(self.tile, self.overlap, self.image_size, "PatchCore")
         if self.augment is not None:
             check_augment(self.augment, "PatchCore")
         if self.position_window is not None:
             check_int("position_window", self.position_window, "PatchCore", low=0)
             check_position_window("PatchCore", self.index, self.image_score, self.augment)
-        if self.foreground and self.fusion == "per_layer":
-            raise InvalidValueError(
-                "PatchCore: foreground=True needs one model, and fusion='per_layer' has one for "
-                "each layer, which would differ on what is background. Set another fusion."
-            )
         if self.image_score == "reweighted" and self.n_neighbors != 1:
             raise InvalidValueError(
                 "PatchCore: image_score='reweighted' is defined for n_neighbors=1, "

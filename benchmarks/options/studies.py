@@ -63,7 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "backbone='efficientnet_lite2'": {"backbone": "efficientnet_lite2"},
     "augment='flips'": {"augment": "flips"},
     "foreground=True": {"foreground": True},
-    "PaDiM": {"detector": "PaDiM"},
+    "PaDiM": {"detector": "PaDiM", "image_size": (256, 256)},
     "MahalanobisVFM": {"detector": "MahalanobisVFM"},
     "MahalanobisVFM, 384": {"detector": "MahalanobisVFM", "image_size": 384},
     "SubspaceAD": {"detector": "SubspaceAD"},
