@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-processors lint nightly bench-peers bench-speed bench-vfm bench-cascade clean
+.PHONY: demo test test-processors lint nightly bench-peers bench-speed bench-vfm bench-cascade bench-options \
+	bench-accuracy clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anomalib-lite demo -o demo-output
@@ -35,6 +36,14 @@ bench-vfm: $(VENV)/.bench
 # make bench-cascade OPTIONS="--hub --seeds 0"
 bench-cascade: $(VENV)/.test
 	$(BIN)/python benchmarks/gated_cascade/run.py $(OPTIONS)
+
+# What each option costs and brings: hours on two cores, and it goes on where it was stopped.
+bench-options: $(VENV)/.bench
+	$(BIN)/python benchmarks/options/run.py $(OPTIONS)
+
+# The preset "accurate" on magnetic tiles, whose directory ROOT names.
+bench-accuracy: $(VENV)/.bench
+	$(BIN)/python benchmarks/accuracy/magnetic_tile.py --root $(ROOT)
 
 bench-peers: $(VENV)/.test
 	$(BIN)/python benchmarks/peers/run.py

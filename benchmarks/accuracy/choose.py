@@ -1,0 +1,64 @@
+"""Which parameters should "accurate" have? Judged without one real defect.
+
+    python benchmarks/accuracy/choose.py
+
+Each candidate is fitted on two thirds of the training images of a category, and must tell the last
+third from copies of it with synthetic anomalies. Categories are those of benchmarks/options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "options"), str(HERE.parents[1])]
+
+CATEGORIES = ("magnetic_tile", "PA_BRG03_TL", "elpv_mono", "elpv_poly", "textile")
+LITE2 = {"backbone": "efficientnet_lite2"}
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "10,000 patches": {"coreset_size": 10_000},
+    "Lite2, 320": LITE2 | {"image_size": 320},
+    "Lite2, 384": LITE2,
+    "Lite2, 384, smoothed": LITE2 | {"image_score": "smoothed"},
+    "Lite2, 384, 10,000": LITE2 | {"coreset_size": 10_000},
+    "Lite2, 448, smoothed, 10,000": LITE2
+    | {"image_size": 448, "image_score": "smoothed", "coreset_size": 10_000},
+    "Lite2, 384, per_layer": LITE2 | {"fusion": "per_layer"},
+    "Lite2, 384, strides 16 and 32": LITE2 | {"layers": ("blocks.4", "blocks.6")},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, default=120, help="most images of a category")
+    args = parser.parse_args()
+
+    import numpy as np
+    from sources import draw_images
+
+    from anomalib_lite import PatchCore
+    from anomalib_lite.metrics import auroc
+    from anomalib_lite.synthetic import SyntheticAnomalies
+
+    warnings.simplefilter("ignore")
+    for name, parameters in CANDIDATES.items():
+        found = []
+        for category in CATEGORIES:
+            images = draw_images(category, 0, args.images, 2).train
+            n = 2 * len(images) // 3
+            fit, left = images[:n], images[n:]
+            made = SyntheticAnomalies(severity=(0.15, 0.6), random_state=0).generate(left, len(left))
+            detector = PatchCore(**parameters, false_alarm_rate=0.05).fit(fit)
+            scores = np.concatenate([detector.score(left), detector.score(made.images)])
+            found.append(auroc(np.repeat([0, 1], len(left)), scores))
+        each = " ".join(f"{category}: {value:.3f}" for category, value in zip(CATEGORIES, found))
+        print(f"{name:32} mean {np.mean(found):.4f}  {each}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
