@@ -52,11 +52,15 @@ def main() -> None:
             images = draw_images(category, 0, args.images, 2).train
             n = 2 * len(images) // 3
             fit, left = images[:n], images[n:]
-            made = SyntheticAnomalies(severity=(0.15, 0.6), random_state=0).generate(left, len(left))
+            made = SyntheticAnomalies(severity=(0.15, 0.6), random_state=0).generate(
+                left, len(left)
+            )
             detector = PatchCore(**parameters, false_alarm_rate=0.05).fit(fit)
             scores = np.concatenate([detector.score(left), detector.score(made.images)])
             found.append(auroc(np.repeat([0, 1], len(left)), scores))
-        each = " ".join(f"{category}: {value:.3f}" for category, value in zip(CATEGORIES, found))
+        each = " ".join(
+            f"{category}: {value:.3f}" for category, value in zip(CATEGORIES, found, strict=True)
+        )
         print(f"{name:32} mean {np.mean(found):.4f}  {each}", flush=True)
 
 

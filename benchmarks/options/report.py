@@ -2,7 +2,8 @@
 
 python benchmarks/options/report.py --rows docs/options/rows.csv --study options
 python benchmarks/options/report.py --rows rows.jsonl --to-csv docs/options/rows.csv
-python benchmarks/options/report.py --rows docs/options/rows.csv --front docs/options/front.png
+python benchmarks/options/report.py --rows docs/options/rows.csv --front docs/options/front.png \\
+        --times timing.jsonl
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pandas as pd
 from sources import GROUPS
 
 WITH_MASKS = ("tiles", "papers")
-OURS = "448, 5,000"
+OURS = "384, 5,000"
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -27,6 +28,12 @@ def read(path: Path) -> pd.DataFrame:
 def by_group(frame: pd.DataFrame, value: str) -> pd.DataFrame:
     """Average over the categories of a group, for each option and seed."""
     return frame.groupby(["option", "seed", "group"], sort=False)[value].mean().unstack("group")
+
+
+def complete(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the seeds of an option that were measured on all categories."""
+    n = frame.groupby(["option", "seed"])["category"].transform("nunique")
+    return frame[n == sum(len(names) for names in GROUPS.values())]
 
 
 def summarize(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
@@ -53,13 +60,17 @@ def summarize(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return table
 
 
-def draw_front(frame: pd.DataFrame, baseline: str, path: Path) -> None:
-    """Draw accuracy and found share against time, for each group of categories and for all."""
+def draw_front(frame: pd.DataFrame, times: pd.DataFrame, baseline: str, path: Path) -> None:
+    """Draw accuracy and found share against time, for each group of categories and for all.
+
+    ``times`` are rows of timing.py, whose options alone are drawn.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    frame = frame[frame["option"].isin(set(times["option"]))]
     sizes = (256, 320, 384, 448)
     colours = dict(zip(sizes, ("#0072B2", "#009E73", "#E69F00", "#CC79A7"), strict=True))
     markers = {"10 %": "s", "1 %": "v", "2,000": "o", "5,000": "D", "10,000": "^"}
@@ -67,7 +78,7 @@ def draw_front(frame: pd.DataFrame, baseline: str, path: Path) -> None:
     figure, panels = plt.subplots(2, 4, figsize=(15, 7.2), layout="constrained")
     columns = [*GROUPS, "mean", "detection_rate"]
     titles = [*GROUPS, "mean of the five", "found at the threshold, mean"]
-    time = by_group(frame, "ms").groupby("option", sort=False).mean()
+    time = by_group(times, "ms").groupby("option", sort=False).mean()
     for panel, column, title in zip(panels.flat, columns, titles, strict=False):
         x = time[column] if column in time else time.mean(axis=1)
         for option, value in table[column].items():
@@ -101,15 +112,16 @@ def main() -> None:
     parser.add_argument("--study", default="options")
     parser.add_argument("--baseline", default="default")
     parser.add_argument("--to-csv", type=Path)
-    parser.add_argument("--front", type=Path)
+    parser.add_argument("--front", type=Path, help="where to draw the front")
+    parser.add_argument("--times", type=Path, help="rows of timing.py, for --front")
     args = parser.parse_args()
     frame = pd.concat([read(path) for path in args.rows], ignore_index=True)
     if args.to_csv:
         frame.drop(columns="group").to_csv(args.to_csv, index=False, float_format="%.6g")
         return
-    frame = frame[frame["study"] == args.study]
+    frame = complete(frame[frame["study"] == args.study])
     if args.front:
-        draw_front(frame, args.baseline, args.front)
+        draw_front(frame, read(args.times), args.baseline, args.front)
         return
     print(summarize(frame, args.baseline).to_markdown(floatfmt=".3f"))
 
