@@ -37,6 +37,7 @@ from anomalib_lite.detectors.fitting import (
     embed_distributed,
     none_usable,
 )
+from anomalib_lite.detectors.presets import PresetMixin
 from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
 from anomalib_lite.fusion import EmbeddingTransform
@@ -178,7 +179,7 @@ class DetectorMixin(SavedDetector):
         return []
 
 
-class BaseDetector(DetectorMixin, TransformingModel):
+class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
     """Base of all detectors: fits on images, calibrates the threshold, and detects.
 
     Subclasses store the parameters that :class:`~anomalib_lite.PatchCore` documents, and supply
