@@ -107,6 +107,17 @@ class TestFit:
         assert cli.main(f"{common}--whiten true".split()) == 2
         assert "must be yes or no, got 'true'" in capsys.readouterr().err
 
+    def test_a_preset_gives_way_to_options(
+        self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "c.safetensors"
+        common = f"fit {wall}/train/good -o {path} --false-alarm-rate 0.2 "
+        assert cli.main(f"{common}--preset fast --image-size 64".split()) == 0
+        again = load(path)
+        assert (again.image_size, again.coreset_size) == (64, 1000)
+        assert cli.main(f"{common}--preset quick".split()) == 2
+        assert "must be one of its presets ('fast', 'accurate'" in capsys.readouterr().err
+
     @pytest.mark.parametrize(("given", "expected"), [("0.9", 0.9), ("30", 30), (None, 0.99)])
     def test_subspace_ad_takes_a_share_or_a_number(
         self,

@@ -56,6 +56,11 @@ def add_to(commands: Any) -> None:
         help="GatedCascade: directories of anomalous images (default: synthetic ones)",
     )
     parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="parameters under a name, such as fast or accurate; other options have precedence",
+    )
+    parser.add_argument(
         "--ignore-mask",
         metavar="FILE",
         help="regions to ignore: an image, not black there, or JSON with polygons",
@@ -122,13 +127,13 @@ def make_detector(arguments: argparse.Namespace) -> Any:
     """Make the detector that was asked for, with the options that were given."""
     given = {n: vars(arguments)[n] for n in ALL_FIT_OPTIONS if n in vars(arguments)}
     if arguments.detector == "gated_cascade":
-        return _make_cascade(given, arguments.heatmap_model)
+        return _make_cascade(given, arguments.heatmap_model, arguments.preset)
     cascade_only = ("heatmap_model", "anomalous")
     given |= {n: vars(arguments)[n] for n in cascade_only if vars(arguments)[n]}  # to be refused
-    return _make(arguments.detector, given, "detector")
+    return _make(arguments.detector, given, "detector", arguments.preset)
 
 
-def _make(name: str, given: Mapping[str, Any], option: str) -> Any:
+def _make(name: str, given: Mapping[str, Any], option: str, preset: str | None) -> Any:
     import anomalib_lite
 
     cls = getattr(anomalib_lite, DETECTORS[name])
@@ -137,10 +142,12 @@ def _make(name: str, given: Mapping[str, Any], option: str) -> Any:
             f"fit: --{unknown.replace('_', '-')} is no option of --{option} {name}. "
             f"Leave it out, or choose another {option.replace('-', ' ')}"
         )
+    if preset is not None:
+        return cls.preset(preset, **given, verbose=1)
     return cls(**given, verbose=1)
 
 
-def _make_cascade(given: dict[str, Any], heatmap_model: str | None) -> Any:
+def _make_cascade(given: dict[str, Any], heatmap_model: str | None, preset: str | None) -> Any:
     from anomalib_lite.cascade import SHARED_PARAMETERS, GatedCascade
 
     own = {CASCADE_PARAMETERS.get(n, n): given.pop(n) for n in CASCADE_OPTIONS if n in given}
@@ -152,7 +159,8 @@ def _make_cascade(given: dict[str, Any], heatmap_model: str | None) -> Any:
         # The cascade does not use this threshold, so no images should be held back for it.
         # PatchCore learns from the images that it holds back, too.
         given = {"calibration": "leave_one_out"} | given
-    return GatedCascade(detector=_make(name, given, "heatmap-model"), **own, verbose=1)
+    detector = _make(name, given, "heatmap-model", preset)
+    return GatedCascade(detector=detector, **own, verbose=1)
 
 
 def normal_and_anomalous(normal: Any, directories: Sequence[str]) -> tuple[Any, list[int] | None]:
