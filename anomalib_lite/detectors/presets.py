@@ -39,12 +39,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "PatchCore": {
         "fast": Preset({"image_size": 192, "coreset_size": 1000}, _OURS),
         "accurate": Preset(
-            {
-                "backbone": "efficientnet_lite2",
-                "coreset_size": 10_000,
-                "image_score": "smoothed",
-            },
-            _OURS,
+            {"backbone": "efficientnet_lite2", "fusion": "per_layer"}, "benchmarks/accuracy"
         ),
         "paper": Preset(
             {

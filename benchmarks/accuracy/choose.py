@@ -29,6 +29,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "Lite2, 448, smoothed, 10,000": LITE2
     | {"image_size": 448, "image_score": "smoothed", "coreset_size": 10_000},
     "Lite2, 384, per_layer": LITE2 | {"fusion": "per_layer"},
+    "Lite2, 448, per_layer": LITE2 | {"image_size": 448, "fusion": "per_layer"},
+    "Lite2, 448, per_layer, smoothed": LITE2
+    | {"image_size": 448, "fusion": "per_layer", "image_score": "smoothed"},
     "Lite2, 384, strides 16 and 32": LITE2 | {"layers": ("blocks.4", "blocks.6")},
 }
 
@@ -36,6 +39,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=120, help="most images of a category")
+    parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES))
     args = parser.parse_args()
 
     import numpy as np
@@ -46,7 +50,8 @@ def main() -> None:
     from anomalib_lite.synthetic import SyntheticAnomalies
 
     warnings.simplefilter("ignore")
-    for name, parameters in CANDIDATES.items():
+    for name in args.candidates:
+        parameters = CANDIDATES[name]
         found = []
         for category in CATEGORIES:
             images = draw_images(category, 0, args.images, 2).train
