@@ -61,6 +61,15 @@ def test_the_network_has_the_layers(detector: str, name: str) -> None:
 def test_a_given_parameter_has_precedence() -> None:
     detector = make("PatchCore", "paper", coreset_ratio=0.01, n_neighbors=1)
     assert (detector.coreset_ratio, detector.image_score) == (0.01, "reweighted")
+    detector = make("PatchCore", "paper", coreset_size=2000)
+    assert (detector.coreset_ratio, detector.coreset_size) == (None, 2000)
+
+
+def test_a_subclass_has_the_presets_of_its_parent() -> None:
+    class Own(PatchCore):
+        pass
+
+    assert type(Own.preset("fast")) is Own
 
 
 @pytest.mark.parametrize("detector", ["PatchCore", "PaDiM"])

@@ -157,7 +157,8 @@ class PresetMixin:
         name : str
             One of those that the page on presets lists for this detector, such as ``"accurate"``.
         **parameters
-            Other parameters, which have precedence over those of the preset.
+            Other parameters, which have precedence over those of the preset; ``coreset_size`` also
+            over its ``coreset_ratio``.
 
         Returns
         -------
@@ -176,10 +177,14 @@ class PresetMixin:
         >>> detector.image_size, detector.coreset_size, detector.false_alarm_rate
         (192, 1000, 0.05)
         """
-        known = PRESETS.get(cls.__name__, {})
+        tables = (PRESETS[c.__name__] for c in cls.__mro__ if c.__name__ in PRESETS)
+        known: dict[str, Preset] = next(tables, {})  # a subclass has those of its parent
         if name not in known:
             names = ", ".join(repr(n) for n in known) or "none"
             raise InvalidValueError(
                 f"{cls.__name__}: preset must be one of its presets ({names}), got {name!r}."
             )
-        return cls(**(known[name].parameters | parameters))
+        chosen = dict(known[name].parameters)
+        if "coreset_size" in parameters:  # a share of the preset would go before it
+            chosen.pop("coreset_ratio", None)
+        return cls(**(chosen | parameters))
