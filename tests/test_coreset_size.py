@@ -89,6 +89,19 @@ def test_a_stream_needs_a_share() -> None:
     assert len(bank_of(ratio.fit_embeddings(iter(embeddings(20))))) > 100
 
 
+def test_a_stream_that_says_its_length_needs_no_share() -> None:
+    detector = PatchCore(coreset_size=200, memory_budget="400MB", false_alarm_rate=0.1)
+    stream = iter(embeddings(60))
+
+    class Stream:
+        n_images = 60
+
+        def __iter__(self) -> Any:
+            return stream
+
+    assert abs(len(bank_of(detector.fit_embeddings(Stream()))) - 200) <= 1
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.5, None])
 def test_a_size_that_is_none_is_refused(size: Any) -> None:
     with pytest.raises(InvalidValueError, match="coreset_size must be a whole number"):

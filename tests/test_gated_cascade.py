@@ -651,9 +651,9 @@ def test_parameters_of_the_detector_can_be_set(fitted: GatedCascade) -> None:
     fresh = clone(fitted)
     assert not hasattr(fresh.detector, "threshold_")
     assert fresh.detector is not fitted.detector
-    fresh.set_params(detector__coreset_ratio=0.5, max_missed=0.3)
-    assert fresh.get_params()["detector__coreset_ratio"] == 0.5
-    assert fitted.get_params()["detector__coreset_ratio"] == 0.1
+    fresh.set_params(detector__coreset_size=50, max_missed=0.3)
+    assert fresh.get_params()["detector__coreset_size"] == 50
+    assert fitted.get_params()["detector__coreset_size"] == 5000
     with pytest.raises(ValueError, match="Invalid parameter"):
         fresh.set_params(detector__coreset_rate=0.5)
 

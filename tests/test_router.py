@@ -294,7 +294,7 @@ def test_the_default_needs_no_argument(tmp_path: Path) -> None:
     assert len(seen) == 2  # of the detectors, and of unknown_rate
     path = tmp_path / "all.safetensors"
     router.save(path, include_backbone=True)
-    assert path.stat().st_size < 16e6  # the network, 13 MB, is in it once
+    assert path.stat().st_size < 24e6  # the network, 13 MB, is in it once
     again = load(path)
     assert_alike(again, router)
     assert again.detector is None

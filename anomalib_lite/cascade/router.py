@@ -22,7 +22,7 @@ from anomalib_lite._validation import check_image_size, check_number, check_seed
 from anomalib_lite.anomaly_map import anomaly_maps
 from anomalib_lite.calibration import calibration_size, threshold_and_shortfall
 from anomalib_lite.detectors import BaseDetector, Detections, DetectorMixin, PatchCore
-from anomalib_lite.detectors.fitting import none_usable
+from anomalib_lite.detectors.fitting import CountedEmbeddings, none_usable
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import (
     CalibrationWarning,
@@ -329,7 +329,8 @@ class ProductRouter(DetectorMixin, BaseEstimator):
             if not found:
                 raise none_usable(source, skipped)
         else:
-            embeddings = (E for _, E in batches())  # never all in memory
+            # Never all in memory.
+            embeddings = CountedEmbeddings((E for _, E in batches()), len(source))
         detector.fit_embeddings(embeddings)
         detector._take_backbone(backbone)
         detector.ignore_mask_ = None

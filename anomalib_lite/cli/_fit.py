@@ -65,6 +65,14 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help="regions to ignore: an image, not black there, or JSON with polygons",
     )
+    _add_parameters(parser)
+    parser.add_argument(
+        "--include-backbone", action="store_true", help="put the network's weights into the file"
+    )
+
+
+def _add_parameters(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each parameter of a detector."""
     for name, (kind, default, text) in ALL_FIT_OPTIONS.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
@@ -73,9 +81,6 @@ def add_to(commands: Any) -> None:
             metavar="VALUE",
             help=text if default is None else f"{text} (default: {default})",
         )
-    parser.add_argument(
-        "--include-backbone", action="store_true", help="put the network's weights into the file"
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -270,6 +270,7 @@ def planned_ratio(size: int, n_images: int | None, patches: int) -> float:
     if n_images is None:
         raise InvalidValueError(
             "PatchCore: coreset_size is a share of a known number of images, got a stream of "
-            "embeddings. Set coreset_ratio, such as coreset_ratio=0.01."
+            "embeddings. Set coreset_ratio, such as coreset_ratio=0.01, or give the iterable an "
+            "attribute n_images."
         )
     return min(1.0, size / (n_images * patches))

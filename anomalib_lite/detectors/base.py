@@ -294,7 +294,9 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         ----------
         E : array of shape (N, h, w, D), float32, list of N arrays (h, w, D), or an iterable
             Embeddings of N normal images. An iterable yields blocks (n, h, w, D) or images
-            (h, w, D), and is read once; its length need not be known. An array may be in a file
+            (h, w, D), and is read once; its length need not be known, except for PatchCore's
+            ``coreset_size`` with ``memory_budget``: then its attribute ``n_images`` is that, or
+            about that. An array may be in a file
             (``numpy.load(..., mmap_mode="r")``). With ``memory_budget``, neither is ever in memory
             as a whole.
         y : ignored

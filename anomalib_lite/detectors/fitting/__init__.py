@@ -11,6 +11,7 @@ from anomalib_lite.detectors.fitting.model import (
     refuse_budget,
 )
 from anomalib_lite.detectors.fitting.shards import (
+    CountedEmbeddings,
     Distribute,
     EmbeddingStream,
     ImageShards,
@@ -25,6 +26,7 @@ __all__ = [
     "Accumulator",
     "Distribute",
     "EmbeddingModel",
+    "CountedEmbeddings",
     "EmbeddingStream",
     "ImageShards",
     "InMemory",

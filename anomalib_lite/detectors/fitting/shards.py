@@ -18,6 +18,7 @@ from anomalib_lite.images import TILE_PIXELS, Extractor, ImageSource
 from anomalib_lite.images.embeddings import Embeddings, assemble, contiguous, embed_all
 
 __all__ = [
+    "CountedEmbeddings",
     "Distribute",
     "EmbeddingStream",
     "ImageShards",
@@ -108,6 +109,22 @@ class Indexed(_Sharded):
             yield task(assemble(n, grids), start)
 
 
+class CountedEmbeddings:
+    """An iterable of embeddings that says of how many images they are, about.
+
+    Parameters
+    ----------
+    blocks : iterable of arrays (n, h, w, D) or (h, w, D)
+    n_images : int
+    """
+
+    def __init__(self, blocks: Iterable[Any], n_images: int) -> None:
+        self.blocks, self.n_images = blocks, n_images
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.blocks)
+
+
 class EmbeddingStream(ShardSource):
     """Embeddings that arrive one by one; their number is not known in advance.
 
@@ -128,7 +145,7 @@ class EmbeddingStream(ShardSource):
         Changes the embeddings of each image as they come.
     """
 
-    n_images = None
+    n_images: int | None = None
 
     def __init__(
         self,
@@ -139,6 +156,7 @@ class EmbeddingStream(ShardSource):
         where: str,
         transform: EmbeddingTransform | None = None,
     ) -> None:
+        self.n_images = getattr(blocks, "n_images", None)
         grids = iter_grids(blocks, where, n_features)
         if transform is not None:
             grids = map(transform.transform, grids)
