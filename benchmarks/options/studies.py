@@ -69,4 +69,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SubspaceAD": {"detector": "SubspaceAD"},
     "SubspaceAD, 384": {"detector": "SubspaceAD", "image_size": 384},
 }
-STUDIES = {"front": FRONT, "options": OPTIONS}
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "before: 256 pixels, 10 %": BEFORE,
+    "fast": {"preset": "fast"},
+    "accurate": {"preset": "accurate"},
+}
+STUDIES = {"front": FRONT, "options": OPTIONS, "presets": PRESETS}
