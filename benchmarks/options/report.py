@@ -98,7 +98,8 @@ def draw_front(frame: pd.DataFrame, times: pd.DataFrame, baseline: str, path: Pa
     handles = [plt.Line2D([], [], ls="", marker="o", color=c, label=f"{s} pixels")
                for s, c in colours.items()]  # fmt: skip
     handles += [plt.Line2D([], [], ls="", marker=m, color="0.4", label=f"bank: {b}")
-                for b, m in markers.items()]  # fmt: skip
+                for b, m in markers.items()
+                if any(str(option).endswith(f", {b}") for option in table.index)]  # fmt: skip
     handles.append(plt.Line2D([], [], ls="", marker="D", ms=10, mec="black", mfc="w",
                               label="default"))  # fmt: skip
     panels.flat[-1].legend(handles=handles, loc="center", frameon=False)
