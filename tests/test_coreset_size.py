@@ -106,3 +106,25 @@ def test_a_stream_that_says_its_length_needs_no_share() -> None:
 def test_a_size_that_is_none_is_refused(size: Any) -> None:
     with pytest.raises(InvalidValueError, match="coreset_size must be a whole number"):
         PatchCore(coreset_size=size).fit_embeddings(embeddings(20))
+
+
+@pytest.mark.parametrize("more", [{"image_score": "reweighted"}, {"index": "HNSW8"}])
+def test_images_that_do_not_join_the_bank_take_no_share_of_it(more: dict[str, Any]) -> None:
+    detector = PatchCore(coreset_size=300, false_alarm_rate=0.1, **more)
+    assert len(bank_of(detector.fit_embeddings(embeddings(40)))) == 300
+
+
+def test_nothing_of_an_earlier_fit_is_left() -> None:
+    detector = PatchCore(coreset_size=300, image_score="structure", false_alarm_rate=0.1)
+    detector.fit_embeddings(embeddings(60))
+    assert detector._map_threshold != detector.threshold_
+    detector.set_params(image_score="max").fit_embeddings(embeddings(60))
+    assert detector._map_threshold == detector.threshold_
+    assert not hasattr(detector, "map_statistics_")
+
+
+def test_a_parameter_without_effect_does_not_stop_an_update() -> None:
+    detector = PatchCore(coreset_size=300, whiten_shrinkage=0.1, false_alarm_rate=0.1)
+    detector.fit_embeddings(embeddings(40)).partial_fit_embeddings(embeddings(10, seed=1))
+    with pytest.raises(InvalidValueError, match="whiten must stay as it was in fit"):
+        detector.set_params(whiten=True).partial_fit_embeddings(embeddings(10, seed=1))

@@ -184,3 +184,5 @@ def test_layers_of_their_own_have_no_foreground() -> None:
     detector = PatchCore(foreground=True, fusion="per_layer")
     with pytest.raises(InvalidValueError, match=r"foreground=True needs one model.*another fusion"):
         detector.fit(np.zeros((4, 64, 64, 3), np.uint8))
+    with pytest.raises(InvalidValueError, match="whiten=True makes all directions vary alike"):
+        PatchCore(foreground=True, whiten=True).fit(np.zeros((4, 64, 64, 3), np.uint8))

@@ -30,13 +30,18 @@ _BORDER, _MIDDLE = 1, 2
 _MARGIN = 2  # outermost patches that nothing is learned from
 
 
-def check_foreground(foreground: object, fusion: str, where: str) -> None:
-    """Raise InvalidValueError if the parameter cannot be used, or not with this fusion."""
+def check_foreground(foreground: object, fusion: str, whiten: bool, where: str) -> None:
+    """Raise InvalidValueError if the parameter cannot be used, or not with these others."""
     check_bool("foreground", foreground, where)
     if foreground and fusion == "per_layer":
         raise InvalidValueError(
             f"{where}: foreground=True needs one model, and fusion='per_layer' has one for each "
             "layer, which would differ on what is background. Set another fusion."
+        )
+    if foreground and whiten:
+        raise InvalidValueError(
+            f"{where}: foreground=True looks for the direction in which patches vary most, and "
+            "whiten=True makes all directions vary alike. Set one of them."
         )
 
 

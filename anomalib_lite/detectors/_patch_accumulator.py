@@ -44,7 +44,8 @@ class PatchAccumulator(Accumulator):
     normalize : bool, default=False
         Whether patches are divided by their length.
     n_to_come : int, default=0
-        Number of images that are to be accumulated, and of those held back; 0 if unknown.
+        Number of images that are to be accumulated, and of those that join the bank afterwards; 0
+        if unknown, or if none joins.
     size : int, optional
         Number of patches to keep of all these images; ``ratio`` is then a first guess.
     grid : (h, w), optional
@@ -126,7 +127,8 @@ class PatchAccumulator(Accumulator):
         self.n_seen += other.n_seen
         self.n_images += other.n_images
         if self.size is not None and not self.thinned:
-            self.ratio = min(1.0, self.size * self.n_images / max(1, self.n_seen * self.n_to_come))
+            share = self.n_images / (self.n_to_come or self.n_images)
+            self.ratio = min(1.0, self.size * share / max(1, self.n_seen))
         self.radius = max(self.radius, other.radius)
 
     def _thin(self, existing: np.ndarray | None = None) -> np.ndarray:

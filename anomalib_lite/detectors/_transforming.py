@@ -95,6 +95,8 @@ class TransformingModel(EmbeddingModel):
     def _check_same_transform(self) -> None:
         """Raise if a parameter of the map has changed since it was learned."""
         known = self.transform_
+        if known is None and not self._needs_transform():  # parameters without effect may change
+            return
         then = EmbeddingTransform().get_params() if known is None else known.get_params()
         for name, now in self._unfitted_transform(None).get_params().items():
             was = then[name]

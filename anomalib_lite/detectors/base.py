@@ -498,7 +498,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         # Add the images held back to the model, if that can only lower scores.
         if joins:
             model._add_calibration_patches(removed, accumulated, random)
-        self.__dict__.update(fresh.__dict__)
+        self.__dict__ = fresh.__dict__  # nothing of an earlier fit is left
 
     def _fit_images(self, images: Any, y: Any, ignore_mask: Any, update: bool = False) -> Self:
         """Embed normal images, the ones to hold back for calibration last, and fit on them."""

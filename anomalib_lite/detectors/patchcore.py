@@ -52,6 +52,10 @@ from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
 __all__ = ["PatchCore"]
 
 
+# Image scores that may rise when the bank grows.
+_MAY_RISE = ("reweighted", "structure")
+
+
 class PatchCore(BaseDetector):
     """Calls patches anomalous that are far from all normal patches.
 
@@ -106,8 +110,9 @@ default="concat"
         ``position_window`` only ``"brightness"``, since the others move patches.
     coreset_size : int, default=5000
         Number of patches kept in the bank, from all images together; all of them if there are
-        fewer. Each image adds the same share of its patches, also one held back for calibration
-        and one of a later :meth:`partial_fit`, so later images make the bank larger.
+        fewer. Images held back for calibration, which join the bank afterwards, and those of a
+        later :meth:`partial_fit` add the same share of their patches: later images make the bank
+        larger, also if few came first and all of their patches were kept.
     coreset_ratio : float, optional
         Share of all patches kept in the bank, in (0, 1], in place of ``coreset_size``.
     coreset : {"greedy", "random", "kmeans"}, default="greedy"
@@ -350,7 +355,7 @@ default="max"
         check_index(self.index, "PatchCore", nprobe=self.nprobe, efSearch=self.ef_search)
         check_int("n_neighbors", self.n_neighbors, "PatchCore", low=1)
         check_bool("normalize", self.normalize, "PatchCore")
-        check_foreground(self.foreground, self.fusion, "PatchCore")
+        check_foreground(self.foreground, self.fusion, self.whiten, "PatchCore")
         check_tiles(self.tile, self.overlap, self.image_size, "PatchCore")
         if self.augment is not None:
             check_augment(self.augment, "PatchCore")
@@ -387,7 +392,8 @@ default="max"
             grid = bank.grid if isinstance(bank, WindowedBank) else (height, width)
         samples = bool(self.foreground) and bank is None
         options: dict[str, Any] = {"normalize": bool(self.normalize), "grid": grid}
-        options |= {"samples": samples, "n_to_come": n_images or 0}
+        joins = self.index == "flat" and self.image_score not in _MAY_RISE
+        options |= {"samples": samples, "n_to_come": (n_images or 0) if joins else 0}
         ratio = self.coreset_ratio  # else that of the images before
         ratio = getattr(self, "coreset_ratio_", None) if ratio is None else float(ratio)
         if ratio is None:
@@ -538,7 +544,7 @@ default="max"
         # future normal image rises above the threshold by it. Equation 7, the structure of a map
         # and approximate indexes do not have this property. With a window it holds since the reach
         # of each cell stays: one that shrank as nearer rows come would lose better ones.
-        return self.index == "flat" and self.image_score not in ("reweighted", "structure")
+        return self.index == "flat" and self.image_score not in _MAY_RISE
 
     def _remove_calibration_patches(self) -> MemoryBank:
         # Images held back now are scored by the same patches as those held back before, and by
@@ -640,4 +646,5 @@ class AllPatches(Accumulator):
         self.n_seen += other.n_seen
         self.n_images += other.n_images
         if self.size is not None:  # images held back will add as large a share
-            self.ratio = min(1.0, self.size * self.n_images / max(1, self.n_seen * self.n_to_come))
+            share = self.n_images / (self.n_to_come or self.n_images)
+            self.ratio = min(1.0, self.size * share / max(1, self.n_seen))
