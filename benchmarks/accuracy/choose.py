@@ -38,7 +38,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=120, help="most images of a category")
+    parser.add_argument("--images", type=int, default=90, help="most images of a category")
     parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES))
     args = parser.parse_args()
 
