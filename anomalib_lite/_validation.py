@@ -146,8 +146,18 @@ def check_memory(name: str, value: Any, where: str) -> int:
     )
 
 
-def check_image_size(image_size: Any, where: str, *, stride: int = 1) -> None:
-    """Raise if ``image_size`` is not an int or a pair that a backbone of ``stride`` can use."""
+def check_image_size(image_size: Any, where: str, *, stride: int = 1, auto: bool = False) -> None:
+    """Raise if ``image_size`` is not an int or a pair that a backbone of ``stride`` can use.
+
+    ``auto`` says that it may also be ``"auto"``.
+    """
+    if isinstance(image_size, str):
+        if auto and image_size == "auto":
+            return
+        or_auto = ", a pair (H, W), or 'auto'" if auto else " or a pair (H, W)"
+        raise InvalidValueError(
+            f"{where}: image_size must be an int (the shorter side){or_auto}, got {image_size!r}."
+        )
     sides = image_size if isinstance(image_size, tuple | list) else (image_size,)
     if sides is image_size and len(sides) != 2:
         raise InvalidValueError(

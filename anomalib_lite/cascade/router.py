@@ -75,8 +75,9 @@ class ProductRouter(DetectorMixin, BaseEstimator):
     ----------
     detector : BaseDetector, optional
         An unfitted detector, of which each product gets a copy; by default ``PatchCore()``. Its
-        ``image_size``, ``batch_size``, ``on_error`` and other options hold for the router. Its
-        ``n_jobs`` has no effect.
+        ``image_size``, ``batch_size``, ``on_error`` and other options hold for the router;
+        ``image_size="auto"`` is the largest that a product's images give. Its ``n_jobs`` has no
+        effect.
     unknown_rate : float, default=0.01
         Share of future normal images of each product that may be called unknown, in (0, 1).
     random_state : int, RandomState or None, default=0
@@ -175,8 +176,9 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         template = self._prototype()
         products = _check_products(images, template.max_pixels)
         backbone = template._open_backbone()
-        check_image_size(template.image_size, _WHERE, stride=backbone.stride)
-        _warn(self._learn(products, template, backbone, {}, {}))
+        size = max(template._size_for(source) for source in products.values())
+        check_image_size(size, _WHERE, stride=backbone.stride)
+        _warn(self._learn(products, template, size, backbone, {}, {}))
         return self
 
     def add(self, images: Mapping[str, Any]) -> Self:
@@ -213,7 +215,8 @@ class ProductRouter(DetectorMixin, BaseEstimator):
                 f"with router.detectors_[{name!r}].partial_fit(images)."
             )
         known = dict(self._descriptions), dict(self.detectors_)
-        _warn(self._learn(products, self._first(), self.backbone_, *known))
+        one = self._first()
+        _warn(self._learn(products, one, one.image_size_, self.backbone_, *known))
         return self
 
     def detect(self, images: Any, *, maps: bool = True) -> ProductDetections:
@@ -278,6 +281,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         self,
         products: dict[str, ImageSource],
         template: BaseDetector,
+        size: int | tuple[int, int],
         backbone: AnyBackbone,
         descriptions: dict[str, tuple[np.ndarray, np.ndarray]],
         detectors: dict[str, BaseDetector],
@@ -288,6 +292,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         for name, source in products.items():
             _check_number_of_images(name, len(source))
             detector = _unfitted(template)
+            detector.image_size_ = size
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", CalibrationWarning)
                 means = self._fit_detector(detector, backbone, source)
@@ -332,6 +337,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
             # Never all in memory.
             embeddings = CountedEmbeddings((E for _, E in batches()), len(source))
         detector.fit_embeddings(embeddings)
+        detector.image_size_ = extractor.image_size
         detector._take_backbone(backbone)
         detector.ignore_mask_ = None
         detector.skipped_ = [(source.names[i], reason) for i, reason in sorted(skipped)]
@@ -392,7 +398,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         return PatchCore() if given is None else given
 
     def _extractor(self, detector: BaseDetector, backbone: AnyBackbone) -> Extractor:
-        options = detector.image_size, detector.batch_size, detector.on_error, detector.verbose
+        options = detector.image_size_, detector.batch_size, detector.on_error, detector.verbose
         return Extractor(backbone, *options, tile=detector.tile, overlap=detector.overlap)
 
     def _check_fitted(self) -> None:

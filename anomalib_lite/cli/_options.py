@@ -7,10 +7,12 @@ import re
 from typing import Any
 
 
-def _image_size(text: str) -> int | tuple[int, int]:
-    """Parse ``"256"`` or ``"256x384"``, height first."""
+def _image_size(text: str) -> int | tuple[int, int] | str:
+    """Parse ``"auto"``, ``"256"`` or ``"256x384"``, height first."""
+    if text.lower() == "auto":
+        return "auto"
     if not re.fullmatch(r"\d+(x\d+)?", text.lower()):
-        raise argparse.ArgumentTypeError(f"must be a whole number or HxW, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number, HxW or auto, got {text!r}")
     sides = [int(side) for side in text.lower().split("x")]
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
@@ -85,7 +87,11 @@ FIT_OPTIONS: dict[str, Option] = {
         False,
         "yes divides each embedding by its length (MahalanobisVFM's default: yes)",
     ),
-    "image_size": (_image_size, 384, "shorter side in pixels, or HxW; all but PatchCore: 256"),
+    "image_size": (
+        _image_size,
+        "auto",
+        "shorter side in pixels, HxW or auto; all but PatchCore: 256",
+    ),
     "tile": (int, None, "PatchCore: side of the tiles of large images (default: no tiles)"),
     "overlap": (int, 0, "PatchCore: pixels that neighbouring tiles share"),
     "augment": (

@@ -45,6 +45,7 @@ from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.images.augmentation import AugmentedSource
 from anomalib_lite.images.embeddings import Embeddings, embed_all, stack
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image, read_ignore_mask
+from anomalib_lite.images.sizing import own_image_size
 
 __all__ = ["BaseDetector", "DetectorMixin"]
 
@@ -59,7 +60,7 @@ _NORMAL_ONLY = (
 class DetectorMixin(SavedDetector):
     """Methods that every detector has; their answers are views of one ``detect(images)``."""
 
-    image_size: int | tuple[int, int]
+    image_size: int | tuple[int, int] | str
     false_alarm_rate: float
     engine: str
     batch_size: int
@@ -70,6 +71,7 @@ class DetectorMixin(SavedDetector):
     _network: ClassVar[str] = "backbone"  # the parameter that names the network
     _threshold_range: ClassVar[str] = "[0, inf)"  # values that threshold_ may have
     _routes: ClassVar[tuple[str, ...]] = ()  # models that decide, if there are several
+    _knows_auto: ClassVar[bool] = False  # whether image_size may be "auto"
 
     @abstractmethod
     def detect(self, images: Any, *, maps: Any = True) -> Detections:
@@ -152,7 +154,7 @@ class DetectorMixin(SavedDetector):
         check_int("batch_size", self.batch_size, where, low=1)
         check_int("max_pixels", self.max_pixels, where, low=1)
         check_number("false_alarm_rate", self.false_alarm_rate, where, "(0, 1)")
-        check_image_size(self.image_size, where)
+        check_image_size(self.image_size, where, auto=self._knows_auto)
         check_seed(self.random_state, where)
 
     def _labels(self, scores: np.ndarray) -> np.ndarray:
@@ -190,10 +192,12 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
     _strides: tuple[int, ...] = (8, 16)
     # "summary" puts the numbers of the whole image into each of its patches.
     _fusions: ClassVar[tuple[str, ...]] = (*(f for f in FUSIONS if f != "summary"), *BY_LAYER)
+    _knows_auto = True
     tile: int | None = None
     overlap: int = 0
     _one_mask = False  # whether all images to fit on must ignore the same regions
     ignore_mask_: IgnoreMask | None
+    image_size_: int | tuple[int, int]
 
     @property
     def _map_threshold(self) -> float:
@@ -396,7 +400,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         skipped: list[tuple[int, str]] = []
         more: Any = {"tile": self.tile, "overlap": self.overlap, "transform": self.transform_}
         extractor = Extractor(
-            self.backbone_, self.image_size, self.batch_size, self.on_error, self.verbose, **more
+            self.backbone_, self.image_size_, self.batch_size, self.on_error, self.verbose, **more
         )
         model = self.layer_models_ or self
         for batch, E in extractor.embed_batches(
@@ -504,8 +508,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         """Embed normal images, the ones to hold back for calibration last, and fit on them."""
         where, random = type(self).__name__, check_random_state(self.random_state)
         source = ImageSource(images, max_pixels=self.max_pixels, where=where)
-        asked = ignore_mask is not None or update
-        one_for_all = self._ignore(source, ignore_mask, update) if asked else None
+        one_for_all = self._ignore(source, ignore_mask, update)
         if y is not None:
             source = source.take(normal_indices(y, len(source), where))
         else:
@@ -513,11 +516,12 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         n, leave_one_out = len(source.items), self.calibration == "leave_one_out"
         order = np.arange(n) if leave_one_out else random.permutation(n)
         in_order = source.take(order)
-        backbone = self.backbone_ if update else self._open_to_fit(in_order, random)
+        size = self.image_size_ if update else self._size_for(source)
+        backbone = self.backbone_ if update else self._open_to_fit(in_order, size, random)
         known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
         if self.augment is not None:
             in_order, order = self._with_copies(in_order, order, known)
-        options = self.image_size, self.batch_size, self.on_error, self.verbose
+        options = size, self.batch_size, self.on_error, self.verbose
         extractor = Extractor(backbone, *options, tile=self.tile, overlap=self.overlap)
         transform = self.transform_ if update else None
         if not update and (self.fusion in BY_LAYER or any(getattr(self, a) for a in self._asking)):
@@ -548,7 +552,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
             shards = ImageShards(extractor, in_order, n_held_back, skipped, distributor)
         self._fit_shards(shards, random, update, transform)
         self._take_backbone(backbone)
-        self.ignore_mask_ = one_for_all
+        self.ignore_mask_, self.image_size_ = one_for_all, size
         self._take_skipped(source, [(order[i], reason) for i, reason in skipped], update)
         return self
 
@@ -561,6 +565,8 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
 
     def _ignore(self, source: ImageSource, given: Any, update: bool) -> IgnoreMask | None:
         """Set the regions to ignore in images to fit on; return those of all later images."""
+        if given is None and not update:
+            return None
         masks = self.ignore_mask_ if given is None else per_image(given, len(source), source.where)
         source.ignored = masks
         one_for_all = None if isinstance(masks, list) else masks
@@ -602,13 +608,21 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
 
     # --- The backbone -----------------------------------------------------------------------
 
-    def _open_to_fit(self, images: ImageSource, random: np.random.RandomState) -> AnyBackbone:
-        """Open the backbone; a subclass may first adapt it to the images.
+    def _size_for(self, images: ImageSource) -> int | tuple[int, int]:
+        """Return the size at which images like these go through the backbone."""
+        if isinstance(self.image_size, str):
+            return own_image_size(images, self.tile)
+        return self.image_size
+
+    def _open_to_fit(
+        self, images: ImageSource, size: int | tuple[int, int], random: np.random.RandomState
+    ) -> AnyBackbone:
+        """Open the backbone; a subclass may first adapt it to the images, at ``size``.
 
         The images are in the order of fitting: those to hold back come last.
         """
         backbone = self._open_backbone()
-        check_image_size(self.image_size, type(self).__name__, stride=backbone.stride)
+        check_image_size(size, type(self).__name__, stride=backbone.stride)
         return backbone
 
     def _open_backbone(self, **instead: Any) -> AnyBackbone:
@@ -648,6 +662,8 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         tensors, header = super()._describe(include_backbone)
         self._describe_transform(tensors, header)
         tensors["calibration_scores"] = self.calibration_scores_
+        if hasattr(self, "image_size_"):  # not after fit_embeddings
+            header["state"]["image_size"] = self.image_size_
         if hasattr(self._learner(), "map_statistics_"):
             tensors["map_statistics"] = self._learner().map_statistics_
             header["state"]["map_threshold"] = self._learner().map_threshold_
@@ -668,6 +684,9 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
     ) -> Self:
         detector = super()._restore(parameters, arrays, state, members)
         detector.calibration_scores_ = arrays["calibration_scores"]
+        size = state.get("image_size", detector.image_size)  # older files have no other
+        if not isinstance(size, str):
+            detector.image_size_ = tuple(size) if isinstance(size, list) else size
         if detector.image_score == "structure":
             learner = detector._learner()
             learner.map_statistics_ = arrays["map_statistics"]

@@ -149,7 +149,7 @@ ignore_mask_, map_statistics_
         projection: str = "pca",
         whiten: bool = False,
         whiten_shrinkage: float = 0.07,
-        image_size: int | tuple[int, int] = 256,
+        image_size: int | tuple[int, int] | str = 256,
         augment: str | Sequence[str] | None = None,
         adapt: str | None = None,
         rank: int = 16,
@@ -282,15 +282,17 @@ ignore_mask_, map_statistics_
         options = {"scales": scales, "attention": self.attention_guided}
         return super()._open_backbone(**(options | instead))
 
-    def _open_to_fit(self, images: ImageSource, random: np.random.RandomState) -> AnyBackbone:
+    def _open_to_fit(
+        self, images: ImageSource, size: int | tuple[int, int], random: np.random.RandomState
+    ) -> AnyBackbone:
         if self.adapt is None:
-            return super()._open_to_fit(images, random)
+            return super()._open_to_fit(images, size, random)
         from anomalib_lite.lora import check_peft, train_adapter  # torch, only for those who ask
 
         check_peft("MahalanobisVFM")
         plain = {"scales": (1.0,), "attention": False}
         network: Any = self._open_backbone(engine="torch", dtype="float32", **plain)
-        check_image_size(self.image_size, "MahalanobisVFM", stride=network.stride)
+        check_image_size(size, "MahalanobisVFM", stride=network.stride)
         n, purposes = len(images), 2 if self.image_score == "structure" else 1
         to_fit = images.take(
             range(n - calibration_size(self.false_alarm_rate, n, purposes=purposes))
@@ -298,7 +300,7 @@ ignore_mask_, map_statistics_
         adapter = train_adapter(
             network,
             to_fit,
-            image_size=self.image_size,
+            image_size=size,
             rank="adaptive" if self.adaptive else self.rank,
             alpha=None if self.adaptive else self.alpha,
             shrinkage=self.shrinkage,

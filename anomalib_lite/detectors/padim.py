@@ -129,7 +129,7 @@ ignore_mask_, map_statistics_
         whiten: bool = False,
         whiten_shrinkage: float = 0.07,
         normalize: bool = False,
-        image_size: int | tuple[int, int] = 256,
+        image_size: int | tuple[int, int] | str = 256,
         n_components: int | None = None,
         reduction: str = "random",
         ridge: float = 0.01,

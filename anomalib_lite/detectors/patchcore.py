@@ -92,12 +92,13 @@ default="concat"
     normalize : bool, default=False
         Whether to divide each embedding by its length, so that patches are compared by their
         direction, as AnomalyDINO and RAD do; meant for vision transformers.
-    image_size : int or (int, int), default=384
+    image_size : int, (int, int) or "auto", default="auto"
         Size at which images go through the backbone. An int is the shorter side in pixels, the
-        aspect is kept; a pair (H, W) is exact.
+        aspect is kept; a pair (H, W) is exact. ``"auto"`` is the shorter side of the images to fit
+        on, but at least 256 and at most 448 pixels; it is in ``image_size_`` then.
     tile : int, optional
         Side in pixels of the squares that large images are cut into; each goes through the
-        backbone at ``image_size``, an int, so small defects keep their size. All tiles share one
+        backbone at ``image_size``, no pair, so small defects keep their size. All tiles share one
         bank. Without it, the whole image is resized.
     overlap : int, default=0
         Pixels that neighbouring tiles share at least, below ``tile``. A patch comes from the tile
@@ -195,6 +196,8 @@ default="max"
         another rate.
     n_features_ : int
         Length of an embedding, after ``feature_dim``.
+    image_size_ : int or (int, int)
+        Size at which images go through the backbone, after :meth:`fit`.
     coreset_ratio_ : float
         Share of the patches that was kept.
     foreground_ : ndarray of shape (D + 1,), float32
@@ -277,7 +280,7 @@ default="max"
         whiten: bool = False,
         whiten_shrinkage: float = 0.07,
         normalize: bool = False,
-        image_size: int | tuple[int, int] = 384,
+        image_size: int | tuple[int, int] | str = "auto",
         tile: int | None = None,
         overlap: int = 0,
         augment: str | Sequence[str] | None = None,

@@ -103,7 +103,7 @@ ignore_mask_, map_statistics_
         whiten: bool = False,
         whiten_shrinkage: float = 0.07,
         normalize: bool = False,
-        image_size: int | tuple[int, int] = 256,
+        image_size: int | tuple[int, int] | str = 256,
         augment: str | Sequence[str] | None = None,
         n_components: int | float = 0.99,
         image_score: str = "top1%",

@@ -1,5 +1,6 @@
 """Anything that is an image -> batches of one size -> their patch embeddings."""
 
+from anomalib_lite.images._in_memory import by_size, load_all, to_uint8
 from anomalib_lite.images._listing import IMAGE_SUFFIXES, list_files
 from anomalib_lite.images._source import (
     TILE_PIXELS,
@@ -7,10 +8,7 @@ from anomalib_lite.images._source import (
     Embedder,
     Extractor,
     ImageSource,
-    by_size,
     iter_batches,
-    load_all,
-    to_uint8,
 )
 
 __all__ = [

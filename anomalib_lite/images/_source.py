@@ -7,13 +7,13 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -38,10 +38,7 @@ __all__ = [
     "Embedder",
     "Extractor",
     "ImageSource",
-    "by_size",
     "iter_batches",
-    "load_all",
-    "to_uint8",
 ]
 
 # Smaller images, in pixels per side, have no texture to describe.
@@ -55,7 +52,6 @@ _DECODERS = min(8, n_cores())
 _OPEN_LOCK = threading.Lock()
 _BILINEAR = Image.Resampling.BILINEAR
 _CHANNELS = (1, 3, 4)
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -222,13 +218,7 @@ class ImageSource(Sequence[np.ndarray]):
         try:
             if isinstance(item, str | os.PathLike):
                 with open(item, "rb") as file:  # noqa: PTH123
-                    with _OPEN_LOCK:
-                        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-                        try:
-                            image = Image.open(file)  # reads the header alone
-                        finally:
-                            Image.MAX_IMAGE_PIXELS = limit
-                    return self._convert(image, name, gray)
+                    return self._convert(_open(file), name, gray)
             # One PIL image that is not read yet may be in the source twice; reading is not
             # safe in two threads.
             with _OPEN_LOCK if isinstance(item, Image.Image) else nullcontext():
@@ -236,6 +226,25 @@ class ImageSource(Sequence[np.ndarray]):
         except (AnomalibLiteError, MemoryError):
             raise
         except Exception as error:  # PIL's decoders raise all kinds on broken files
+            raise self._explain(error, item, name) from error
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return height and width of one image, before any EXIF rotation; of a file, the header's.
+
+        Raises
+        ------
+        ImageError, MissingPathError, InvalidTypeError
+            As :meth:`decode`, as far as the header tells.
+        """
+        item, name = self.items[index], self.names[index]
+        if not isinstance(item, str | os.PathLike):
+            is_pil = isinstance(item, Image.Image)
+            height, width = item.size[::-1] if is_pil else self._to_array(item, name).shape[:2]
+            return height, width
+        try:
+            with open(item, "rb") as file, _open(file) as image:  # noqa: PTH123
+                return image.height, image.width
+        except Exception as error:  # PIL's readers raise all kinds on broken files
             raise self._explain(error, item, name) from error
 
     def _convert(self, image: Any, name: str, gray: bool) -> Any:
@@ -331,6 +340,16 @@ class ImageSource(Sequence[np.ndarray]):
         )
 
 
+def _open(file: BinaryIO) -> Image.Image:
+    """Read the header of an image, however many pixels it has; nothing is decoded yet."""
+    with _OPEN_LOCK:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
 def iter_batches(
     source: ImageSource,
     *,
@@ -402,71 +421,6 @@ def iter_batches(
                 yield Batch(list(indices), pixels, list(sizes), ignored)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-
-
-def load_all(
-    source: ImageSource,
-    image_size: int | tuple[int, int],
-    stride: int,
-    *,
-    on_error: str = "raise",
-) -> list[np.ndarray]:
-    """Load all images into memory at the size at which the backbone will see them.
-
-    Parameters
-    ----------
-    source : ImageSource
-        The images.
-    image_size : int or (int, int)
-        Shorter side, or height and width, in pixels.
-    stride : int
-        Stride of the backbone; both sides become multiples of it.
-    on_error : {"raise", "skip"}, default="raise"
-        Whether an image that cannot be used raises its error, or is left out.
-
-    Returns
-    -------
-    list of ndarrays of shape (H, W, 3), uint8
-        Pixels in [0, 255], in the order of ``source``. Sizes differ if aspects do.
-
-    Raises
-    ------
-    AnomalibLiteError
-        For an image that cannot be used, unless ``on_error="skip"``.
-
-    Examples
-    --------
-    >>> [image.shape for image in load_all(ImageSource(np.zeros((2, 60, 99, 3), np.uint8)), 32, 16)]
-    [(32, 48, 3), (32, 48, 3)]
-    """
-    images: dict[int, np.ndarray] = {}
-    for batch in iter_batches(
-        source, image_size=image_size, stride=stride, batch_size=16, on_error=on_error
-    ):
-        images.update(zip(batch.indices, to_uint8(batch.pixels), strict=True))
-    return [images[i] for i in sorted(images)]
-
-
-def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Return pixels as uint8 in [0, 255], from uint8 or from floats in [0, 1]."""
-    return pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8)
-
-
-def by_size(
-    items: Iterable[_Item], size: Callable[[_Item], tuple[int, ...]], most: int
-) -> Iterator[list[_Item]]:
-    """Yield groups of one size, of at most ``most`` items: full ones as soon as they are full.
-
-    >>> list(by_size(["a", "bb", "c", "d", "ee"], lambda word: (len(word),), 2))
-    [['a', 'c'], ['bb', 'ee'], ['d']]
-    """
-    waiting: dict[tuple[int, ...], list[_Item]] = {}
-    for item in items:
-        group = waiting.setdefault(size(item), [])
-        group.append(item)
-        if len(group) == most:
-            yield waiting.pop(size(item))
-    yield from waiting.values()
 
 
 class Embedder(Protocol):

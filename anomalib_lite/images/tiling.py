@@ -33,10 +33,10 @@ Set tile, or overlap=0.
         return
     side = check_int("tile", tile, where, low=16)
     check_int("overlap", overlap, where, low=0, high=side - 1)
-    if not isinstance(image_size, int | np.integer):
+    if isinstance(image_size, tuple | list):
         raise InvalidValueError(
-            f"{where}: image_size must be the side of a tile in the backbone, one whole number, if "
-            f"tile is given, got {image_size!r}."
+            f"{where}: image_size must be the side of a tile in the backbone, one whole number or "
+            f"'auto', if tile is given, got {image_size!r}."
         )
 
 

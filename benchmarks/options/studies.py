@@ -37,7 +37,7 @@ FRONT: dict[str, dict[str, Any]] = {
         ("10,000", {"coreset_size": 10000}),
     )
     if bank != "10 %" or size == 256
-}
+} | {"auto, 5,000": {}}
 # Each option differs from the default in what is given here.
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
