@@ -35,7 +35,7 @@ def make_folders(root: Path) -> tuple[Path, Path]:
     return root / "good", root / "new"
 
 
-def run(good: Path, new: Path, model: Path, image_size: int, false_alarm_rate: float) -> None:
+def run(good: Path, new: Path, model: Path, image_size: int | str, false_alarm_rate: float) -> None:
     detector = PatchCore(image_size=image_size, false_alarm_rate=false_alarm_rate)
     detector.fit(good)
     detector.save(model)
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("good", type=Path, nargs="?", help="folder of good images to learn from")
     parser.add_argument("new", type=Path, nargs="?", help="folder of images to score")
     parser.add_argument("--model", type=Path, help="file to write (default: a temporary one)")
-    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--image-size", type=int, help="default: the images' own, 256 to 448")
     parser.add_argument("--false-alarm-rate", type=float, default=0.01)
     arguments = parser.parse_args()
     if arguments.good is not None and arguments.new is None:
@@ -70,7 +70,7 @@ def main() -> None:
             good, new = make_folders(Path(directory))
             run(good, new, model, image_size=64, false_alarm_rate=0.1)
         else:
-            image_size, rate = arguments.image_size, arguments.false_alarm_rate
+            image_size, rate = arguments.image_size or "auto", arguments.false_alarm_rate
             run(arguments.good, arguments.new, model, image_size, rate)
 
 

@@ -223,7 +223,7 @@ class TestFit:
             ("--backbone resnet18x", "'resnet18x' is not known to timm .* Did you mean 'resnet18"),
             ("--index flatt", "Did you mean 'flat'"),
             ("--layers blocks.99", "layer 'blocks.99' does not exist"),
-            ("--image-size 64x64x3", "--image-size: must be a whole number or HxW"),
+            ("--image-size 64x64x3", "--image-size: must be a whole number, HxW or auto"),
             ("--foreground maybe", "--foreground: must be yes or no, got 'maybe'"),
             ("--position-window -1", "position_window must be a whole number"),
             ("--augment mirror", "augment must be None, one of"),

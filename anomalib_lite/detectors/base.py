@@ -610,9 +610,13 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
 
     def _size_for(self, images: ImageSource) -> int | tuple[int, int]:
         """Return the size at which images like these go through the backbone."""
-        if isinstance(self.image_size, str):
+        given = self.image_size
+        if isinstance(given, str):
             return own_image_size(images, self.tile)
-        return self.image_size
+        if isinstance(given, int | np.integer):
+            return int(given)
+        height, width = given
+        return int(height), int(width)
 
     def _open_to_fit(
         self, images: ImageSource, size: int | tuple[int, int], random: np.random.RandomState
@@ -662,8 +666,9 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         tensors, header = super()._describe(include_backbone)
         self._describe_transform(tensors, header)
         tensors["calibration_scores"] = self.calibration_scores_
-        if hasattr(self, "image_size_"):  # not after fit_embeddings
-            header["state"]["image_size"] = self.image_size_
+        size = getattr(self, "image_size_", self.image_size)  # none after fit_embeddings
+        if size != self.image_size:
+            header["state"]["image_size"] = size
         if hasattr(self._learner(), "map_statistics_"):
             tensors["map_statistics"] = self._learner().map_statistics_
             header["state"]["map_threshold"] = self._learner().map_threshold_
@@ -684,7 +689,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
     ) -> Self:
         detector = super()._restore(parameters, arrays, state, members)
         detector.calibration_scores_ = arrays["calibration_scores"]
-        size = state.get("image_size", detector.image_size)  # older files have no other
+        size = state.get("image_size", detector.image_size)
         if not isinstance(size, str):
             detector.image_size_ = tuple(size) if isinstance(size, list) else size
         if detector.image_score == "structure":
