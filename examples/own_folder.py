@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("good", type=Path, nargs="?", help="folder of good images to learn from")
     parser.add_argument("new", type=Path, nargs="?", help="folder of images to score")
     parser.add_argument("--model", type=Path, help="file to write (default: a temporary one)")
-    parser.add_argument("--image-size", type=int, help="default: the images' own, 256 to 448")
+    parser.add_argument("--image-size", type=int, help="default: by the images' own")
     parser.add_argument("--false-alarm-rate", type=float, default=0.01)
     arguments = parser.parse_args()
     if arguments.good is not None and arguments.new is None:

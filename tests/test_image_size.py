@@ -1,4 +1,4 @@
-"""image_size="auto": images go through the backbone at their own size, within bounds."""
+"""image_size="auto": the size in the backbone goes by that of the images."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from PIL import Image
 from anomalib_lite import GatedCascade, MahalanobisVFM, PatchCore, ProductRouter, load, lora
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images import ImageSource
-from anomalib_lite.images.sizing import own_image_size
+from anomalib_lite.images.sizing import choose_image_size
 
 
 class Shades(torch.nn.Module):
@@ -39,10 +39,10 @@ def patchcore(**parameters):
 
 
 @pytest.mark.parametrize(
-    ("side", "expected"), [(40, 256), (256, 256), (301, 301), (448, 448), (2000, 448)]
+    ("side", "expected"), [(40, 256), (159, 256), (160, 320), (511, 320), (512, 448), (2000, 448)]
 )
-def test_it_is_the_shorter_side_within_bounds(side, expected):
-    assert own_image_size(ImageSource(np.zeros((1, side, side + 7, 3), np.uint8))) == expected
+def test_it_goes_by_the_shorter_side(side, expected):
+    assert choose_image_size(ImageSource(np.zeros((1, side, side + 7, 3), np.uint8))) == expected
 
 
 def test_every_form_of_an_image_has_its_size(tmp_path):
@@ -61,29 +61,29 @@ def test_every_form_of_an_image_has_its_size(tmp_path):
         str(tmp_path / "b.jpg"),
     ]
     for form in forms:
-        assert own_image_size(ImageSource([form])) == 300
+        assert choose_image_size(ImageSource([form])) == 320
 
 
 def test_it_is_the_median_and_what_cannot_be_read_does_not_count(tmp_path):
-    sides = [280, 290, 300, 400, 440]
+    sides = [100, 150, 300, 900, 940]
     for i, side in enumerate(sides):
         Image.new("RGB", (side, 500)).save(tmp_path / f"{i}.png")
     (tmp_path / "5.png").write_bytes(b"no image")
     (tmp_path / "6.png").touch()
-    assert own_image_size(ImageSource(tmp_path)) == 300
+    assert choose_image_size(ImageSource(tmp_path)) == 320
 
 
 def test_a_file_larger_than_pillow_warns_of_is_measured_silently(tmp_path, recwarn):
     Image.new("1", (20_000, 10_000)).save(tmp_path / "large.png")
-    assert own_image_size(ImageSource([tmp_path / "large.png"])) == 448
+    assert choose_image_size(ImageSource([tmp_path / "large.png"])) == 448
     assert not recwarn.list
 
 
 def test_scores_are_those_of_that_size_as_a_number():
     good, new = photos(12, 300, 340), photos(3, 200, 240, seed=1)
-    auto, number = patchcore().fit(good), patchcore(image_size=300).fit(good)
+    auto, number = patchcore().fit(good), patchcore(image_size=320).fit(good)
     assert auto.image_size == "auto"
-    assert auto.image_size_ == number.image_size_ == 300
+    assert auto.image_size_ == number.image_size_ == 320
     np.testing.assert_array_equal(auto.score(new), number.score(new))
 
 
@@ -93,8 +93,8 @@ def test_what_is_fitted_keeps_its_size():
     detector.image_size = 64  # is for the next fit
     np.testing.assert_array_equal(detector.score(photos(3, 300, 340, seed=1)), before)
     detector.image_size = "auto"
-    assert detector.partial_fit(photos(6, 400, 400, seed=2)).image_size_ == 300
-    assert detector.fit(photos(12, 400, 400)).image_size_ == 400
+    assert detector.partial_fit(photos(6, 600, 600, seed=2)).image_size_ == 320
+    assert detector.fit(photos(12, 100, 140)).image_size_ == 256
 
 
 @pytest.mark.parametrize("size", ["auto", 280, (272, 336)])
@@ -102,22 +102,22 @@ def test_it_is_saved(tmp_path, size):
     detector = patchcore(image_size=size).fit(photos(12, 290, 340))
     detector.save(tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors", backbone=detector.backbone)
-    assert again.image_size_ == {"auto": 290}.get(str(size), size)
+    assert again.image_size_ == {"auto": 320}.get(str(size), size)
     new = photos(3, 200, 240, seed=1)
     np.testing.assert_array_equal(detector.score(new), again.score(new))
 
 
 def test_a_tile_has_its_own_size():
     wall = photos(8, 900, 900)
-    assert patchcore(tile=320, overlap=32).fit(wall).image_size_ == 320
-    assert patchcore(tile=600).fit(wall).image_size_ == 448
+    assert patchcore(tile=300, overlap=32).fit(wall).image_size_ == 320
+    assert patchcore(tile=512).fit(wall).image_size_ == 448
 
 
 def test_a_router_takes_the_largest_size_of_its_products():
-    products = {"small": photos(8, 200, 240), "large": photos(8, 320, 340, seed=1)}
+    products = {"small": photos(8, 120, 140), "large": photos(8, 320, 340, seed=1)}
     router = ProductRouter(patchcore(), unknown_rate=0.2).fit(products)
     assert {d.image_size_ for d in router.detectors_.values()} == {320}
-    router.add({"huge": photos(8, 500, 500, seed=2)})
+    router.add({"huge": photos(8, 600, 600, seed=2)})
     assert {d.image_size_ for d in router.detectors_.values()} == {320}
 
 
@@ -134,9 +134,9 @@ def test_an_adapter_learns_at_that_size(monkeypatch):
     detector = MahalanobisVFM(
         vit, image_size="auto", adapt="lora", epochs=1, false_alarm_rate=0.2, rank=1
     )
-    detector.fit(photos(8, 272, 272))
-    assert sizes == [272]
-    assert detector.image_size_ == 272
+    detector.fit(photos(8, 160, 160))
+    assert sizes == [320]
+    assert detector.image_size_ == 320
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.images.augmentation import AugmentedSource
 from anomalib_lite.images.embeddings import Embeddings, embed_all, stack
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image, read_ignore_mask
-from anomalib_lite.images.sizing import own_image_size
+from anomalib_lite.images.sizing import choose_image_size
 
 __all__ = ["BaseDetector", "DetectorMixin"]
 
@@ -612,7 +612,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         """Return the size at which images like these go through the backbone."""
         given = self.image_size
         if isinstance(given, str):
-            return own_image_size(images, self.tile)
+            return choose_image_size(images, self.tile)
         if isinstance(given, int | np.integer):
             return int(given)
         height, width = given

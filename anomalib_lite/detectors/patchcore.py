@@ -94,8 +94,8 @@ default="concat"
         direction, as AnomalyDINO and RAD do; meant for vision transformers.
     image_size : int, (int, int) or "auto", default="auto"
         Size at which images go through the backbone. An int is the shorter side in pixels, the
-        aspect is kept; a pair (H, W) is exact. ``"auto"`` is the shorter side of the images to fit
-        on, but at least 256 and at most 448 pixels; it is in ``image_size_`` then.
+        aspect is kept; a pair (H, W) is exact. ``"auto"`` depends on the shorter side of the images
+        to fit on: 256 if that is below 160 pixels, 320 if below 512, else 448; see ``image_size_``.
     tile : int, optional
         Side in pixels of the squares that large images are cut into; each goes through the
         backbone at ``image_size``, no pair, so small defects keep their size. All tiles share one

@@ -39,7 +39,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "PatchCore": {
         "fast": Preset({"image_size": 192, "coreset_size": 1000}, _OURS),
         "accurate": Preset(
-            {"backbone": "efficientnet_lite2", "fusion": "per_layer"}, "benchmarks/accuracy"
+            {"backbone": "efficientnet_lite2", "image_size": 384, "fusion": "per_layer"},
+            "benchmarks/accuracy",
         ),
         "paper": Preset(
             {

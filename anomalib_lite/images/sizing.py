@@ -7,16 +7,15 @@ import numpy as np
 from anomalib_lite.errors import AnomalibLiteError
 from anomalib_lite.images._source import ImageSource
 
-__all__ = ["SIZES", "own_image_size"]
+__all__ = ["choose_image_size"]
 
-# Below the smallest a network sees too few patches; above the largest its time grows faster than
-# accuracy does.
-SIZES = (256, 448)
+# From this shorter side of the images on, in pixels -> shorter side in the backbone.
+_SIZES = ((0, 256), (160, 320), (512, 448))
 _AT_MOST = 64  # images that are looked at: their median hardly changes with more
 
 
-def own_image_size(source: ImageSource, tile: int | None = None) -> int:
-    """Return the shorter side that images have themselves, within what a network works well at.
+def choose_image_size(source: ImageSource, tile: int | None = None) -> int:
+    """Return a size for the backbone that suits the images' own.
 
     Parameters
     ----------
@@ -29,18 +28,19 @@ def own_image_size(source: ImageSource, tile: int | None = None) -> int:
     Returns
     -------
     int
-        Median of their shorter sides (or of ``tile``, where that is less), in pixels, but at least
-        256 and at most 448.
+        Shorter side in pixels. If the median of the shorter sides of the images (or ``tile``,
+        where that is less) is below 160, 256; below 512, 320; from 512 on, 448.
 
     Notes
     -----
-    More pixels than an image has bring time, and hardly accuracy; fewer lose small defects.
-    ``docs/options.md`` of the repository has figures.
+    The sizes are few, and none is nearly that of the image: an image that is resized by one or two
+    per cent is sharp in some places and blurred in others. ``docs/options.md`` of the repository
+    has figures.
 
     Examples
     --------
-    >>> [own_image_size(ImageSource(np.zeros((s, 600), np.uint8))) for s in (60, 300, 500)]
-    [256, 300, 448]
+    >>> [choose_image_size(ImageSource(np.zeros((s, 999), np.uint8))) for s in (60, 300, 800)]
+    [256, 320, 448]
     """
     n = len(source)
     sides = []
@@ -50,4 +50,5 @@ def own_image_size(source: ImageSource, tile: int | None = None) -> int:
         except AnomalibLiteError:  # fit will say so, or skip it
             continue
         sides.append(side if tile is None else min(side, tile))
-    return int(np.clip(np.median(sides or [SIZES[0]]), *SIZES))
+    median = np.median(sides or [0])
+    return max(size for least, size in _SIZES if median >= least)

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "options"), str(HERE.parents[1])]
 
 CATEGORIES = ("magnetic_tile", "PA_BRG03_TL", "elpv_mono", "elpv_poly", "textile")
-LITE2 = {"backbone": "efficientnet_lite2"}
+LITE2: dict[str, Any] = {"backbone": "efficientnet_lite2", "image_size": 384}
 CANDIDATES: dict[str, dict[str, Any]] = {
     "default": {},
     "10,000 patches": {"coreset_size": 10_000},

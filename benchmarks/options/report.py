@@ -15,7 +15,7 @@ import pandas as pd
 from sources import GROUPS
 
 WITH_MASKS = ("tiles", "papers")
-OURS = "384, 5,000"
+OURS = "auto, 5,000"
 
 
 def read(path: Path) -> pd.DataFrame:

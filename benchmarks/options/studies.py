@@ -42,6 +42,7 @@ FRONT: dict[str, dict[str, Any]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "before: 256 pixels, 10 %": BEFORE,
+    "image_size=384": {"image_size": 384},
     "image_score='smoothed'": {"image_score": "smoothed"},
     "image_score='top1%'": {"image_score": "top1%"},
     "image_score='top0.1% pixels'": {"image_score": "top0.1% pixels"},
@@ -64,10 +65,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "augment='flips'": {"augment": "flips"},
     "foreground=True": {"foreground": True},
     "PaDiM": {"detector": "PaDiM", "image_size": (256, 256)},
+    "PaDiM, (320, 320)": {"detector": "PaDiM", "image_size": (320, 320)},
     "MahalanobisVFM": {"detector": "MahalanobisVFM"},
-    "MahalanobisVFM, 384": {"detector": "MahalanobisVFM", "image_size": 384},
+    "MahalanobisVFM, auto": {"detector": "MahalanobisVFM", "image_size": "auto"},
     "SubspaceAD": {"detector": "SubspaceAD"},
-    "SubspaceAD, 384": {"detector": "SubspaceAD", "image_size": 384},
+    "SubspaceAD, auto": {"detector": "SubspaceAD", "image_size": "auto"},
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
