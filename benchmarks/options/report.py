@@ -71,8 +71,8 @@ def draw_front(frame: pd.DataFrame, times: pd.DataFrame, baseline: str, path: Pa
     from matplotlib import pyplot as plt
 
     frame = frame[frame["option"].isin(set(times["option"]))]
-    sizes = (256, 320, 384, 448)
-    colours = dict(zip(sizes, ("#0072B2", "#009E73", "#E69F00", "#CC79A7"), strict=True))
+    sizes = ("256", "320", "384", "448", "auto")
+    colours = dict(zip(sizes, ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#000000"), strict=True))
     markers = {"10 %": "s", "1 %": "v", "2,000": "o", "5,000": "D", "10,000": "^"}
     table = summarize(frame, baseline)
     figure, panels = plt.subplots(2, 4, figsize=(15, 7.2), layout="constrained")
@@ -85,7 +85,7 @@ def draw_front(frame: pd.DataFrame, times: pd.DataFrame, baseline: str, path: Pa
             size, bank = str(option).split(", ", 1)
             ours = option == OURS
             panel.scatter(
-                x[option], value, s=130 if ours else 55, color=colours[int(size)],
+                x[option], value, s=130 if ours else 55, color=colours[size],
                 marker=markers[bank], edgecolor="black" if ours else "none", zorder=3,
             )  # fmt: skip
         panel.set(title=title, xlabel="ms per image", xscale="log")
@@ -95,7 +95,7 @@ def draw_front(frame: pd.DataFrame, times: pd.DataFrame, baseline: str, path: Pa
         panel.xaxis.set_minor_formatter("{x:g}")
         panel.tick_params(axis="x", which="minor", labelsize=7)
     panels.flat[-1].axis("off")
-    handles = [plt.Line2D([], [], ls="", marker="o", color=c, label=f"{s} pixels")
+    handles = [plt.Line2D([], [], ls="", marker="o", color=c, label=f"{s} pixels".replace("auto pixels", "auto"))
                for s, c in colours.items()]  # fmt: skip
     handles += [plt.Line2D([], [], ls="", marker=m, color="0.4", label=f"bank: {b}")
                 for b, m in markers.items()
