@@ -95,7 +95,7 @@ def draw_front(frame: pd.DataFrame, times: pd.DataFrame, baseline: str, path: Pa
         panel.xaxis.set_minor_formatter("{x:g}")
         panel.tick_params(axis="x", which="minor", labelsize=7)
     panels.flat[-1].axis("off")
-    handles = [plt.Line2D([], [], ls="", marker="o", color=c, label=f"{s} pixels".replace("auto pixels", "auto"))
+    handles = [plt.Line2D([], [], ls="", marker="o", color=c, label=s)
                for s, c in colours.items()]  # fmt: skip
     handles += [plt.Line2D([], [], ls="", marker=m, color="0.4", label=f"bank: {b}")
                 for b, m in markers.items()
