@@ -465,7 +465,9 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         if self.fusion == "per_layer":
             model = known.copied() if known is not None else LayerModels.of(fresh)
             fresh.layer_models_ = model
-        empty = model._make_accumulator(shards.shape, shards.n_images, shards.in_flight, random)
+        joins = model._scores_are_monotone()  # so do the images held back, in the end
+        n_images = shards.n_images if joins else shards.n_to_fit
+        empty = model._make_accumulator(shards.shape, n_images, shards.in_flight, random)
         removed = model._remove_calibration_patches() if update else None
         # Fit on the images that are not held back.
         accumulated = copy.copy(empty)
@@ -475,7 +477,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         fitted = model._fit_accumulated(accumulated, random)
         # Calibrate with scores of images that were not fitted on.
         scores: list[Any]
-        joins, accumulated = model._scores_are_monotone(), copy.copy(empty)
+        accumulated = copy.copy(empty)
         if self.calibration == "leave_one_out":
             scores = [model._score_left_out(shards.embeddings, fitted)]
         else:  # if scores can only fall, old ones are at least as large as they would be now

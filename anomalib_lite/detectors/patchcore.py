@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -29,11 +28,7 @@ from anomalib_lite.detectors._foreground import (
     object_patches,
     sample_bytes,
 )
-from anomalib_lite.detectors._patch_accumulator import (
-    PatchAccumulator,
-    plan_patches,
-    planned_ratio,
-)
+from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
 from anomalib_lite.detectors._position_window import (
     WindowedBank,
     check_position_window,
@@ -42,10 +37,9 @@ from anomalib_lite.detectors._position_window import (
 )
 from anomalib_lite.detectors._reweighting import SUPPORT_SIZE, reweight_by_bank
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.fitting import Accumulator
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
-from anomalib_lite.images.embeddings import Embeddings, patch_rows, unit_rows
+from anomalib_lite.images.embeddings import Embeddings, unit_rows
 from anomalib_lite.images.tiling import check_tiles
 from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
 
@@ -110,8 +104,10 @@ default="concat"
         ``position_window`` only ``"brightness"``, since the others move patches.
     coreset_size : int, default=5000
         Number of patches kept in the bank, from all images together; all of them if there are
-        fewer. Images held back for calibration, which join the bank afterwards, and those of a
-        later :meth:`partial_fit` add the same share of their patches: later images make the bank
+        fewer. Of these, images held back for calibration, which join the bank afterwards, add as
+        large a part as they are of the images. The bank has exactly this number, or one more, for
+        images of any sizes, except with ``memory_budget``; see Notes. Images of a later
+        :meth:`partial_fit` add a share of ``coreset_ratio_`` of their patches: they make the bank
         larger, also if few came first and all of their patches were kept.
     coreset_ratio : float, optional
         Share of all patches kept in the bank, in (0, 1], in place of ``coreset_size``.
@@ -196,7 +192,8 @@ default="max"
     n_features_ : int
         Length of an embedding, after ``feature_dim``.
     coreset_ratio_ : float
-        Share of the patches that was kept.
+        Share kept of the patches of all images of :meth:`fit`, also of those held back that have
+        joined the bank. It stays in :meth:`partial_fit`, which keeps this share of later ones.
     foreground_ : ndarray of shape (D + 1,), float32
         With ``foreground=True``: a direction, and the number above which a patch's product with
         it lies on the object.
@@ -236,7 +233,10 @@ default="max"
     almost as Accurately as Sequentially", PVLDB 2019). That largest
     radius is ``memory_bank_.covering_radius_``: an upper bound then, and the radius itself if all
     patches fit. The bounds of those papers, within a constant of the best, would need as many
-    patches from each shard as the whole bank has.
+    patches from each shard as the whole bank has. Of ``coreset_size``, each shard keeps as large a
+    part as its images are of all, whatever their sizes; those that cannot be read take no part, as
+    the others of their shard keep more. The bank has fewer patches than ``coreset_size`` only if a
+    shard has fewer than its part: if its images are much smaller than others, or none can be read.
 
     With ``position_window``, a patch of cell c has the score :math:`\\min \\|x - m\\|` over the
     bank patches m at most r(c) cells away in row and in column. r(c) is the window, or as much
@@ -344,6 +344,7 @@ default="max"
         self.verbose = verbose
 
     _asking = ("feature_dim", "whiten")
+    _n_seen = 0  # patches that ``coreset_ratio_`` is a share of
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -384,44 +385,39 @@ default="max"
         n_images: int | None,
         in_flight: int,
         random: np.random.RandomState,
-    ) -> AllPatches | PatchAccumulator:
+    ) -> PatchAccumulator:
         height, width, n_features = shape
         bank = getattr(self, "memory_bank_", None)
         grid = None
         if self.position_window is not None:
             grid = bank.grid if isinstance(bank, WindowedBank) else (height, width)
         samples = bool(self.foreground) and bank is None
-        options: dict[str, Any] = {"normalize": bool(self.normalize), "grid": grid}
-        joins = self.index == "flat" and self.image_score not in _MAY_RISE
-        options |= {"samples": samples, "n_to_come": (n_images or 0) if joins else 0}
-        ratio = self.coreset_ratio  # else that of the images before
+        ratio = self.coreset_ratio  # else that of the images before, and at first coreset_size
         ratio = getattr(self, "coreset_ratio_", None) if ratio is None else float(ratio)
-        if ratio is None:
-            options["size"] = int(self.coreset_size)
-        if self.memory_budget is None:
-            return AllPatches(ratio=1.0 if ratio is None else ratio, **options)
-        if ratio is None:
-            ratio = planned_ratio(self.coreset_size, n_images, height * width)
-        plan = plan_patches(
-            check_memory("memory_budget", self.memory_budget, "PatchCore"),
-            patches=height * width,
-            n_features=n_features if grid is None else n_features + 4,  # with room for places
-            ratio=ratio,
-            size_given=self.coreset_ratio is None,
-            n_images=n_images,
-            in_flight=in_flight + (sample_bytes(n_features) if samples else 0),
-            present=0 if bank is None else len(bank.embeddings_),
-        )
+        share: dict[str, Any] = {"ratio": ratio, "n_images": n_images}
+        share["size"] = int(self.coreset_size) if ratio is None else None
+        plan = None
+        if self.memory_budget is not None:
+            plan = plan_patches(
+                check_memory("memory_budget", self.memory_budget, "PatchCore"),
+                patches=height * width,
+                n_features=n_features if grid is None else n_features + 4,  # with room for places
+                in_flight=in_flight + (sample_bytes(n_features) if samples else 0),
+                present=0 if bank is None else len(bank.embeddings_),
+                **share,
+            )
         seed = int(copy.deepcopy(random).randint(2**31))  # with a budget or without: the same draws
-        return PatchAccumulator(n_features, self.coreset, ratio, seed, plan, **options)
+        options: dict[str, Any] = {"normalize": bool(self.normalize), "grid": grid}
+        options |= {"samples": samples, **share}
+        return PatchAccumulator(n_features, self.coreset, seed, plan, **options)
 
     def _fit_accumulated(
-        self, accumulated: AllPatches | PatchAccumulator, random: np.random.RandomState
+        self, accumulated: PatchAccumulator, random: np.random.RandomState
     ) -> np.ndarray | None:
         """Add a coreset of the patches to the bank; return which of them were kept, if known."""
         bank = getattr(self, "memory_bank_", None)
         device, kept = device_of(self.device, "PatchCore"), None
-        self.coreset_ratio_ = accumulated.ratio
+        self._count(accumulated)
         if bank is None and accumulated.sample is not None:
             self.foreground_ = learn_foreground(accumulated.sample, "PatchCore")
         if accumulated.thinned:
@@ -430,7 +426,7 @@ default="max"
         else:
             coreset = select_coreset(
                 accumulated.rows,
-                max(1, round(self.coreset_ratio_ * len(accumulated.rows))),
+                max(1, round(accumulated.ratio * len(accumulated.rows))),
                 method=self.coreset,
                 random_state=random,
                 existing=None if bank is None else self._existing_patches(),
@@ -464,6 +460,16 @@ default="max"
         self.memory_bank_.covering_radius_ = radius
         self.n_absorbed_ = 0
         return kept
+
+    def _count(self, accumulated: PatchAccumulator) -> None:
+        """Take note of the share kept of all patches that have come; in an update it stays."""
+        known, n_before = getattr(self, "coreset_ratio_", None), self._n_seen
+        if known is None or accumulated.size is None:
+            self.coreset_ratio_, self._n_seen = accumulated.ratio, accumulated.n_seen
+        else:  # held back are images of other sizes, or with other regions to ignore
+            self._n_seen += accumulated.n_seen
+            kept = known * n_before + accumulated.ratio * accumulated.n_seen
+            self.coreset_ratio_ = kept / self._n_seen
 
     def _windowed_bank(
         self, rows: np.ndarray, cells: np.ndarray, grid: Any, device: str = "cpu"
@@ -560,7 +566,7 @@ default="max"
     def _add_calibration_patches(
         self,
         removed: MemoryBank | None,
-        accumulated: AllPatches | PatchAccumulator,
+        accumulated: PatchAccumulator,
         random: np.random.RandomState,
     ) -> None:
         n_fitted = len(self.memory_bank_.embeddings_)
@@ -605,46 +611,3 @@ default="max"
             self.foreground_ = arrays["foreground"]
             if self.foreground_.shape != (self.n_features_ + 1,):
                 raise ValueError(f"foreground has shape {self.foreground_.shape}")
-
-
-@dataclass
-class AllPatches(Accumulator):
-    """All patches of all images; they come in one shard."""
-
-    rows: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    n_seen: int = 0
-    n_images: int = 0
-    n_to_come: int = 0
-    size: int | None = None
-    ratio: float = 1.0
-    radius: float = 0.0
-    thinned: bool = False
-    normalize: bool = False
-    grid: tuple[int, int] | None = None  # in which the places of the patches are kept
-    cells: np.ndarray | None = None  # where the patches lie
-    samples: bool = False  # whether to take a sample of the first images
-    sample: PatchSample | None = None
-
-    def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
-        """Return an accumulator of the shard's patches."""
-        rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
-        cells = None if self.grid is None else patch_cells(E, self.grid)
-        sample = PatchSample.of(E, position, self.normalize) if self.samples else None
-        return replace(
-            self, rows=rows, n_seen=len(rows), n_images=len(E), cells=cells, sample=sample
-        )
-
-    def merge(self, other: Self) -> None:
-        """Take over the patches of the other; or append them, if there are some already."""
-        self.rows = np.concatenate([self.rows, other.rows]) if self.n_seen else other.rows
-        if self.cells is None or other.cells is None:
-            self.cells = other.cells
-        else:
-            self.cells = np.concatenate([self.cells, other.cells])
-        if other.sample is not None:
-            self.sample = other.sample if not self.sample else self.sample.merged_with(other.sample)
-        self.n_seen += other.n_seen
-        self.n_images += other.n_images
-        if self.size is not None:  # images held back will add as large a share
-            share = self.n_images / (self.n_to_come or self.n_images)
-            self.ratio = min(1.0, self.size * share / max(1, self.n_seen))

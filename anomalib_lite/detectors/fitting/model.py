@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from abc import ABC, ABCMeta, abstractmethod
@@ -42,6 +43,7 @@ class Accumulator(ABC):
 
     images_per_shard: int = sys.maxsize  # images whose embeddings are in memory at a time
     channels: np.ndarray | None = None  # channels of the embeddings that are used; None for all
+    files: range = range(0)  # numbers of the shard's images, and of those that could not be used
 
     @abstractmethod
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
@@ -97,7 +99,8 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         shape : (h, w, D)
             Shape of the embeddings of the first image.
         n_images : int or None
-            Number of images; None if it is not known in advance.
+            Number of images that are accumulated, also of those held back if they join the model
+            afterwards; None if it is not known in advance.
         in_flight : int
             Bytes of memory taken beside the embeddings of a shard: batches of images, network.
         random : RandomState
@@ -266,8 +269,12 @@ class ShardTask:
             return self.empty.channels
         return None if self.model is None else self.model._channels
 
-    def __call__(self, E: Embeddings, position: int) -> ShardResult:
-        """Carry out the task; ``position`` is that of the shard's first image."""
+    def __call__(self, E: Embeddings, position: int, files: range | None = None) -> ShardResult:
+        """Carry out the task; ``position`` is that of the shard's first image.
+
+        ``files`` are the numbers of its images and of those that could not be used; by default all
+        could.
+        """
         result = ShardResult()
         if len(E) == 0:
             return result
@@ -275,7 +282,9 @@ class ShardTask:
             result.scores = self.model._image_scores(E)
         if self.empty is not None:
             existing = None if self.model is None else self.model._existing_patches()
-            result.accumulated = self.empty.accumulate(E, position, existing)
+            empty = copy.copy(self.empty)
+            empty.files = range(position, position + len(E)) if files is None else files
+            result.accumulated = empty.accumulate(E, position, existing)
         return result
 
 
@@ -284,6 +293,7 @@ class ShardSource(ABC):
 
     shape: tuple[int, ...]  # (h, w, D) of the first image
     n_images: int | None  # None if it is not known in advance
+    n_to_fit: int | None  # of these, the images that are not held back
     in_flight = 0  # bytes of memory taken beside the embeddings of a shard
     embeddings: Embeddings = []  # noqa: RUF012  # of the images to fit on, if all are in memory
 
@@ -301,7 +311,7 @@ class InMemory(ShardSource):
 
     def __init__(self, E: Embeddings, n_held_back: int) -> None:
         self.n_images, self.shape = len(E), E[0].shape
-        n_to_fit = len(E) - n_held_back
+        self.n_to_fit = n_to_fit = len(E) - n_held_back
         held: Any = E[n_to_fit:]
         if isinstance(E, list):  # arrays are moved, so that none is in memory twice
             del E[n_to_fit:]
