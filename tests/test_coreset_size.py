@@ -108,8 +108,13 @@ def test_files_that_cannot_be_read_take_no_share(
     images += [tmp_path / f"gone{i}.png" for i in range(100)]
     detector = PatchCore(
         nn.PixelUnshuffle(4),
-        **{"image_size": 32, "dtype": "float32", "device": "cpu", "on_error": "skip"},
-        **{"coreset_size": 300, "false_alarm_rate": 0.1, "memory_budget": budget},
+        image_size=32,
+        dtype="float32",
+        device="cpu",
+        on_error="skip",
+        coreset_size=300,
+        false_alarm_rate=0.1,
+        memory_budget=budget,
         n_jobs=n_jobs,
     )
     detector.fit(images)

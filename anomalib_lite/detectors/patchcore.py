@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from anomalib_lite.anomaly_map import check_image_score, image_scores
 from anomalib_lite.coreset import METHODS, select_coreset
 from anomalib_lite.coreset import coreset_size as check_share
 from anomalib_lite.detectors._foreground import (
-    PatchSample,
     check_foreground,
     learn_foreground,
     object_patches,
