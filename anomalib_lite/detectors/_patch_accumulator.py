@@ -15,7 +15,8 @@ from anomalib_lite.detectors._foreground import PatchSample
 from anomalib_lite.detectors._position_window import patch_cells
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.errors import InvalidValueError
-from anomalib_lite.images.embeddings import Embeddings, patch_rows, unit_rows
+from anomalib_lite.fusion import unit_rows
+from anomalib_lite.images.embeddings import Embeddings, patch_rows
 
 __all__ = ["PatchAccumulator", "Plan", "plan_patches"]
 

@@ -37,8 +37,9 @@ from anomalib_lite.detectors._position_window import (
 from anomalib_lite.detectors._reweighting import SUPPORT_SIZE, reweight_by_bank
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.fusion import unit_rows
 from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
-from anomalib_lite.images.embeddings import Embeddings, unit_rows
+from anomalib_lite.images.embeddings import Embeddings
 from anomalib_lite.images.tiling import check_tiles
 from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
 
