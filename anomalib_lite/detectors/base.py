@@ -456,16 +456,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
 
         A copy is fitted, so that after an error this detector is as before.
         """
-        fresh = copy.copy(self)
-        if not update:
-            for name in [n for n in vars(fresh) if n.endswith("_")]:
-                delattr(fresh, name)
-            fresh.n_features_ = shards.shape[-1]
-        fresh.transform_, known, model = transform, fresh.layer_models_, cast(EmbeddingModel, fresh)
-        fresh.layer_models_ = None
-        if self.fusion == "per_layer":
-            model = known.copied() if known is not None else LayerModels.of(fresh)
-            fresh.layer_models_ = model
+        fresh, model = self._copy_to_fit(shards.shape[-1], update, transform)
         joins = model._scores_are_monotone()  # so do the images held back, in the end
         n_images = shards.n_images if joins else shards.n_to_fit
         empty = model._make_accumulator(shards.shape, n_images, shards.in_flight, random)
@@ -504,6 +495,22 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         if joins:
             model._add_calibration_patches(removed, accumulated, random)
         self.__dict__ = fresh.__dict__  # nothing of an earlier fit is left
+
+    def _copy_to_fit(
+        self, n_features: int, update: bool, transform: EmbeddingTransform | None
+    ) -> tuple[Self, EmbeddingModel]:
+        """Return a copy, without what was learned unless for an update; and what learns in it."""
+        fresh = copy.copy(self)
+        if not update:
+            for name in [n for n in vars(fresh) if n.endswith("_")]:
+                delattr(fresh, name)
+            fresh.n_features_ = n_features
+        fresh.transform_, known, model = transform, fresh.layer_models_, cast(EmbeddingModel, fresh)
+        fresh.layer_models_ = None
+        if self.fusion == "per_layer":
+            model = known.copied() if known is not None else LayerModels.of(fresh)
+            fresh.layer_models_ = model
+        return fresh, model
 
     def _fit_images(self, images: Any, y: Any, ignore_mask: Any, update: bool = False) -> Self:
         """Embed normal images, the ones to hold back for calibration last, and fit on them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ from anomalib_lite.detectors._foreground import (
 )
 from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
 from anomalib_lite.detectors._position_window import (
-    WindowedBank,
+    PatchBank,
     check_position_window,
-    patch_cells,
     window_reach,
 )
 from anomalib_lite.detectors._reweighting import SUPPORT_SIZE, reweight_by_bank
@@ -41,7 +39,7 @@ from anomalib_lite.fusion import unit_rows
 from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
 from anomalib_lite.images.embeddings import Embeddings
 from anomalib_lite.images.tiling import check_tiles
-from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
+from anomalib_lite.memory_bank import check_index, serialize
 
 __all__ = ["PatchCore"]
 
@@ -160,7 +158,7 @@ default="max"
     memory_budget : int or str, optional
         Most memory that :meth:`fit` may take above the idle process, in bytes or as "512MB",
         "2GB" or "1GiB", for any number of images. If not all patches fit, the images are taken in
-        shards, and ``coreset_ratio`` of the patches of each shard is kept; see Notes. Not with
+        shards, and a coreset of the patches of each shard is kept; see Notes. Not with
         ``calibration="leave_one_out"``.
     n_jobs : int, optional
         Number of workers that embed the images of :meth:`fit`, through joblib: processes of this
@@ -390,7 +388,7 @@ default="max"
         bank = getattr(self, "memory_bank_", None)
         grid = None
         if self.position_window is not None:
-            grid = bank.grid if isinstance(bank, WindowedBank) else (height, width)
+            grid = (height, width) if bank is None else bank.grid
         samples = bool(self.foreground) and bank is None
         ratio = self.coreset_ratio  # else that of the images before, and at first coreset_size
         ratio = getattr(self, "coreset_ratio_", None) if ratio is None else float(ratio)
@@ -453,10 +451,7 @@ default="max"
                 f"PatchCore: n_neighbors={self.n_neighbors} is more than the {len(rows)} patches "
                 f"that {kept_by} keeps."
             )
-        if cells is None:
-            self.memory_bank_ = MemoryBank(**self._bank_parameters(device)).fit(rows)
-        else:
-            self.memory_bank_ = self._windowed_bank(rows, cells, accumulated.grid, device)
+        self.memory_bank_ = self._bank_of(rows, cells, accumulated.grid, device)
         self.memory_bank_.covering_radius_ = radius
         self.n_absorbed_ = 0
         return kept
@@ -471,21 +466,19 @@ default="max"
             kept = known * n_before + accumulated.ratio * accumulated.n_seen
             self.coreset_ratio_ = kept / self._n_seen
 
-    def _windowed_bank(
-        self, rows: np.ndarray, cells: np.ndarray, grid: Any, device: str = "cpu"
-    ) -> WindowedBank:
-        assert self.position_window is not None
-        reach = window_reach(cells, grid, int(self.position_window), self.n_neighbors)
-        return WindowedBank(**self._bank_parameters(device)).fit(rows).place(cells, reach)
+    def _bank_of(
+        self, rows: np.ndarray, cells: np.ndarray | None, grid: Any, device: str = "cpu"
+    ) -> PatchBank:
+        bank = PatchBank(**self._bank_parameters(device)).fit(rows)
+        if cells is not None:
+            assert self.position_window is not None
+            reach = window_reach(cells, grid, int(self.position_window), self.n_neighbors)
+            bank.place(cells, reach)
+        return bank
 
     def _extend(self, rows: np.ndarray, radius: float, cells: np.ndarray | None) -> None:
-        old = self.memory_bank_
-        bank = copy.copy(old)  # the old one may still be needed
-        bank.index_ = copy.deepcopy(old.index_)
-        bank.add(rows)
-        bank.covering_radius_ = max(old.covering_radius_, radius)
-        if isinstance(bank, WindowedBank):
-            bank.place(np.concatenate([bank.cells_, cells]), bank.reach_)
+        bank = self.memory_bank_.extended(rows, cells)  # the old one may still be needed
+        bank.covering_radius_ = max(self.memory_bank_.covering_radius_, radius)
         self.memory_bank_ = bank
 
     def _bank_parameters(self, device: str) -> dict[str, Any]:
@@ -501,21 +494,20 @@ default="max"
         return self.memory_bank_.embeddings_ if self.coreset == "greedy" else None
 
     def _score_patches(
-        self, E: np.ndarray, bank: MemoryBank | None = None
+        self, E: np.ndarray, bank: PatchBank | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         bank = self.memory_bank_ if bank is None else bank
         rows = E.reshape(-1, E.shape[-1])
         if self.normalize:
             rows = unit_rows(rows)
-        ignored, search = np.isnan(rows[:, 0]), bank.search
-        if isinstance(bank, WindowedBank):
-            search = partial(bank.search_near, cells=patch_cells(E, bank.grid))
+        ignored, k = np.isnan(rows[:, 0]), self.n_neighbors
         if not ignored.any():
-            distances, neighbors = search(rows, self.n_neighbors)
+            distances, neighbors = bank.search_patches(rows, k, E)
         else:  # ignored patches are at no distance from normal ones
-            distances = np.zeros((len(rows), self.n_neighbors), np.float32)
-            neighbors = np.zeros((len(rows), self.n_neighbors), np.int64)
-            distances[~ignored], neighbors[~ignored] = search(rows[~ignored], self.n_neighbors)
+            distances = np.zeros((len(rows), k), np.float32)
+            neighbors = np.zeros((len(rows), k), np.int64)
+            found = bank.search_patches(rows[~ignored], k, E)
+            distances[~ignored], neighbors[~ignored] = found
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
         if self.foreground:
             patch_scores[~object_patches(rows.reshape(E.shape), self.foreground_)] = 0
@@ -535,13 +527,10 @@ default="max"
         images = np.repeat(np.arange(len(E)) // copies, patches)[fitted]  # of each row of the bank
         whole, scores = self.memory_bank_, []
         for i in range(len(E) // copies):
-            others = whole.embeddings_[images != i]
-            if len(others) < self.n_neighbors:
+            others = whole.taken(images != i)
+            if len(others.embeddings_) < self.n_neighbors:
                 return np.empty(0, np.float32)  # no bank without this image
-            if isinstance(whole, WindowedBank):
-                bank = self._windowed_bank(others, whole.cells_[images != i], whole.grid)
-            else:
-                bank = MemoryBank(SUPPORT_SIZE).fit(others)
+            bank = self._bank_of(others.embeddings_, others.cells_, whole.grid)
             scores.append(self._score_patches(E[i * copies][None], bank)[1])
         return np.concatenate(scores)
 
@@ -552,28 +541,24 @@ default="max"
         # of each cell stays: one that shrank as nearer rows come would lose better ones.
         return self.index == "flat" and self.image_score not in _MAY_RISE
 
-    def _remove_calibration_patches(self) -> MemoryBank:
+    def _remove_calibration_patches(self) -> PatchBank:
         # Images held back now are scored by the same patches as those held back before, and by
         # those fitted on since: no score then depends on which image was held back when.
-        bank, n = self.memory_bank_, len(self.memory_bank_.embeddings_) - self.n_absorbed_
+        bank = self.memory_bank_
         if self.n_absorbed_:
-            self.memory_bank_ = copy.copy(bank)
-            self.memory_bank_.embeddings_ = bank.embeddings_[:n]
-            if isinstance(self.memory_bank_, WindowedBank):
-                self.memory_bank_.place(self.memory_bank_.cells_[:n], self.memory_bank_.reach_)
+            self.memory_bank_ = bank.taken(slice(len(bank.embeddings_) - self.n_absorbed_))
         return bank
 
     def _add_calibration_patches(
         self,
-        removed: MemoryBank | None,
+        removed: PatchBank | None,
         accumulated: PatchAccumulator,
         random: np.random.RandomState,
     ) -> None:
         n_fitted = len(self.memory_bank_.embeddings_)
         if removed is not None and self.n_absorbed_:
-            rows = slice(len(removed.embeddings_) - self.n_absorbed_, None)
-            cells = removed.cells_[rows] if isinstance(removed, WindowedBank) else None
-            self._extend(removed.embeddings_[rows], 0.0, cells)
+            held_back = removed.taken(slice(len(removed.embeddings_) - self.n_absorbed_, None))
+            self._extend(held_back.embeddings_, 0.0, held_back.cells_)
         if accumulated.n_seen:
             self._fit_accumulated(accumulated, random)
         self.n_absorbed_ = len(self.memory_bank_.embeddings_) - n_fitted
@@ -584,11 +569,9 @@ default="max"
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         bank = self.memory_bank_
-        arrays = {"embeddings": bank.embeddings_}
+        arrays = {"embeddings": bank.embeddings_, **bank.places()}
         if bank.index_ is not None:
             arrays["index"] = serialize(bank.index_)
-        if isinstance(bank, WindowedBank):
-            arrays |= {"positions": bank.cells_, "reach": bank.reach_}
         if self.foreground:
             arrays["foreground"] = self.foreground_
         state = {"covering_radius": bank.covering_radius_, "n_absorbed": self.n_absorbed_}
@@ -598,9 +581,9 @@ default="max"
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         parameters = self._bank_parameters(device_of(self.device, "PatchCore"))
-        kind = MemoryBank if self.position_window is None else WindowedBank
-        self.memory_bank_ = kind.restore(arrays["embeddings"], arrays.get("index"), **parameters)
-        if isinstance(self.memory_bank_, WindowedBank):
+        embeddings, index = arrays["embeddings"], arrays.get("index")
+        self.memory_bank_ = PatchBank.restore(embeddings, index, **parameters)
+        if self.position_window is not None:
             self.memory_bank_.place(arrays["positions"], arrays["reach"])
         self.memory_bank_.covering_radius_ = float(state["covering_radius"])
         self.n_absorbed_ = int(state.get("n_absorbed", 0))  # files of 0.1.0 may not say
