@@ -326,7 +326,7 @@ class MemoryBank(BaseEstimator):
     @classmethod
     def restore(
         cls, embeddings: np.ndarray, serialized_index: np.ndarray | None, **parameters: Any
-    ) -> MemoryBank:
+    ) -> Self:
         """Make a fitted bank from its arrays, with its index as it was trained.
 
         Parameters

@@ -186,6 +186,22 @@ class TestFit:
         options = ["--heatmap-model", name, "--calibration", "split"]
         assert make_detector(parse(*CASCADE, *options)).detector.calibration == "split"
 
+    @pytest.mark.parametrize(
+        "options", ["--fusion per_layer", "--memory-budget 2GB", "--fusion per_layer --t-low 0.2"]
+    )
+    @pytest.mark.parametrize("name", ["padim", "mahalanobis_vfm", "subspace_ad", "patchcore"])
+    def test_images_are_held_back_where_none_can_be_left_out(self, name: str, options: str) -> None:
+        made = make_detector(parse(*CASCADE, "--heatmap-model", name, *options.split()))
+        assert made.detector.calibration == "split"
+        made.detector._check_parameters()
+
+    def test_a_heatmap_model_for_each_layer(self, wall: Path, tmp_path: Path) -> None:
+        path = tmp_path / "m.safetensors"
+        command = ["fit", wall / "train/good", "-o", path, *SMALL, "--heatmap-model", "padim"]
+        command += ["--fusion", "per_layer", "--n-components", "20", "--false-alarm-rate", "0.2"]
+        assert cli.main(list(map(str, [*command, "--max-missed", "0.5"]))) == 0
+        assert len(load(path).detector_.layer_models_.models_) == 3
+
     def test_anomalous_images_can_be_given(
         self, wall: Path, scratches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -34,6 +34,7 @@ from anomalib_lite import (
     load,
     persistence,
 )
+from anomalib_lite.calibration import conformal_threshold
 from anomalib_lite.datasets import Sample
 from anomalib_lite.detectors import BaseDetector
 from anomalib_lite.errors import (
@@ -722,6 +723,31 @@ def test_structure_keeps_the_false_alarm_rate(n_images: int) -> None:
     assert 0 < rate < 0.1 + 4 * (0.1 * 0.9 / n) ** 0.5
 
 
+@pytest.mark.parametrize("fusion", ["concat", "per_layer"])
+def test_after_an_update_both_thresholds_of_a_structure_score_are_of_the_new_images(
+    fusion: str, tmp_path: Path
+) -> None:
+    detector = PatchCore(Small(), **PLAIN, image_score="structure", false_alarm_rate=0.2)
+    detector.set_params(image_size=(48, 80), fusion=fusion, coreset_ratio=0.1).fit(good(40))
+    assert len(detector.calibration_scores_) == 4
+    taught, level = detector._learner().map_statistics_, detector._map_threshold
+    more = good(60, 3)
+    detector.partial_fit(more)
+    # Of 4 that the rate needs and a fifth, 12; all of them calibrate, as the statistics stay.
+    held = more[np.random.RandomState(0).permutation(60)[-12:]]
+    np.testing.assert_array_equal(detector._learner().map_statistics_, taught)
+    np.testing.assert_allclose(detector.calibration_scores_, detector.score(held), rtol=1e-4)
+    peaks = detector._score_raw(detector.backbone_.embed(held))[0].max(axis=(1, 2))
+    assert detector._map_threshold == pytest.approx(conformal_threshold(peaks, 0.2), rel=1e-4)
+    assert detector._map_threshold < level  # the bank has grown
+    detector.save(tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors", backbone=Small())
+    assert again._map_threshold == detector._map_threshold
+    with pytest.warns(CalibrationWarning, match="threshold_ is infinite"):
+        detector.partial_fit(good(1, 4))
+    assert detector._map_threshold == detector.threshold_ == np.inf
+
+
 def test_heatmaps_of_an_older_file_with_a_structure_score(tmp_path: Path) -> None:
     detector = PatchCore(Small(), **PLAIN, image_score="structure", false_alarm_rate=0.2)
     detector.set_params(image_size=(48, 80)).fit(good(30))
@@ -733,6 +759,8 @@ def test_heatmaps_of_an_older_file_with_a_structure_score(tmp_path: Path) -> Non
         _ = old._map_threshold
     old.map_threshold_ = level
     assert old._map_threshold == level
+    old.map_threshold_ = None
+    assert old.partial_fit(good(30, 3))._map_threshold > 0
 
 
 def test_a_loaded_detector_learns_as_the_one_saved(fitted: Any, twin: Any, tmp_path: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from detector_fixtures import HEIGHT, PLAIN, WIDTH, Small, good
+from scipy.spatial.distance import cdist
+from torch import nn
 
 from anomalib_lite import PatchCore, load
+from anomalib_lite.detectors import plan_patches
 from anomalib_lite.errors import InvalidValueError
 
 
@@ -17,6 +22,10 @@ def embeddings(n: int, seed: int = 0, side: int = 12) -> np.ndarray:
 
 def bank_of(detector: PatchCore) -> np.ndarray:
     return detector.memory_bank_.embeddings_
+
+
+# Bytes of a budget that are left for a few small images at a time.
+LITTLE = 64 * 2**20 + 80_000
 
 
 @pytest.mark.parametrize("size", [1, 40, 500])
@@ -60,6 +69,73 @@ def test_a_budget_keeps_as_many(budget: str) -> None:
         np.testing.assert_array_equal(bank_of(free), bank_of(bounded))
     else:  # each shard rounds by itself
         assert abs(len(bank_of(bounded)) - 1000) < 50
+
+
+@pytest.mark.parametrize("first", [6, 24])
+def test_a_budget_keeps_as_many_of_images_of_several_sizes(first: int) -> None:
+    """The first image, from which the memory is planned, has 4 times as few patches, or as many."""
+    E = list(embeddings(200))
+    E[np.random.RandomState(0).permutation(200)[0]] = embeddings(1, side=first)[0]
+    parameters: dict[str, Any] = {"coreset_size": 250, "false_alarm_rate": 0.1}
+    detector = PatchCore(**parameters, memory_budget=LITTLE + 100_000).fit_embeddings(E)
+    assert len(bank_of(detector)) == 250
+    assert detector.coreset_ratio_ == pytest.approx(250 / (199 * 144 + first**2))
+    true = cdist(np.concatenate([e.reshape(-1, 6) for e in E]), bank_of(detector)).min(axis=1).max()
+    assert true <= detector.memory_bank_.covering_radius_ * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 50])
+def test_a_budget_keeps_as_many_of_fewer_than_there_are_shards(size: int) -> None:
+    E = embeddings(100)
+    sizes = {"patches": 144, "n_features": 6, "n_images": 100}
+    plan = plan_patches(LITTLE, size=size, **sizes)  # type: ignore[arg-type]
+    assert plan.thin
+    assert plan.images_per_shard < 5
+    detector = PatchCore(coreset_size=size, false_alarm_rate=0.1, memory_budget=LITTLE)
+    bank = bank_of(detector.fit_embeddings(E))
+    assert size <= len(bank) <= size + 1  # images held back give at least one
+    true = cdist(E.reshape(-1, 6), bank).min(axis=1).max()
+    assert true <= detector.memory_bank_.covering_radius_ * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("n_jobs", [None, 1])
+@pytest.mark.parametrize("budget", ["400MB", "94MB"])
+def test_files_that_cannot_be_read_take_no_share(
+    budget: str, n_jobs: int | None, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    images: list[Any] = list(rng.integers(0, 255, (150, 32, 48, 3), dtype=np.uint8))
+    images += [tmp_path / f"gone{i}.png" for i in range(100)]
+    detector = PatchCore(
+        nn.PixelUnshuffle(4),
+        image_size=32,
+        dtype="float32",
+        device="cpu",
+        on_error="skip",
+        coreset_size=300,
+        false_alarm_rate=0.1,
+        memory_budget=budget,
+        n_jobs=n_jobs,
+    )
+    detector.fit(images)
+    assert len(detector.skipped_) == 100
+    assert abs(len(bank_of(detector)) - 300) <= 1
+
+
+def test_the_share_is_that_of_all_patches() -> None:
+    """The images held back, which come last in the order of fitting, have fewer patches."""
+    order = np.random.RandomState(0).permutation(40)
+    n_held_back = 9
+    E: list[np.ndarray] = list(embeddings(40))
+    for i in order[-n_held_back:]:
+        E[i] = E[i][:6, :6]
+    detector = PatchCore(coreset_size=400, false_alarm_rate=0.1).fit_embeddings(E)
+    n_patches = (40 - n_held_back) * 144 + n_held_back * 36
+    assert detector.coreset_ratio_ == pytest.approx(400 / n_patches)
+    assert abs(len(bank_of(detector)) - 400) <= 1
+    before = len(bank_of(detector))
+    detector.partial_fit_embeddings(embeddings(1, seed=1))
+    assert len(bank_of(detector)) - before == round(144 * 400 / n_patches)
 
 
 def test_later_images_add_the_same_share() -> None:
@@ -112,6 +188,23 @@ def test_a_size_that_is_none_is_refused(size: Any) -> None:
 def test_images_that_do_not_join_the_bank_take_no_share_of_it(more: dict[str, Any]) -> None:
     detector = PatchCore(coreset_size=300, false_alarm_rate=0.1, **more)
     assert len(bank_of(detector.fit_embeddings(embeddings(40)))) == 300
+
+
+@pytest.mark.parametrize("image_score", ["max", "structure"])
+def test_a_model_of_each_layer_has_as_many(image_score: str) -> None:
+    size: dict[str, Any] = {"image_size": (HEIGHT, WIDTH), "false_alarm_rate": 0.2}
+    detector = PatchCore(
+        Small(), **PLAIN, **size, fusion="per_layer", image_score=image_score, coreset_size=300
+    ).fit(good(40))
+    for model in detector.layer_models_.models_:
+        assert abs(len(bank_of(model)) - 300) <= 1
+
+
+@pytest.mark.parametrize("index", ["flat", "HNSW8"])
+def test_a_budget_keeps_as_many_where_no_image_joins(index: str) -> None:
+    parameters: dict[str, Any] = {"coreset_size": 100, "false_alarm_rate": 0.1, "index": index}
+    detector = PatchCore(**parameters, memory_budget=LITTLE + 50_000)
+    assert len(bank_of(detector.fit_embeddings(embeddings(100)))) == 100
 
 
 def test_nothing_of_an_earlier_fit_is_left() -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from anomalib_lite import PatchCore, load
 from anomalib_lite.calibration import conformal_threshold
-from anomalib_lite.detectors._position_window import WindowedBank, patch_cells
+from anomalib_lite.detectors._position_window import PatchBank, patch_cells
 from anomalib_lite.errors import InvalidValueError
 
 QUICK: dict[str, Any] = PLAIN | {"image_size": 48, "false_alarm_rate": 0.25}
@@ -67,7 +67,7 @@ def test_scores_are_those_of_loops(window: int, k: int, grid: tuple[int, int]) -
     parameters: Any = {"position_window": window, "n_neighbors": k, "coreset_ratio": 0.2}
     detector = make(**parameters).fit_embeddings(embeddings(12, grid=grid))
     bank = detector.memory_bank_
-    assert isinstance(bank, WindowedBank)
+    assert bank.grid == grid
     E = embeddings(3, 1, grid)
     E[1, 2, 3] += 4
     E[2, 1:3, 2:4] = np.nan
@@ -273,7 +273,7 @@ def test_a_file_keeps_the_places(tmp_path: Path) -> None:
     ],
 )
 def test_places_that_do_not_fit_are_refused(positions: np.ndarray, reach: np.ndarray) -> None:
-    bank = WindowedBank().fit(np.ones((4, 2), np.float32))
+    bank = PatchBank().fit(np.ones((4, 2), np.float32))
     with pytest.raises(ValueError, match="positions"):
         bank.place(positions, reach)
 

@@ -160,12 +160,24 @@ def _make_cascade(given: dict[str, Any], heatmap_model: str | None, preset: str 
         own["false_alarm_rate"] = given.pop("false_alarm_rate")
     own |= {name: given[name] for name in SHARED_PARAMETERS if name in given}
     name = heatmap_model or "patchcore"
-    if name != "patchcore":
+    detector = _make(name, given, "heatmap-model", preset)
+    if name != "patchcore" and "calibration" not in given:
         # The cascade does not use this threshold, so no images should be held back for it.
         # PatchCore learns from the images that it holds back, too.
-        given = {"calibration": "leave_one_out"} | given
-    detector = _make(name, given, "heatmap-model", preset)
+        detector = _leaving_one_out(detector)
     return GatedCascade(detector=detector, **own, verbose=1)
+
+
+def _leaving_one_out(detector: Any) -> Any:
+    """Return the detector with this calibration, or as it is if its other parameters forbid it."""
+    from anomalib_lite.errors import AnomalibLiteError
+
+    other = type(detector)(**detector.get_params(deep=False) | {"calibration": "leave_one_out"})
+    try:
+        other._check_parameters()
+    except AnomalibLiteError:  # if of another parameter, it comes again in the fit
+        return detector
+    return other
 
 
 def normal_and_anomalous(normal: Any, directories: Sequence[str]) -> tuple[Any, list[int] | None]:

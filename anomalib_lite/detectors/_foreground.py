@@ -18,7 +18,8 @@ from scipy.ndimage import binary_dilation, binary_fill_holes
 
 from anomalib_lite._validation import check_bool
 from anomalib_lite.errors import InvalidValueError
-from anomalib_lite.images.embeddings import Embeddings, unit_rows
+from anomalib_lite.fusion import unit_rows
+from anomalib_lite.images.embeddings import Embeddings
 
 __all__ = ["PatchSample", "check_foreground", "learn_foreground", "object_patches", "sample_bytes"]
 

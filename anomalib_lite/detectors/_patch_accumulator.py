@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
-from anomalib_lite.coreset import select_coreset
+from anomalib_lite.coreset import covering_radius, select_coreset
 from anomalib_lite.detectors._foreground import PatchSample
 from anomalib_lite.detectors._position_window import patch_cells
 from anomalib_lite.detectors.fitting import Accumulator, refuse_budget
 from anomalib_lite.errors import InvalidValueError
-from anomalib_lite.images.embeddings import Embeddings, patch_rows, unit_rows
+from anomalib_lite.fusion import unit_rows
+from anomalib_lite.images.embeddings import Embeddings, patch_rows
 
-__all__ = ["PatchAccumulator", "Plan", "plan_patches", "planned_ratio"]
+__all__ = ["PatchAccumulator", "Plan", "plan_patches"]
 
 # Patches of a shard: enough to choose among, and few enough to be work for many workers.
 _SHARD_ROWS = 65_536
@@ -27,7 +29,7 @@ _SLACK = 1.1
 
 
 class PatchAccumulator(Accumulator):
-    """Patches within a budget of memory: all of them if they fit, or a coreset of each shard.
+    """All patches; or within a budget of memory, if they do not fit, a coreset of each shard.
 
     Parameters
     ----------
@@ -35,19 +37,18 @@ class PatchAccumulator(Accumulator):
         D, the length of an embedding.
     method : str
         How a coreset is chosen; see :func:`~anomalib_lite.coreset.select_coreset`.
-    ratio : float
-        Share of the patches that a coreset keeps.
     seed : int
         Seed of the coresets.
-    plan : Plan
-        How the budget of memory is spent.
+    plan : Plan, optional
+        How the budget of memory is spent; without one, all patches are kept.
+    ratio : float, optional
+        Share of the patches that a coreset keeps.
+    size : int, optional
+        In place of ``ratio``: number of patches to keep of all images.
+    n_images : int, optional
+        For ``size``: number of these images, also of those that join the bank afterwards.
     normalize : bool, default=False
         Whether patches are divided by their length.
-    n_to_come : int, default=0
-        Number of images that are to be accumulated, and of those that join the bank afterwards; 0
-        if unknown, or if none joins.
-    size : int, optional
-        Number of patches to keep of all these images; ``ratio`` is then a first guess.
     grid : (h, w), optional
         Grid in which the places of the patches are kept; without one they are not.
     samples : bool, default=False
@@ -62,25 +63,33 @@ class PatchAccumulator(Accumulator):
     sample : PatchSample or None
         Patches of the first images.
     thinned : bool
-        Whether ``rows`` are coresets, of ``ratio`` of the patches each, or all patches.
-    n_seen, n_images : int
-        Number of patches and images that have passed.
+        Whether ``rows`` are coresets, or all patches.
+    n_seen : int
+        Number of patches that have passed.
+    ratio : float
+        Share of these to keep.
     radius : float
         Largest distance from a patch that has passed to the nearest of ``rows`` and of the
-        patches that existed before.
+        patches that existed before, or an upper bound of it.
+
+    Notes
+    -----
+    With ``size``, the images numbered a to b of N keep ``ceil(size b / N) - ceil(size a / N)``
+    patches, so all shards together keep ``size``, whatever the sizes of their images. Images that
+    cannot be used have numbers too: the others of their shard keep their part.
     """
 
     def __init__(
         self,
         n_features: int,
         method: str,
-        ratio: float,
         seed: int,
-        plan: Plan,
+        plan: Plan | None = None,
         *,
-        normalize: bool = False,
-        n_to_come: int = 0,
+        ratio: float | None = None,
         size: int | None = None,
+        n_images: int | None = None,
+        normalize: bool = False,
         grid: tuple[int, int] | None = None,
         samples: bool = False,
     ) -> None:
@@ -88,19 +97,24 @@ class PatchAccumulator(Accumulator):
         self.grid, self.cells = grid, None if grid is None else np.empty(0, np.int32)
         self.samples: bool = samples
         self.sample: PatchSample | None = None
-        self.n_seen, self.n_images, self.radius = 0, 0, 0.0
-        self.n_to_come, self.size = n_to_come, size
-        self.method, self.ratio, self.seed = method, ratio, seed
+        self.n_seen, self.radius = 0, 0.0
+        self.ratio, self.size, self.n_images = 1.0 if ratio is None else ratio, size, n_images
+        self.method, self.seed = method, seed
         self.normalize = normalize
-        self.thinned, self.capacity = plan.thin, plan.capacity
-        self.images_per_shard = plan.images_per_shard
+        self.thinned, self.capacity = False, sys.maxsize
+        if plan is not None:
+            self.thinned, self.capacity = plan.thin, plan.capacity
+            self.images_per_shard = plan.images_per_shard
+        self._has_room = plan is not None
         self._room = self.rows  # (capacity, D), whose first rows are ``rows``
+        self._stands_in = False  # whether ``rows`` is one patch although the share is none
 
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
         """Return an accumulator of the shard's patches, or of a coreset of them."""
         shard = copy.copy(self)
         shard.rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
-        shard.n_seen, shard.n_images = len(shard.rows), len(E)
+        shard.n_seen = len(shard.rows)
+        shard.files = self.files or range(position, position + len(E))
         shard.seed = (self.seed + position) % 2**32  # each shard has draws of its own
         if self.grid is not None:
             shard.cells = patch_cells(E, self.grid)
@@ -119,26 +133,41 @@ class PatchAccumulator(Accumulator):
         if self.thinned and not other.thinned:
             kept = other._thin()
             rows, cells = rows[kept], _of(cells, kept)
+        self.radius = max(self.radius, other.radius)
+        if other._stands_in and len(self.rows) and len(rows):
+            # Each patch is near the one that is left out, and that is near one that is kept.
+            beyond = other.radius + covering_radius(rows, self.rows)
+            self.radius = max(self.radius, beyond)
+            rows, cells = rows[:0], None if cells is None else cells[:0]
         self._append(rows)
         if self.cells is not None and cells is not None:
             self.cells = np.concatenate([self.cells, cells])
         if other.sample is not None:
             self.sample = other.sample if not self.sample else self.sample.merged_with(other.sample)
         self.n_seen += other.n_seen
-        self.n_images += other.n_images
-        if self.size is not None and not self.thinned:
-            share = self.n_images / (self.n_to_come or self.n_images)
+        self.files = range((self.files or other.files).start, other.files.stop)
+        if self.size is not None:
+            share = len(self.files) / (self.n_images or len(self.files))
             self.ratio = min(1.0, self.size * share / max(1, self.n_seen))
-        self.radius = max(self.radius, other.radius)
+
+    def _n_to_keep(self) -> int:
+        """Return how many rows the coreset of all rows has; 0 if the share of ``size`` is none."""
+        if self.size is None:
+            return max(1, round(self.ratio * len(self.rows)))
+        n = self.n_images or len(self.files)
+        before, after = (-(-self.size * i // n) for i in (self.files.start, self.files.stop))
+        return min(after - before, len(self.rows))
 
     def _thin(self, existing: np.ndarray | None = None) -> np.ndarray:
-        """Choose the coreset of all rows; return its indices in ascending order."""
+        """Choose the coreset of all rows, at least one; return its indices in ascending order."""
         self.thinned = True
         if len(self.rows) == 0:
             return np.empty(0, np.int64)
+        n = self._n_to_keep()
+        self._stands_in = n == 0
         kept = select_coreset(
             self.rows,
-            max(1, round(self.ratio * len(self.rows))),
+            max(1, n),
             method=self.method,
             random_state=self.seed,
             existing=existing if self.method == "greedy" else None,
@@ -154,7 +183,10 @@ class PatchAccumulator(Accumulator):
         self.rows, self.cells = self._room[: len(indices)], _of(self.cells, indices)
 
     def _append(self, rows: np.ndarray) -> None:
-        """Copy rows behind those that are there."""
+        """Copy rows behind those that are there; without a budget, take the first ones over."""
+        if not self._has_room:
+            self.rows = np.concatenate([self.rows, rows]) if len(self.rows) else rows
+            return
         n = len(self.rows) + len(rows)
         if n > self.capacity:
             raise InvalidValueError(
@@ -198,13 +230,13 @@ def plan_patches(
     *,
     patches: int,
     n_features: int,
-    ratio: float,
+    ratio: float | None = None,
+    size: int | None = None,
     n_images: int | None,
-    size_given: bool = False,
     in_flight: int = 0,
     present: int = 0,
 ) -> Plan:
-    """Spend ``budget`` bytes on a bank of ``ratio`` of all patches.
+    """Spend ``budget`` bytes on a bank of ``ratio`` of all patches, or of ``size`` patches.
 
     Parameters
     ----------
@@ -214,12 +246,12 @@ def plan_patches(
         Patches of one image, h * w.
     n_features : int
         D, the length of an embedding.
-    ratio : float
+    ratio : float, optional
         Share of all patches that the bank keeps.
+    size : int, optional
+        In place of ``ratio``: number of patches that the bank keeps.
     n_images : int or None
-        Number of images; None if it is not known yet.
-    size_given : bool, default=False
-        Whether the share comes from ``coreset_size``, which an error then names.
+        Number of images whose patches come; None if it is not known yet.
     in_flight : int
         Bytes taken by other images: on their way through the backbone, or held back.
     present : int
@@ -232,7 +264,8 @@ def plan_patches(
     Raises
     ------
     InvalidValueError
-        If the budget is too small for the bank; the error names one that would do.
+        If the budget is too small for the bank; the error names one that would do. With ``size``,
+        also if the number of images is not known.
 
     Notes
     -----
@@ -243,6 +276,16 @@ def plan_patches(
     - while a shard is thinned: U b + n (b + w) bytes;
     - while the bank of M rows is made, from coresets: 2 M b; from all patches: U (b + w) + 2 M b.
     """
+    if ratio is not None:
+        lower = f"coreset_ratio={ratio:g}, "
+    elif size is not None and n_images is not None:
+        ratio, lower = min(1.0, size / (n_images * patches)), "coreset_size, "
+    else:
+        raise InvalidValueError(
+            "PatchCore: coreset_size is a share of a known number of images, got a stream of "
+            "embeddings. Set coreset_ratio, such as coreset_ratio=0.01, or give the iterable an "
+            "attribute n_images."
+        )
     row, work = 4 * n_features, 2 * n_features + 32
     fixed = _FIXED_BYTES + in_flight
     n_rows = None if n_images is None else n_images * patches
@@ -253,7 +296,6 @@ def plan_patches(
     need = fixed + max(2 * bank * row, (bank + patches) * row + shard)
     if budget < need:
         what = f"a bank of {bank:,} patches of {n_features} numbers and the making of it"
-        lower = "coreset_size, " if size_given else f"coreset_ratio={ratio:g}, "
         refuse_budget("PatchCore", budget, need, what, lower=lower)
     free = budget - fixed - present * row - shard
     if n_rows is None:  # keep all at first, and thin them out when the room is full
@@ -262,17 +304,3 @@ def plan_patches(
     if n_rows <= for_all:
         return Plan(images_per_shard, False, for_all)
     return Plan(images_per_shard, True, free // row)
-
-
-def planned_ratio(size: int, n_images: int | None, patches: int) -> float:
-    """Return the share that ``size`` patches are of those of ``n_images``, of ``patches`` each.
-
-    InvalidValueError if the number of images is not known.
-    """
-    if n_images is None:
-        raise InvalidValueError(
-            "PatchCore: coreset_size is a share of a known number of images, got a stream of "
-            "embeddings. Set coreset_ratio, such as coreset_ratio=0.01, or give the iterable an "
-            "attribute n_images."
-        )
-    return min(1.0, size / (n_images * patches))

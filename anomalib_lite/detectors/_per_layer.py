@@ -214,6 +214,8 @@ class LayerAccumulator(Accumulator):
             else:
                 own = [np.take(grid, at, axis=-1) for grid in E]
             known = None if existing is None else existing[i]
+            part = copy.copy(part)
+            part.files = self.files
             parts.append(part.accumulate(own, position, known))
         shard.parts = parts
         return shard

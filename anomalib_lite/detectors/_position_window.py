@@ -1,4 +1,4 @@
-"""A bank that knows where in the image each of its patches lies, and searches near a place alone.
+"""A bank that may know where in the image its patches lie, and then searches near a place alone.
 
 References
 ----------
@@ -7,6 +7,7 @@ References
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Self
 
 import numpy as np
@@ -16,7 +17,7 @@ from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images.embeddings import Embeddings
 from anomalib_lite.memory_bank import MemoryBank
 
-__all__ = ["WindowedBank", "check_position_window", "patch_cells", "window_reach"]
+__all__ = ["PatchBank", "check_position_window", "patch_cells", "window_reach"]
 
 # Queries from squares of so many cells a side share the rows that they are compared with.
 _SQUARE = 4
@@ -115,13 +116,13 @@ def window_reach(cells: np.ndarray, grid: tuple[int, int], window: int, least: i
     return reach
 
 
-class WindowedBank(MemoryBank):
-    """A memory bank whose patches have a place, and are found by those near to it alone.
+class PatchBank(MemoryBank):
+    """A memory bank whose patches may have a place, and are then found by those near to it alone.
 
     Attributes
     ----------
-    cells_ : ndarray of shape (M,), int32
-        Cell of each row of ``embeddings_``: ``row * w + column``.
+    cells_ : ndarray of shape (M,), int32, or None
+        Cell of each row of ``embeddings_``: ``row * w + column``. None if they have no place.
     reach_ : ndarray of shape (h, w), int32
         How many cells away, in row and in column, a patch of each cell looks. It stays when rows
         are added, so that each patch is compared with more and more rows, and no distance rises.
@@ -131,7 +132,7 @@ class WindowedBank(MemoryBank):
     ``kneighbors`` and ``search`` compare with all rows, as those of any bank.
     """
 
-    cells_: np.ndarray
+    cells_: np.ndarray | None = None
     reach_: np.ndarray
     _places: tuple[np.ndarray, np.ndarray]  # rows and columns of the cells
     _lookup: tuple[np.ndarray, np.ndarray] | None = None
@@ -153,10 +154,43 @@ class WindowedBank(MemoryBank):
         return self
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the grid in which the cells are counted."""
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the grid in which the cells are counted; None without places."""
+        if self.cells_ is None:
+            return None
         height, width = self.reach_.shape
         return height, width
+
+    def places(self) -> dict[str, np.ndarray]:
+        """Return the arguments of :meth:`place` by their names in a file; none without places."""
+        return {} if self.cells_ is None else {"positions": self.cells_, "reach": self.reach_}
+
+    def extended(self, rows: np.ndarray, cells: np.ndarray | None) -> Self:
+        """Return a copy with further rows (n, D) and their cells (n,), if they have a place."""
+        other = copy.copy(self)
+        other.index_ = copy.deepcopy(self.index_)
+        other.add(rows)
+        if self.cells_ is not None:
+            assert cells is not None
+            other.place(np.concatenate([self.cells_, cells]), self.reach_)
+        return other
+
+    def taken(self, rows: slice | np.ndarray) -> Self:
+        """Return a copy with these rows alone, in the same places; for a flat index."""
+        other = copy.copy(self)
+        other.embeddings_, other._fast_index = self.embeddings_[rows], None
+        if self.cells_ is not None:
+            other.place(self.cells_[rows], self.reach_)
+        return other
+
+    def search_patches(self, X: np.ndarray, k: int, E: Embeddings) -> tuple[np.ndarray, np.ndarray]:
+        """Search for the patches X (Q, D) of images E, which are :func:`patch_rows` of them.
+
+        As :meth:`search_near` at their places in the images, or without places as ``search``.
+        """
+        if (grid := self.grid) is None:
+            return self.search(X, k)
+        return self.search_near(X, k, patch_cells(E, grid))
 
     def search_near(
         self, X: np.ndarray, k: int, cells: np.ndarray
@@ -182,7 +216,7 @@ class WindowedBank(MemoryBank):
         of them come from a product of matrices, relative to a query so that near rows keep their
         digits; those of the nearest ones are then computed from the differences.
         """
-        height, width = self.grid
+        height, width = self.reach_.shape
         row, column = _row_and_column(cells, width)
         reach = self.reach_.ravel()[cells]
         squares = -(-width // _SQUARE)
@@ -232,11 +266,12 @@ class WindowedBank(MemoryBank):
     def _rows_around(self, row: np.ndarray, column: np.ndarray, reach: int) -> np.ndarray:
         """Return the rows of the bank in the rectangle that holds the windows of all these."""
         if self._lookup is None:
+            assert self.cells_ is not None
             starts = np.zeros(self.reach_.size + 1, np.int64)
             starts[1:] = np.bincount(self.cells_, minlength=self.reach_.size).cumsum()
             self._lookup = np.argsort(self.cells_, kind="stable"), starts
         by_cell, starts = self._lookup
-        height, width = self.grid
+        height, width = self.reach_.shape
         top, bottom = max(0, int(row.min()) - reach), min(height, int(row.max()) + reach + 1)
         left, right = max(0, int(column.min()) - reach), min(width, int(column.max()) + reach + 1)
         begin, end = (starts[np.arange(top, bottom) * width + side] for side in (left, right))

@@ -133,6 +133,18 @@ class TransformingModel(EmbeddingModel):
     ) -> None:
         """Fit on the embeddings of a source, and calibrate."""
 
+    def _n_to_hold_back(self, n: int | None, n_known: int = 0, update: bool = False) -> int:
+        """Return how many of ``n`` images to hold back for calibration.
+
+        ``n_known`` scores are there already. For "structure" others are held back to learn how
+        maps vary, unless that is known from before an ``update``.
+        """
+        if self.calibration == "leave_one_out":
+            return 0
+        known = update and hasattr(self.layer_models_ or self, "map_statistics_")
+        purposes = 2 if self.image_score == "structure" and not known else 1
+        return calibration_size(self.false_alarm_rate, n, n_known, purposes)
+
     # --- Learning from embeddings that a user brings ---------------------------------------------
 
     def _fit_embeddings(self, E: Any, update: bool = False) -> Self:
@@ -154,10 +166,7 @@ class TransformingModel(EmbeddingModel):
             E = check_embeddings(given, where, n_features)
         n = None if stream else len(E)
         known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
-        purposes = 2 if self.image_score == "structure" else 1
-        n_held_back = (
-            0 if leave_one_out else calibration_size(self.false_alarm_rate, n, known, purposes)
-        )
+        n_held_back = self._n_to_hold_back(n, known, update)
         shards: ShardSource
         if n is None:
             if not update:
@@ -223,8 +232,7 @@ class TransformingModel(EmbeddingModel):
         if self.calibration == "leave_one_out":  # in the order given: from all of it
             sample = np.linspace(0, n - 1, min(n, self._most_images())).astype(np.int64)
             return np.concatenate([sample, np.setdiff1d(np.arange(n), sample)])
-        purposes = 2 if self.image_score == "structure" else 1
-        return np.arange(n - calibration_size(self.false_alarm_rate, n, purposes=purposes))
+        return np.arange(n - self._n_to_hold_back(n))
 
     def _check_fit_on_embeddings(self) -> None:
         """Raise if a parameter needs images."""

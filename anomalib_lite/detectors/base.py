@@ -23,7 +23,7 @@ from anomalib_lite._validation import (
     refuse_labelled,
 )
 from anomalib_lite.anomaly_map import anomaly_maps
-from anomalib_lite.calibration import calibration_size, threshold_and_shortfall
+from anomalib_lite.calibration import threshold_and_shortfall
 from anomalib_lite.detectors._per_layer import LayerModels
 from anomalib_lite.detectors._saving import SavedDetector
 from anomalib_lite.detectors._transforming import BY_LAYER, TransformingModel, transform_all
@@ -277,8 +277,9 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         Scores of earlier images are kept if more images can only lower scores. Such a score is
         then at least as large as the image's score would be now, so the guarantee of :meth:`fit`
         holds for old and new images that are exchangeable. If scores may also rise (an
-        approximate index, Equation 7), earlier scores are dropped, and the threshold comes from
-        the new ones alone. ``n_jobs`` has no effect here.
+        approximate index, Equation 7, ``"structure"``), earlier scores are dropped, and the
+        threshold comes from the new ones alone. The statistics of ``"structure"`` stay, and
+        ``map_threshold_`` comes from the new images too. ``n_jobs`` has no effect here.
         """
         if not hasattr(self, "threshold_"):
             self._check_parameters()
@@ -459,18 +460,12 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
 
         A copy is fitted, so that after an error this detector is as before.
         """
-        fresh = copy.copy(self)
-        if not update:
-            for name in [n for n in vars(fresh) if n.endswith("_")]:
-                delattr(fresh, name)
-            fresh.n_features_ = shards.shape[-1]
-        fresh.transform_, known, model = transform, fresh.layer_models_, cast(EmbeddingModel, fresh)
-        fresh.layer_models_ = None
-        if self.fusion == "per_layer":
-            model = known.copied() if known is not None else LayerModels.of(fresh)
-            fresh.layer_models_ = model
-        empty = model._make_accumulator(shards.shape, shards.n_images, shards.in_flight, random)
+        fresh, model = self._copy_to_fit(shards.shape[-1], update, transform)
+        joins = model._scores_are_monotone()  # so do the images held back, in the end
+        n_images = shards.n_images if joins else shards.n_to_fit
+        empty = model._make_accumulator(shards.shape, n_images, shards.in_flight, random)
         removed = model._remove_calibration_patches() if update else None
+        statistics = model._take_statistics()
         # Fit on the images that are not held back.
         accumulated = copy.copy(empty)
         for result in shards.to_fit(ShardTask(empty, model if update else None)):
@@ -479,7 +474,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         fitted = model._fit_accumulated(accumulated, random)
         # Calibrate with scores of images that were not fitted on.
         scores: list[Any]
-        joins, accumulated = model._scores_are_monotone(), copy.copy(empty)
+        accumulated = copy.copy(empty)
         if self.calibration == "leave_one_out":
             scores = [model._score_left_out(shards.embeddings, fitted)]
         else:  # if scores can only fall, old ones are at least as large as they would be now
@@ -493,6 +488,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
             np.concatenate(scores or [np.empty(0, np.float32)]),
             self.false_alarm_rate,
             left_out=self.calibration == "leave_one_out",
+            statistics=statistics,
         )
         fresh.threshold_, shortfall = threshold_and_shortfall(
             fresh.calibration_scores_, self.false_alarm_rate
@@ -503,6 +499,22 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         if joins:
             model._add_calibration_patches(removed, accumulated, random)
         self.__dict__ = fresh.__dict__  # nothing of an earlier fit is left
+
+    def _copy_to_fit(
+        self, n_features: int, update: bool, transform: EmbeddingTransform | None
+    ) -> tuple[Self, EmbeddingModel]:
+        """Return a copy, without what was learned unless for an update; and what learns in it."""
+        fresh = copy.copy(self)
+        if not update:
+            for name in [n for n in vars(fresh) if n.endswith("_")]:
+                delattr(fresh, name)
+            fresh.n_features_ = n_features
+        fresh.transform_, known, model = transform, fresh.layer_models_, cast(EmbeddingModel, fresh)
+        fresh.layer_models_ = None
+        if self.fusion == "per_layer":
+            model = known.copied() if known is not None else LayerModels.of(fresh)
+            fresh.layer_models_ = model
+        return fresh, model
 
     def _fit_images(self, images: Any, y: Any, ignore_mask: Any, update: bool = False) -> Self:
         """Embed normal images, the ones to hold back for calibration last, and fit on them."""
@@ -520,7 +532,9 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         backbone = self.backbone_ if update else self._open_to_fit(in_order, size, random)
         known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
         if self.augment is not None:
-            in_order, order = self._with_copies(in_order, order, known)
+            in_order, order = self._with_copies(
+                in_order, order, self._n_to_hold_back(n, known, update)
+            )
         options = size, self.batch_size, self.on_error, self.verbose
         extractor = Extractor(backbone, *options, tile=self.tile, overlap=self.overlap)
         transform = self.transform_ if update else None
@@ -538,9 +552,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
                 E, skipped = embed_distributed(in_order, distributor, self.verbose)
             if (n := len(E)) == 0:
                 raise none_usable(in_order, skipped)
-        n_held_back, purposes = 0, 2 if self.image_score == "structure" else 1
-        if not leave_one_out:
-            n_held_back = calibration_size(self.false_alarm_rate, n, known, purposes)
+        n_held_back = self._n_to_hold_back(n, known, update)
         if isinstance(in_order, AugmentedSource):
             n_held_back = in_order.n_held_back(skipped)
         if transform is not None and not update:  # images that it was learned from are fitted on

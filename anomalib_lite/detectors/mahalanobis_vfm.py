@@ -18,7 +18,6 @@ from anomalib_lite._validation import (
     check_number,
 )
 from anomalib_lite.anomaly_map import check_image_score
-from anomalib_lite.calibration import calibration_size
 from anomalib_lite.detectors._transforming import BY_LAYER
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, images_within_budget
@@ -293,10 +292,7 @@ ignore_mask_, map_statistics_
         plain = {"scales": (1.0,), "attention": False}
         network: Any = self._open_backbone(engine="torch", dtype="float32", **plain)
         check_image_size(size, "MahalanobisVFM", stride=network.stride)
-        n, purposes = len(images), 2 if self.image_score == "structure" else 1
-        to_fit = images.take(
-            range(n - calibration_size(self.false_alarm_rate, n, purposes=purposes))
-        )
+        to_fit = images.take(range(len(images) - self._n_to_hold_back(len(images))))
         adapter = train_adapter(
             network,
             to_fit,

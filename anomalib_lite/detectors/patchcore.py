@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -23,31 +21,25 @@ from anomalib_lite.anomaly_map import check_image_score, image_scores
 from anomalib_lite.coreset import METHODS, select_coreset
 from anomalib_lite.coreset import coreset_size as check_share
 from anomalib_lite.detectors._foreground import (
-    PatchSample,
     check_foreground,
     learn_foreground,
     object_patches,
     sample_bytes,
 )
-from anomalib_lite.detectors._patch_accumulator import (
-    PatchAccumulator,
-    plan_patches,
-    planned_ratio,
-)
+from anomalib_lite.detectors._patch_accumulator import PatchAccumulator, plan_patches
 from anomalib_lite.detectors._position_window import (
-    WindowedBank,
+    PatchBank,
     check_position_window,
-    patch_cells,
     window_reach,
 )
 from anomalib_lite.detectors._reweighting import SUPPORT_SIZE, reweight_by_bank
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.fitting import Accumulator
 from anomalib_lite.errors import InvalidValueError
+from anomalib_lite.fusion import unit_rows
 from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
-from anomalib_lite.images.embeddings import Embeddings, patch_rows, unit_rows
+from anomalib_lite.images.embeddings import Embeddings
 from anomalib_lite.images.tiling import check_tiles
-from anomalib_lite.memory_bank import MemoryBank, check_index, serialize
+from anomalib_lite.memory_bank import check_index, serialize
 
 __all__ = ["PatchCore"]
 
@@ -111,8 +103,10 @@ default="concat"
         ``position_window`` only ``"brightness"``, since the others move patches.
     coreset_size : int, default=5000
         Number of patches kept in the bank, from all images together; all of them if there are
-        fewer. Images held back for calibration, which join the bank afterwards, and those of a
-        later :meth:`partial_fit` add the same share of their patches: later images make the bank
+        fewer. Of these, images held back for calibration, which join the bank afterwards, add as
+        large a part as they are of the images. The bank has exactly this number, or one more, for
+        images of any sizes, except with ``memory_budget``; see Notes. Images of a later
+        :meth:`partial_fit` add a share of ``coreset_ratio_`` of their patches: they make the bank
         larger, also if few came first and all of their patches were kept.
     coreset_ratio : float, optional
         Share of all patches kept in the bank, in (0, 1], in place of ``coreset_size``.
@@ -165,7 +159,7 @@ default="max"
     memory_budget : int or str, optional
         Most memory that :meth:`fit` may take above the idle process, in bytes or as "512MB",
         "2GB" or "1GiB", for any number of images. If not all patches fit, the images are taken in
-        shards, and ``coreset_ratio`` of the patches of each shard is kept; see Notes. Not with
+        shards, and a coreset of the patches of each shard is kept; see Notes. Not with
         ``calibration="leave_one_out"``.
     n_jobs : int, optional
         Number of workers that embed the images of :meth:`fit`, through joblib: processes of this
@@ -199,7 +193,8 @@ default="max"
     image_size_ : int or (int, int)
         Size at which images go through the backbone, after :meth:`fit`.
     coreset_ratio_ : float
-        Share of the patches that was kept.
+        Share kept of the patches of all images of :meth:`fit`, also of those held back that have
+        joined the bank. It stays in :meth:`partial_fit`, which keeps this share of later ones.
     foreground_ : ndarray of shape (D + 1,), float32
         With ``foreground=True``: a direction, and the number above which a patch's product with
         it lies on the object.
@@ -239,7 +234,10 @@ default="max"
     almost as Accurately as Sequentially", PVLDB 2019). That largest
     radius is ``memory_bank_.covering_radius_``: an upper bound then, and the radius itself if all
     patches fit. The bounds of those papers, within a constant of the best, would need as many
-    patches from each shard as the whole bank has.
+    patches from each shard as the whole bank has. Of ``coreset_size``, each shard keeps as large a
+    part as its images are of all, whatever their sizes; those that cannot be read take no part, as
+    the others of their shard keep more. The bank has fewer patches than ``coreset_size`` only if a
+    shard has fewer than its part: if its images are much smaller than others, or none can be read.
 
     With ``position_window``, a patch of cell c has the score :math:`\\min \\|x - m\\|` over the
     bank patches m at most r(c) cells away in row and in column. r(c) is the window, or as much
@@ -347,6 +345,7 @@ default="max"
         self.verbose = verbose
 
     _asking = ("feature_dim", "whiten")
+    _n_seen = 0  # patches that ``coreset_ratio_`` is a share of
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -387,44 +386,39 @@ default="max"
         n_images: int | None,
         in_flight: int,
         random: np.random.RandomState,
-    ) -> AllPatches | PatchAccumulator:
+    ) -> PatchAccumulator:
         height, width, n_features = shape
         bank = getattr(self, "memory_bank_", None)
         grid = None
         if self.position_window is not None:
-            grid = bank.grid if isinstance(bank, WindowedBank) else (height, width)
+            grid = (height, width) if bank is None else bank.grid
         samples = bool(self.foreground) and bank is None
-        options: dict[str, Any] = {"normalize": bool(self.normalize), "grid": grid}
-        joins = self.index == "flat" and self.image_score not in _MAY_RISE
-        options |= {"samples": samples, "n_to_come": (n_images or 0) if joins else 0}
-        ratio = self.coreset_ratio  # else that of the images before
+        ratio = self.coreset_ratio  # else that of the images before, and at first coreset_size
         ratio = getattr(self, "coreset_ratio_", None) if ratio is None else float(ratio)
-        if ratio is None:
-            options["size"] = int(self.coreset_size)
-        if self.memory_budget is None:
-            return AllPatches(ratio=1.0 if ratio is None else ratio, **options)
-        if ratio is None:
-            ratio = planned_ratio(self.coreset_size, n_images, height * width)
-        plan = plan_patches(
-            check_memory("memory_budget", self.memory_budget, "PatchCore"),
-            patches=height * width,
-            n_features=n_features if grid is None else n_features + 4,  # with room for places
-            ratio=ratio,
-            size_given=self.coreset_ratio is None,
-            n_images=n_images,
-            in_flight=in_flight + (sample_bytes(n_features) if samples else 0),
-            present=0 if bank is None else len(bank.embeddings_),
-        )
+        share: dict[str, Any] = {"ratio": ratio, "n_images": n_images}
+        share["size"] = int(self.coreset_size) if ratio is None else None
+        plan = None
+        if self.memory_budget is not None:
+            plan = plan_patches(
+                check_memory("memory_budget", self.memory_budget, "PatchCore"),
+                patches=height * width,
+                n_features=n_features if grid is None else n_features + 4,  # with room for places
+                in_flight=in_flight + (sample_bytes(n_features) if samples else 0),
+                present=0 if bank is None else len(bank.embeddings_),
+                **share,
+            )
         seed = int(copy.deepcopy(random).randint(2**31))  # with a budget or without: the same draws
-        return PatchAccumulator(n_features, self.coreset, ratio, seed, plan, **options)
+        options: dict[str, Any] = {"normalize": bool(self.normalize), "grid": grid}
+        options |= {"samples": samples, **share}
+        return PatchAccumulator(n_features, self.coreset, seed, plan, **options)
 
     def _fit_accumulated(
-        self, accumulated: AllPatches | PatchAccumulator, random: np.random.RandomState
+        self, accumulated: PatchAccumulator, random: np.random.RandomState
     ) -> np.ndarray | None:
         """Add a coreset of the patches to the bank; return which of them were kept, if known."""
         bank = getattr(self, "memory_bank_", None)
         device, kept = device_of(self.device, "PatchCore"), None
-        self.coreset_ratio_ = accumulated.ratio
+        self._count(accumulated)
         if bank is None and accumulated.sample is not None:
             self.foreground_ = learn_foreground(accumulated.sample, "PatchCore")
         if accumulated.thinned:
@@ -433,7 +427,7 @@ default="max"
         else:
             coreset = select_coreset(
                 accumulated.rows,
-                max(1, round(self.coreset_ratio_ * len(accumulated.rows))),
+                max(1, round(accumulated.ratio * len(accumulated.rows))),
                 method=self.coreset,
                 random_state=random,
                 existing=None if bank is None else self._existing_patches(),
@@ -460,29 +454,34 @@ default="max"
                 f"PatchCore: n_neighbors={self.n_neighbors} is more than the {len(rows)} patches "
                 f"that {kept_by} keeps."
             )
-        if cells is None:
-            self.memory_bank_ = MemoryBank(**self._bank_parameters(device)).fit(rows)
-        else:
-            self.memory_bank_ = self._windowed_bank(rows, cells, accumulated.grid, device)
+        self.memory_bank_ = self._bank_of(rows, cells, accumulated.grid, device)
         self.memory_bank_.covering_radius_ = radius
         self.n_absorbed_ = 0
         return kept
 
-    def _windowed_bank(
-        self, rows: np.ndarray, cells: np.ndarray, grid: Any, device: str = "cpu"
-    ) -> WindowedBank:
-        assert self.position_window is not None
-        reach = window_reach(cells, grid, int(self.position_window), self.n_neighbors)
-        return WindowedBank(**self._bank_parameters(device)).fit(rows).place(cells, reach)
+    def _count(self, accumulated: PatchAccumulator) -> None:
+        """Take note of the share kept of all patches that have come; in an update it stays."""
+        known, n_before = getattr(self, "coreset_ratio_", None), self._n_seen
+        if known is None or accumulated.size is None:
+            self.coreset_ratio_, self._n_seen = accumulated.ratio, accumulated.n_seen
+        else:  # held back are images of other sizes, or with other regions to ignore
+            self._n_seen += accumulated.n_seen
+            kept = known * n_before + accumulated.ratio * accumulated.n_seen
+            self.coreset_ratio_ = kept / self._n_seen
+
+    def _bank_of(
+        self, rows: np.ndarray, cells: np.ndarray | None, grid: Any, device: str = "cpu"
+    ) -> PatchBank:
+        bank = PatchBank(**self._bank_parameters(device)).fit(rows)
+        if cells is not None:
+            assert self.position_window is not None
+            reach = window_reach(cells, grid, int(self.position_window), self.n_neighbors)
+            bank.place(cells, reach)
+        return bank
 
     def _extend(self, rows: np.ndarray, radius: float, cells: np.ndarray | None) -> None:
-        old = self.memory_bank_
-        bank = copy.copy(old)  # the old one may still be needed
-        bank.index_ = copy.deepcopy(old.index_)
-        bank.add(rows)
-        bank.covering_radius_ = max(old.covering_radius_, radius)
-        if isinstance(bank, WindowedBank):
-            bank.place(np.concatenate([bank.cells_, cells]), bank.reach_)
+        bank = self.memory_bank_.extended(rows, cells)  # the old one may still be needed
+        bank.covering_radius_ = max(self.memory_bank_.covering_radius_, radius)
         self.memory_bank_ = bank
 
     def _bank_parameters(self, device: str) -> dict[str, Any]:
@@ -498,21 +497,20 @@ default="max"
         return self.memory_bank_.embeddings_ if self.coreset == "greedy" else None
 
     def _score_patches(
-        self, E: np.ndarray, bank: MemoryBank | None = None
+        self, E: np.ndarray, bank: PatchBank | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         bank = self.memory_bank_ if bank is None else bank
         rows = E.reshape(-1, E.shape[-1])
         if self.normalize:
             rows = unit_rows(rows)
-        ignored, search = np.isnan(rows[:, 0]), bank.search
-        if isinstance(bank, WindowedBank):
-            search = partial(bank.search_near, cells=patch_cells(E, bank.grid))
+        ignored, k = np.isnan(rows[:, 0]), self.n_neighbors
         if not ignored.any():
-            distances, neighbors = search(rows, self.n_neighbors)
+            distances, neighbors = bank.search_patches(rows, k, E)
         else:  # ignored patches are at no distance from normal ones
-            distances = np.zeros((len(rows), self.n_neighbors), np.float32)
-            neighbors = np.zeros((len(rows), self.n_neighbors), np.int64)
-            distances[~ignored], neighbors[~ignored] = search(rows[~ignored], self.n_neighbors)
+            distances = np.zeros((len(rows), k), np.float32)
+            neighbors = np.zeros((len(rows), k), np.int64)
+            found = bank.search_patches(rows[~ignored], k, E)
+            distances[~ignored], neighbors[~ignored] = found
         patch_scores = distances.mean(axis=1).reshape(E.shape[:3])
         if self.foreground:
             patch_scores[~object_patches(rows.reshape(E.shape), self.foreground_)] = 0
@@ -532,13 +530,10 @@ default="max"
         images = np.repeat(np.arange(len(E)) // copies, patches)[fitted]  # of each row of the bank
         whole, scores = self.memory_bank_, []
         for i in range(len(E) // copies):
-            others = whole.embeddings_[images != i]
-            if len(others) < self.n_neighbors:
+            others = whole.taken(images != i)
+            if len(others.embeddings_) < self.n_neighbors:
                 return np.empty(0, np.float32)  # no bank without this image
-            if isinstance(whole, WindowedBank):
-                bank = self._windowed_bank(others, whole.cells_[images != i], whole.grid)
-            else:
-                bank = MemoryBank(SUPPORT_SIZE).fit(others)
+            bank = self._bank_of(others.embeddings_, others.cells_, whole.grid)
             scores.append(self._score_patches(E[i * copies][None], bank)[1])
         return np.concatenate(scores)
 
@@ -549,28 +544,24 @@ default="max"
         # of each cell stays: one that shrank as nearer rows come would lose better ones.
         return self.index == "flat" and self.image_score not in _MAY_RISE
 
-    def _remove_calibration_patches(self) -> MemoryBank:
+    def _remove_calibration_patches(self) -> PatchBank:
         # Images held back now are scored by the same patches as those held back before, and by
         # those fitted on since: no score then depends on which image was held back when.
-        bank, n = self.memory_bank_, len(self.memory_bank_.embeddings_) - self.n_absorbed_
+        bank = self.memory_bank_
         if self.n_absorbed_:
-            self.memory_bank_ = copy.copy(bank)
-            self.memory_bank_.embeddings_ = bank.embeddings_[:n]
-            if isinstance(self.memory_bank_, WindowedBank):
-                self.memory_bank_.place(self.memory_bank_.cells_[:n], self.memory_bank_.reach_)
+            self.memory_bank_ = bank.taken(slice(len(bank.embeddings_) - self.n_absorbed_))
         return bank
 
     def _add_calibration_patches(
         self,
-        removed: MemoryBank | None,
-        accumulated: AllPatches | PatchAccumulator,
+        removed: PatchBank | None,
+        accumulated: PatchAccumulator,
         random: np.random.RandomState,
     ) -> None:
         n_fitted = len(self.memory_bank_.embeddings_)
         if removed is not None and self.n_absorbed_:
-            rows = slice(len(removed.embeddings_) - self.n_absorbed_, None)
-            cells = removed.cells_[rows] if isinstance(removed, WindowedBank) else None
-            self._extend(removed.embeddings_[rows], 0.0, cells)
+            held_back = removed.taken(slice(len(removed.embeddings_) - self.n_absorbed_, None))
+            self._extend(held_back.embeddings_, 0.0, held_back.cells_)
         if accumulated.n_seen:
             self._fit_accumulated(accumulated, random)
         self.n_absorbed_ = len(self.memory_bank_.embeddings_) - n_fitted
@@ -581,11 +572,9 @@ default="max"
 
     def _get_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         bank = self.memory_bank_
-        arrays = {"embeddings": bank.embeddings_}
+        arrays = {"embeddings": bank.embeddings_, **bank.places()}
         if bank.index_ is not None:
             arrays["index"] = serialize(bank.index_)
-        if isinstance(bank, WindowedBank):
-            arrays |= {"positions": bank.cells_, "reach": bank.reach_}
         if self.foreground:
             arrays["foreground"] = self.foreground_
         state = {"covering_radius": bank.covering_radius_, "n_absorbed": self.n_absorbed_}
@@ -595,9 +584,9 @@ default="max"
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         parameters = self._bank_parameters(device_of(self.device, "PatchCore"))
-        kind = MemoryBank if self.position_window is None else WindowedBank
-        self.memory_bank_ = kind.restore(arrays["embeddings"], arrays.get("index"), **parameters)
-        if isinstance(self.memory_bank_, WindowedBank):
+        embeddings, index = arrays["embeddings"], arrays.get("index")
+        self.memory_bank_ = PatchBank.restore(embeddings, index, **parameters)
+        if self.position_window is not None:
             self.memory_bank_.place(arrays["positions"], arrays["reach"])
         self.memory_bank_.covering_radius_ = float(state["covering_radius"])
         self.n_absorbed_ = int(state.get("n_absorbed", 0))  # files of 0.1.0 may not say
@@ -608,46 +597,3 @@ default="max"
             self.foreground_ = arrays["foreground"]
             if self.foreground_.shape != (self.n_features_ + 1,):
                 raise ValueError(f"foreground has shape {self.foreground_.shape}")
-
-
-@dataclass
-class AllPatches(Accumulator):
-    """All patches of all images; they come in one shard."""
-
-    rows: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    n_seen: int = 0
-    n_images: int = 0
-    n_to_come: int = 0
-    size: int | None = None
-    ratio: float = 1.0
-    radius: float = 0.0
-    thinned: bool = False
-    normalize: bool = False
-    grid: tuple[int, int] | None = None  # in which the places of the patches are kept
-    cells: np.ndarray | None = None  # where the patches lie
-    samples: bool = False  # whether to take a sample of the first images
-    sample: PatchSample | None = None
-
-    def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
-        """Return an accumulator of the shard's patches."""
-        rows = unit_rows(patch_rows(E)) if self.normalize else patch_rows(E)
-        cells = None if self.grid is None else patch_cells(E, self.grid)
-        sample = PatchSample.of(E, position, self.normalize) if self.samples else None
-        return replace(
-            self, rows=rows, n_seen=len(rows), n_images=len(E), cells=cells, sample=sample
-        )
-
-    def merge(self, other: Self) -> None:
-        """Take over the patches of the other; or append them, if there are some already."""
-        self.rows = np.concatenate([self.rows, other.rows]) if self.n_seen else other.rows
-        if self.cells is None or other.cells is None:
-            self.cells = other.cells
-        else:
-            self.cells = np.concatenate([self.cells, other.cells])
-        if other.sample is not None:
-            self.sample = other.sample if not self.sample else self.sample.merged_with(other.sample)
-        self.n_seen += other.n_seen
-        self.n_images += other.n_images
-        if self.size is not None:  # images held back will add as large a share
-            share = self.n_images / (self.n_to_come or self.n_images)
-            self.ratio = min(1.0, self.size * share / max(1, self.n_seen))

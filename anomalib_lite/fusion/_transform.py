@@ -29,6 +29,19 @@ PROJECTIONS = ("pca", "gaussian_random")
 _SMALLEST_SHARE = 1e-12
 
 
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Divide each row (n, D) by its length; a row of zeros stays.
+
+    Euclidean distances between such rows rank as cosine distances do:
+    ``|x - y|^2 = 2 (1 - cos(x, y))``.
+
+    >>> unit_rows(np.float32([[3, 4], [0, 0]])).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    return np.asarray(rows / np.maximum(lengths, np.finfo(np.float32).tiny)[:, None])
+
+
 class EmbeddingTransform(BaseEstimator):
     """Scales the layers of patch embeddings, then projects, whitens and normalizes them.
 
@@ -326,10 +339,7 @@ class EmbeddingTransform(BaseEstimator):
         for _ in range(self.copies_):
             for part in self.parts_:
                 one = part.transform(rows[:, begin : begin + part.n_in])
-                if self.normalize:
-                    lengths = np.sqrt(np.einsum("nd,nd->n", one, one))
-                    one = one / np.maximum(lengths, np.finfo(np.float32).tiny)[:, None]
-                found.append(one)
+                found.append(unit_rows(one) if self.normalize else one)
                 begin += part.n_in
         found.append(rows[:, begin:])
         return np.concatenate(found, axis=1)

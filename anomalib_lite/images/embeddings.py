@@ -17,7 +17,6 @@ __all__ = [
     "patch_rows",
     "stack",
     "take",
-    "unit_rows",
 ]
 
 # (N, h, w, D) float32, or a list of N arrays (h, w, D) where images have different sizes. A patch
@@ -121,19 +120,6 @@ def contiguous(grids: list[np.ndarray]) -> Embeddings:
         place = rows[end - height * width : end].reshape(height, width, length)
         place[:], grids[i] = grids[i], place
     return grids
-
-
-def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Divide each row (n, D) by its length; a row of zeros stays.
-
-    Euclidean distances between such rows rank as cosine distances do:
-    ``|x - y|^2 = 2 (1 - cos(x, y))``.
-
-    >>> unit_rows(np.float32([[3, 4], [0, 0]])).tolist()
-    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
-    """
-    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    return np.asarray(rows / np.maximum(lengths, np.finfo(np.float32).tiny)[:, None])
 
 
 def patch_rows(E: Embeddings) -> np.ndarray:

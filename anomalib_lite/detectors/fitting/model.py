@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from abc import ABC, ABCMeta, abstractmethod
@@ -14,7 +15,7 @@ from sklearn.base import BaseEstimator
 
 from anomalib_lite._validation import check_memory
 from anomalib_lite.anomaly_map import image_scores, standardize, structure
-from anomalib_lite.calibration import calibration_size, threshold_and_shortfall
+from anomalib_lite.calibration import threshold_and_shortfall
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.images.augmentation import AugmentedSource
@@ -42,6 +43,7 @@ class Accumulator(ABC):
 
     images_per_shard: int = sys.maxsize  # images whose embeddings are in memory at a time
     channels: np.ndarray | None = None  # channels of the embeddings that are used; None for all
+    files: range = range(0)  # numbers of the shard's images, and of those that could not be used
 
     @abstractmethod
     def accumulate(self, E: Embeddings, position: int, existing: np.ndarray | None = None) -> Self:
@@ -97,7 +99,8 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         shape : (h, w, D)
             Shape of the embeddings of the first image.
         n_images : int or None
-            Number of images; None if it is not known in advance.
+            Number of images that are accumulated, also of those held back if they join the model
+            afterwards; None if it is not known in advance.
         in_flight : int
             Bytes of memory taken beside the embeddings of a shard: batches of images, network.
         random : RandomState
@@ -186,15 +189,12 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         return np.column_stack([described, image_scores(patch_scores, "max", left_out)])
 
     def _with_copies(
-        self, images: ImageSource, order: np.ndarray, n_known: int
+        self, images: ImageSource, order: np.ndarray, n_held_back: int
     ) -> tuple[AugmentedSource, np.ndarray]:
         """Put copies behind each image to fit on; return in ``order`` what each was made of.
 
         Images held back get none: they must be like future ones.
         """
-        n_held_back, purposes = 0, 2 if self.image_score == "structure" else 1
-        if self.calibration != "leave_one_out":
-            n_held_back = calibration_size(self.false_alarm_rate, len(images), n_known, purposes)
         source = AugmentedSource(images, self.augment, n_held_back)
         return source, order[source.origins]
 
@@ -213,31 +213,47 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
             )
         return float(self.map_threshold_)
 
+    def _take_statistics(self) -> np.ndarray | None:
+        """Take out what earlier maps have taught: without, new maps are described in full."""
+        statistics = self.__dict__.pop("map_statistics_", None)
+        self.__dict__.pop("map_threshold_", None)
+        return None if self.image_score != "structure" else statistics
+
     def _standardize_calibration(
-        self, scores: np.ndarray, false_alarm_rate: float, *, left_out: bool
+        self,
+        scores: np.ndarray,
+        false_alarm_rate: float,
+        *,
+        left_out: bool,
+        statistics: np.ndarray | None = None,
     ) -> np.ndarray:
         """Learn from what :meth:`_score_maps` says of normal maps how they vary; return scores.
 
         The threshold of the heatmaps is that of ``image_score="max"``, from all these images. One
         half of the images teaches, the other half calibrates: an image that had a say in its own
-        standard would score too low. ``left_out`` images do both.
+        standard would score too low. ``left_out`` images do both. If ``statistics`` are known, as
+        in an update, they stay: these images had no say in them, so all of them calibrate.
         """
-        if self.image_score != "structure" or hasattr(self, "map_statistics_"):  # by an update
+        if self.image_score != "structure":
             return scores
-        n_taught = len(scores) if left_out else len(scores) // 2
-        if n_taught < 2:
-            raise InvalidValueError(
-                f"{type(self).__name__}: image_score='structure' needs at least "
-                f"{2 if left_out else 4} images to learn how maps of normal images vary (with "
-                f"calibration='split', held back), got {len(scores)}. Give more "
-                "images, or set another image_score."
-            )
-        self.map_threshold_, _ = threshold_and_shortfall(scores[:, 3], false_alarm_rate)
-        scores = scores[:, :3]
-        taught = scores[:n_taught].astype(np.float64)
-        spread = taught.std(axis=0, ddof=1)
-        self.map_statistics_ = np.array([taught.mean(axis=0), spread], np.float32)
-        return standardize(scores if left_out else scores[n_taught:], self.map_statistics_)
+        scores = scores.reshape(-1, 4)
+        described, peaks = scores[:, :3], scores[:, 3]
+        n_taught = 0
+        if statistics is None:
+            n_taught = len(scores) if left_out else len(scores) // 2
+            if n_taught < 2:
+                raise InvalidValueError(
+                    f"{type(self).__name__}: image_score='structure' needs at least "
+                    f"{2 if left_out else 4} images to learn how maps of normal images vary (with "
+                    f"calibration='split', held back), got {len(scores)}. Give more "
+                    "images, or set another image_score."
+                )
+            taught = described[:n_taught].astype(np.float64)
+            spread = taught.std(axis=0, ddof=1)
+            statistics = np.array([taught.mean(axis=0), spread], np.float32)
+        self.map_threshold_, _ = threshold_and_shortfall(peaks, false_alarm_rate)
+        self.map_statistics_ = statistics
+        return standardize(described if left_out else described[n_taught:], statistics)
 
 
 @dataclass
@@ -266,8 +282,12 @@ class ShardTask:
             return self.empty.channels
         return None if self.model is None else self.model._channels
 
-    def __call__(self, E: Embeddings, position: int) -> ShardResult:
-        """Carry out the task; ``position`` is that of the shard's first image."""
+    def __call__(self, E: Embeddings, position: int, files: range | None = None) -> ShardResult:
+        """Carry out the task; ``position`` is that of the shard's first image.
+
+        ``files`` are the numbers of its images and of those that could not be used; by default all
+        could.
+        """
         result = ShardResult()
         if len(E) == 0:
             return result
@@ -275,7 +295,9 @@ class ShardTask:
             result.scores = self.model._image_scores(E)
         if self.empty is not None:
             existing = None if self.model is None else self.model._existing_patches()
-            result.accumulated = self.empty.accumulate(E, position, existing)
+            empty = copy.copy(self.empty)
+            empty.files = range(position, position + len(E)) if files is None else files
+            result.accumulated = empty.accumulate(E, position, existing)
         return result
 
 
@@ -284,6 +306,7 @@ class ShardSource(ABC):
 
     shape: tuple[int, ...]  # (h, w, D) of the first image
     n_images: int | None  # None if it is not known in advance
+    n_to_fit: int | None  # of these, the images that are not held back
     in_flight = 0  # bytes of memory taken beside the embeddings of a shard
     embeddings: Embeddings = []  # noqa: RUF012  # of the images to fit on, if all are in memory
 
@@ -301,7 +324,7 @@ class InMemory(ShardSource):
 
     def __init__(self, E: Embeddings, n_held_back: int) -> None:
         self.n_images, self.shape = len(E), E[0].shape
-        n_to_fit = len(E) - n_held_back
+        self.n_to_fit = n_to_fit = len(E) - n_held_back
         held: Any = E[n_to_fit:]
         if isinstance(E, list):  # arrays are moved, so that none is in memory twice
             del E[n_to_fit:]

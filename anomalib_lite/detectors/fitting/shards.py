@@ -46,7 +46,7 @@ class _Sharded(ShardSource):
 
     def __init__(self, n_images: int, n_held_back: int) -> None:
         self.n_images: int = n_images
-        self.n_to_fit = n_images - n_held_back
+        self.n_to_fit: int = n_images - n_held_back
         self._size = 1
 
     @abstractmethod
@@ -156,7 +156,8 @@ class EmbeddingStream(ShardSource):
         where: str,
         transform: EmbeddingTransform | None = None,
     ) -> None:
-        self.n_images = getattr(blocks, "n_images", None)
+        self.n_images = n = getattr(blocks, "n_images", None)
+        self.n_to_fit = None if n is None else n - min(n_held_back, n // 2)
         grids = iter_grids(blocks, where, n_features)
         if transform is not None:
             grids = map(transform.transform, grids)
@@ -277,7 +278,7 @@ class ImageShards(_Sharded):
         if begin < self._n_tried:
             first, self._first = self._first, None
             assert first is not None
-            yield task(first, self._n_tried - 1)
+            yield task(first, self._n_tried - 1, range(self._n_tried))
             begin = self._n_tried
         shards = _cut(self._source, begin, end, size)
         if self._distribute is not None:
@@ -291,7 +292,7 @@ class ImageShards(_Sharded):
 
     def _carry_out(self, shard: ImageSource, start: int, task: ShardTask) -> ShardResult:
         E, skipped = embed_all(self._extractor, shard, channels=task.channels)
-        result = task(E, start)
+        result = task(E, start, range(start, start + len(shard)))
         result.skipped = skipped
         return result
 

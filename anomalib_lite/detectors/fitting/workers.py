@@ -205,7 +205,10 @@ def _work_on(
             task = replace(task, model=model)
         channels = None if task is None else task.channels
         E, skipped = embed_all(extractor, shard, channels=channels)
-        result = ShardResult(embeddings=E) if task is None else task(E, position)
+        if task is None:
+            result = ShardResult(embeddings=E)
+        else:
+            result = task(E, position, range(position, position + len(shard)))
         result.skipped = skipped
         return result
     except AnomalibLiteError as error:
