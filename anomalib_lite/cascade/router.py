@@ -33,6 +33,7 @@ from anomalib_lite.errors import (
 from anomalib_lite.gaussian import Gaussian
 from anomalib_lite.images import Batch, Extractor, ImageSource
 from anomalib_lite.images.embeddings import assemble, stack
+from anomalib_lite.images.sizing import image_size_for
 
 __all__ = ["ProductDetections", "ProductRouter"]
 
@@ -176,7 +177,10 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         template = self._prototype()
         products = _check_products(images, template.max_pixels)
         backbone = template._open_backbone()
-        size = max(template._size_for(source) for source in products.values())
+        size = max(
+            image_size_for(source, template.image_size, template.tile)
+            for source in products.values()
+        )
         check_image_size(size, _WHERE, stride=backbone.stride)
         _warn(self._learn(products, template, size, backbone, {}, {}))
         return self

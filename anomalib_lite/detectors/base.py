@@ -45,7 +45,7 @@ from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.images.augmentation import AugmentedSource
 from anomalib_lite.images.embeddings import Embeddings, embed_all, stack
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image, read_ignore_mask
-from anomalib_lite.images.sizing import choose_image_size
+from anomalib_lite.images.sizing import image_size_for
 
 __all__ = ["BaseDetector", "DetectorMixin"]
 
@@ -528,7 +528,7 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         n, leave_one_out = len(source.items), self.calibration == "leave_one_out"
         order = np.arange(n) if leave_one_out else random.permutation(n)
         in_order = source.take(order)
-        size = self.image_size_ if update else self._size_for(source)
+        size = self.image_size_ if update else image_size_for(source, self.image_size, self.tile)
         backbone = self.backbone_ if update else self._open_to_fit(in_order, size, random)
         known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
         if self.augment is not None:
@@ -619,16 +619,6 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
             )
 
     # --- The backbone -----------------------------------------------------------------------
-
-    def _size_for(self, images: ImageSource) -> int | tuple[int, int]:
-        """Return the size at which images like these go through the backbone."""
-        given = self.image_size
-        if isinstance(given, str):
-            return choose_image_size(images, self.tile)
-        if isinstance(given, int | np.integer):
-            return int(given)
-        height, width = given
-        return int(height), int(width)
 
     def _open_to_fit(
         self, images: ImageSource, size: int | tuple[int, int], random: np.random.RandomState
