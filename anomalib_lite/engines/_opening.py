@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,12 +18,15 @@ from anomalib_lite.networks.adapter import Adapter
 if TYPE_CHECKING:  # torch takes seconds to import, and a cached graph does not need it
     from anomalib_lite.backbones import Backbone
 
-__all__ = ["ENGINES", "FUSIONS", "AnyBackbone", "open_backbone"]
+__all__ = ["ENGINES", "FUSIONS", "AnyBackbone", "open_backbone", "wrapping_backbones"]
 
 AnyBackbone: TypeAlias = "Backbone | CompiledBackbone"
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
 FUSIONS = tuple(STRATEGIES)
+
+Wrap: TypeAlias = "Callable[[AnyBackbone], Any]"
+_WRAP: ContextVar[Wrap | None] = ContextVar("wrap", default=None)
 
 
 def open_backbone(
@@ -79,6 +84,7 @@ where
     'torch'
     """
     check_choice("engine", engine, ENGINES, where)
+    wrap = _WRAP.get() or _as_it_is
     arguments: dict[str, Any] = {
         "weights": weights,
         "layers": layers,
@@ -94,10 +100,44 @@ where
         one_pass = tuple(scales) == (1.0,) and not attention
         compiled = _open_compiled(backbone, engine, device, one_pass, sha256, arguments)
         if compiled is not None:
-            return compiled
+            return wrap(compiled)
     from anomalib_lite.backbones import Backbone
 
-    return Backbone(backbone, device=device, scales=scales, attention=attention, **arguments)
+    return wrap(Backbone(backbone, device=device, scales=scales, attention=attention, **arguments))
+
+
+@contextmanager
+def wrapping_backbones(wrap: Wrap) -> Iterator[None]:
+    """Pass every backbone that is opened in the block, also by a detector, through a function.
+
+    Parameters
+    ----------
+    wrap : callable
+        Takes a backbone, as :func:`open_backbone` returns it, and returns what is used instead:
+        an object with the same attributes and methods. Blocks may be nested: the inner one counts.
+
+    Notes
+    -----
+    It holds for the thread that entered the block. Worker processes of ``n_jobs`` open theirs
+    without it. A detector that was fitted in the block keeps what it got.
+
+    Examples
+    --------
+    >>> opened = []
+    >>> with wrapping_backbones(lambda backbone: opened.append(backbone.engine) or backbone):
+    ...     _ = open_backbone("efficientnet_lite0", engine="torch", device="cpu")
+    >>> opened
+    ['torch']
+    """
+    token = _WRAP.set(wrap)
+    try:
+        yield
+    finally:
+        _WRAP.reset(token)
+
+
+def _as_it_is(backbone: AnyBackbone) -> Any:
+    return backbone
 
 
 def _open_compiled(
