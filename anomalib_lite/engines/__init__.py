@@ -6,7 +6,7 @@ from anomalib_lite.engines._opening import (
     FUSIONS,
     AnyBackbone,
     open_backbone,
-    wrapping_backbones,
+    opening_backbones,
 )
 
 __all__ = [
@@ -15,5 +15,5 @@ __all__ = [
     "AnyBackbone",
     "CompiledBackbone",
     "open_backbone",
-    "wrapping_backbones",
+    "opening_backbones",
 ]

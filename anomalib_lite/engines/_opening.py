@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,15 +19,15 @@ from anomalib_lite.networks.adapter import Adapter
 if TYPE_CHECKING:  # torch takes seconds to import, and a cached graph does not need it
     from anomalib_lite.backbones import Backbone
 
-__all__ = ["ENGINES", "FUSIONS", "AnyBackbone", "open_backbone", "wrapping_backbones"]
+__all__ = ["ENGINES", "FUSIONS", "AnyBackbone", "open_backbone", "opening_backbones"]
 
 AnyBackbone: TypeAlias = "Backbone | CompiledBackbone"
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
 FUSIONS = tuple(STRATEGIES)
 
-Wrap: TypeAlias = "Callable[[AnyBackbone], Any]"
-_WRAP: ContextVar[Wrap | None] = ContextVar("wrap", default=None)
+_Opener: TypeAlias = "Callable[[Callable[[], AnyBackbone], dict[str, Any]], Any]"
+_OPENER: ContextVar[_Opener | None] = ContextVar("opener", default=None)
 
 
 def open_backbone(
@@ -84,7 +85,6 @@ where
     'torch'
     """
     check_choice("engine", engine, ENGINES, where)
-    wrap = _WRAP.get() or _as_it_is
     arguments: dict[str, Any] = {
         "weights": weights,
         "layers": layers,
@@ -95,49 +95,67 @@ where
         "state": state,
         "where": where,
     }
+    more: dict[str, Any] = {"device": device, "scales": tuple(scales), "attention": attention}
+    opener, open_it = _OPENER.get(), partial(_open, backbone, engine, sha256, arguments, **more)
+    if opener is None:
+        return open_it()
+    return opener(open_it, {"backbone": backbone, "engine": engine, **arguments, **more})
+
+
+def _open(
+    backbone: Any,
+    engine: str,
+    sha256: str | None,
+    arguments: dict[str, Any],
+    *,
+    device: Any,
+    scales: tuple[float, ...],
+    attention: bool,
+) -> AnyBackbone:
     if engine != "torch":
-        check_choice("dtype", dtype, DTYPES, where)
-        one_pass = tuple(scales) == (1.0,) and not attention
+        check_choice("dtype", arguments["dtype"], DTYPES, arguments["where"])
+        one_pass = scales == (1.0,) and not attention
         compiled = _open_compiled(backbone, engine, device, one_pass, sha256, arguments)
         if compiled is not None:
-            return wrap(compiled)
+            return compiled
     from anomalib_lite.backbones import Backbone
 
-    return wrap(Backbone(backbone, device=device, scales=scales, attention=attention, **arguments))
+    return Backbone(backbone, device=device, scales=scales, attention=attention, **arguments)
 
 
 @contextmanager
-def wrapping_backbones(wrap: Wrap) -> Iterator[None]:
-    """Pass every backbone that is opened in the block, also by a detector, through a function.
+def opening_backbones(opener: _Opener) -> Iterator[None]:
+    """Let a function open every backbone in the block, also those that detectors open.
 
     Parameters
     ----------
-    wrap : callable
-        Takes a backbone, as :func:`open_backbone` returns it, and returns what is used instead:
-        an object with the same attributes and methods. Blocks may be nested: the inner one counts.
+    opener : callable
+        Takes a function without arguments that opens the backbone, and a dict of the arguments of
+        :func:`open_backbone`. Returns what is used: the backbone, or an object with the same
+        attributes and methods. Blocks may be nested: the inner one counts.
 
     Notes
     -----
     It holds for the thread that entered the block. Worker processes of ``n_jobs`` open theirs
-    without it. A detector that was fitted in the block keeps what it got.
+    without it. A detector that was fitted in the block keeps what it got. Backbones of torch may
+    be changed by who opened them (LoRA), so do not hand one out twice.
 
     Examples
     --------
     >>> opened = []
-    >>> with wrapping_backbones(lambda backbone: opened.append(backbone.engine) or backbone):
+    >>> def note(open_it, arguments):
+    ...     opened.append(arguments["backbone"])
+    ...     return open_it()
+    >>> with opening_backbones(note):
     ...     _ = open_backbone("efficientnet_lite0", engine="torch", device="cpu")
     >>> opened
-    ['torch']
+    ['efficientnet_lite0']
     """
-    token = _WRAP.set(wrap)
+    token = _OPENER.set(opener)
     try:
         yield
     finally:
-        _WRAP.reset(token)
-
-
-def _as_it_is(backbone: AnyBackbone) -> Any:
-    return backbone
+        _OPENER.reset(token)
 
 
 def _open_compiled(

@@ -8,6 +8,14 @@ from anomalib_lite.studies._config import (
     open_study,
 )
 from anomalib_lite.studies._feature_cache import CachedBackbone, FeatureCache
+from anomalib_lite.studies._figures import (
+    COLORS,
+    MARKERS,
+    draw_bars,
+    draw_matrix,
+    new_figure,
+    save_figure,
+)
 from anomalib_lite.studies._results import Results
 from anomalib_lite.studies._run import Run
 from anomalib_lite.studies._runner import Summary, run_studies
@@ -17,10 +25,13 @@ from anomalib_lite.studies._sources import (
     category_names,
     draw_images,
     open_category,
+    short_name,
 )
 from anomalib_lite.studies._tables import summarize
 
 __all__ = [
+    "COLORS",
+    "MARKERS",
     "PAPERS",
     "CachedBackbone",
     "FeatureCache",
@@ -33,9 +44,14 @@ __all__ = [
     "StudyModel",
     "Summary",
     "category_names",
+    "draw_bars",
     "draw_images",
+    "draw_matrix",
+    "new_figure",
     "open_category",
     "open_study",
     "run_studies",
+    "save_figure",
+    "short_name",
     "summarize",
 ]

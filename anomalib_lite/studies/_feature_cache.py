@@ -22,7 +22,7 @@ import numpy as np
 
 from anomalib_lite._files import make_directory, replacing
 from anomalib_lite._validation import check_memory
-from anomalib_lite.engines import wrapping_backbones
+from anomalib_lite.engines import opening_backbones
 from anomalib_lite.errors import OutputError
 from anomalib_lite.studies._provenance import processor, source_hash
 
@@ -91,7 +91,7 @@ class FeatureCache:
 
     def active(self) -> AbstractContextManager[None]:
         """Return a context in which all backbones that detectors open are wrapped."""
-        return wrapping_backbones(self.wrap)
+        return opening_backbones(lambda open_it, _: self.wrap(open_it()))
 
     def wrap(self, backbone: Any) -> CachedBackbone:
         """Return a backbone that looks here before it computes."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from anomalib_lite.datasets import Dataset, Sample
-from anomalib_lite.engines import open_backbone, wrapping_backbones
+from anomalib_lite.engines import open_backbone, opening_backbones
 from anomalib_lite.errors import (
     AnomalibLiteError,
     CalibrationWarning,
@@ -24,6 +25,7 @@ from anomalib_lite.errors import (
     SharedImagesWarning,
 )
 from anomalib_lite.evaluation import evaluate
+from anomalib_lite.networks import WEIGHTS_VARIABLE, directory_file
 from anomalib_lite.studies._config import NetworkConfig, StudyConfig
 from anomalib_lite.studies._feature_cache import FeatureCache
 from anomalib_lite.studies._provenance import now, of_backbones, surroundings
@@ -105,6 +107,7 @@ class Run:
         self._case: dict[str, Any] | None = None
         self._rows: list[dict[str, Any]] = []
         self._opened: list[Any] = []
+        self._kept: dict[str, Any] = {}
         self.categories = [name for name in category_names(config.categories) if self._has(name)]
 
     # --- Cases ----------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ class Run:
 
     def collect(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take the rows that ``measure`` yields, to the end."""
-        with self._wrapping():
+        with opening_backbones(self._open_backbone):
             for row in rows:
                 if self._case is None:
                     raise InvalidValueError(
@@ -198,13 +201,17 @@ class Run:
     def networks(self, networks: Mapping[str, NetworkConfig]) -> dict[str, NetworkConfig]:
         """Return the networks that can be opened on this machine; the others are left out.
 
+        A file of weights that does not exist is looked for in ``ANOMALIB_LITE_WEIGHTS``, under its
+        own name, and then under that of the network.
+
         Raises
         ------
         MissingPathError
             If one cannot, and the configuration says ``missing: refuse``; or if none can.
         """
         found = {}
-        for name, network in networks.items():
+        for name, given in networks.items():
+            network = given.model_copy(update={"weights": self._weights(given)})
             try:
                 open_backbone(
                     network.backbone,
@@ -219,6 +226,14 @@ class Run:
         if networks and not found:
             raise self._nothing_left("network")
         return found
+
+    def _weights(self, network: NetworkConfig) -> Path | None:
+        """Return the file of the weights; None for what is installed or comes from the hub."""
+        file, directory = network.weights, os.environ.get(WEIGHTS_VARIABLE)
+        if file is None or file.is_file() or not directory:
+            return file
+        beside = Path(directory) / file.name
+        return beside if beside.is_file() else directory_file(network.backbone, self.name) or file
 
     def _has(self, category: str) -> bool:
         try:
@@ -251,16 +266,22 @@ class Run:
         first = next(iter(self.left_out.values()), "")
         return MissingPathError(f"{self.name}: no {kind} of it is on this machine. {first}")
 
-    def _wrapping(self) -> ExitStack:
-        """Note every backbone that is opened, and give it the cache."""
+    def _open_backbone(self, open_it: Callable[[], Any], arguments: dict[str, Any]) -> Any:
+        """Open a backbone with the cache, and note it for the rows of this case.
 
-        def wrap(backbone: Any) -> Any:
-            self._opened.append(backbone)
-            return backbone if self.cache is None else self.cache.wrap(backbone)
-
-        stack = ExitStack()
-        stack.enter_context(wrapping_backbones(wrap))
-        return stack
+        To open one takes seconds. Compiled graphs cannot be changed by who uses them, so they are
+        kept for the cases that follow.
+        """
+        key = repr(sorted((name, value) for name, value in arguments.items() if name != "where"))
+        backbone = self._kept.get(key)
+        if backbone is None:
+            backbone = open_it()
+            if self.cache is not None:
+                backbone = self.cache.wrap(backbone)
+            if isinstance(arguments["backbone"], str) and backbone.engine != "torch":
+                self._kept[key] = backbone
+        self._opened.append(backbone)
+        return backbone
 
     # --- A test -----------------------------------------------------------------------------------
 

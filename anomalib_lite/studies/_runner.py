@@ -211,7 +211,6 @@ def _conclude(study: Study, results: Results, experiment: Experiment) -> None:
     try:
         table = write_tables(study, rows, results.folder)
         if hasattr(study.module, "draw"):
-            import_extra("matplotlib").use("Agg")
             study.module.draw(table, results.folder, study.config)
     except Exception as error:
         # Figures of half a study may be impossible, which then is not what went wrong.

@@ -16,7 +16,15 @@ from anomalib_lite._validation import closest
 from anomalib_lite.datasets import ELPV, Dataset, MVTecAD, MVTecAD2, Sample, Textile, VisA
 from anomalib_lite.errors import InvalidValueError, MissingPathError
 
-__all__ = ["PAPERS", "Images", "category_names", "draw_images", "fingerprint", "open_category"]
+__all__ = [
+    "PAPERS",
+    "Images",
+    "category_names",
+    "draw_images",
+    "fingerprint",
+    "open_category",
+    "short_name",
+]
 
 # The papers of PIPED.
 PAPERS = (
@@ -117,6 +125,16 @@ def category_names(patterns: Iterable[str]) -> list[str]:
             )
         names |= dict.fromkeys(found)
     return list(names)
+
+
+def short_name(category: str) -> str:
+    """Return the name of a category in figures: without its data set, where that is clear.
+
+    >>> [short_name(name) for name in ("visa/candle", "elpv/mono", "textile")]
+    ['candle', 'elpv mono', 'textile']
+    """
+    dataset, _, part = category.partition("/")
+    return f"{dataset} {part}".strip() if dataset in ("elpv", "textile") else part or dataset
 
 
 def open_category(category: str, data_root: Path | None) -> Dataset:

@@ -103,10 +103,11 @@ def write_tables(study: Study, rows: Sequence[Mapping[str, Any]], folder: Path) 
     Parameters
     ----------
     study : Study
-        Its module may have ``COMPARED`` (a column; there is no summary without), ``METRICS``
-        (columns, the first is ranked), ``OVER`` (a column, by default ``"category"``), and
-        ``tables(table, config)``, which returns a dict of name to DataFrame. A file
-        ``reported.csv`` beside it is shown as a table of its own, and enters no other.
+        Its module may have ``COLUMNS`` (the first columns of ``rows.csv``), ``COMPARED`` (a column;
+        there is no summary without), ``METRICS`` (columns, the first is ranked), ``OVER`` (a
+        column, by default ``"category"``), and ``tables(table, config)``, which returns a dict of
+        name to DataFrame. A file ``reported.csv`` beside it is shown as a table of its own, and
+        enters no other.
     rows : sequence of dict
     folder : Path
 
@@ -118,6 +119,8 @@ def write_tables(study: Study, rows: Sequence[Mapping[str, Any]], folder: Path) 
     pandas = import_extra("pandas")
     import_extra("tabulate")
     table = pandas.DataFrame(list(rows)).drop(columns=["case", "case_rows"], errors="ignore")
+    first = [name for name in getattr(study.module, "COLUMNS", ()) if name in table]
+    table = table[[*first, *(name for name in table if name not in first)]]
     _write_csv(table, folder / "rows.csv", index=False)
     module, made = study.module, {}
     compared = getattr(module, "COMPARED", None)
