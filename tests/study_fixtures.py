@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -96,3 +97,22 @@ def make_visa(root: Path, categories: tuple[str, ...], n: int = 6) -> None:
             lines.append(f"{name},test,anomaly,{image},{truth}")
     (root / "split_csv").mkdir(parents=True)
     (root / "split_csv/1cls.csv").write_text("\n".join(lines) + "\n")
+
+
+class Noise:
+    """A detector that knows nothing."""
+
+    threshold_ = 0.5
+
+    def __init__(self, **parameters: Any) -> None:
+        self.random = np.random.RandomState(parameters["random_state"])
+
+    def fit(self, images: Any) -> Noise:
+        return self
+
+    def detect(self, images: Any, **_: Any) -> Any:
+        from anomalib_lite.detectors import Detections
+
+        scores = self.random.rand(len(images)).astype(np.float32)
+        maps = self.random.rand(len(images), 40, 48).astype(np.float32)
+        return Detections(scores, scores > 0.5, maps, [str(s.path) for s in images])

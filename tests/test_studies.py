@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from study_fixtures import DICE, make_mvtec_ad, write_study
+from study_fixtures import DICE, Noise, make_mvtec_ad, write_study
 
 from anomalib_lite.cli import main
 from anomalib_lite.errors import InvalidValueError, MissingPathError, OutputError
@@ -50,6 +50,7 @@ def measure(config, run):
         )
         yield run.test(run.fit(detector, images.train), images.test)
 """
+FAILING = DICE.replace("    for case", "    raise OSError('no cup')\n    for case")
 PLATES_YAML = "categories: [mvtec_ad/bottle, mvtec_ad/screw]\n"
 
 
@@ -238,6 +239,22 @@ def test_rows_of_half_a_case_are_cut_off(tmp_path: Path) -> None:
     assert [row["x"] for row in again.read()] == [1, 2]
 
 
+def test_a_run_without_rows_begins_anew(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_studies([write_study(tmp_path, FAILING)], out)
+    assert summary_of(out)["failed"] == 1
+    run_studies([write_study(tmp_path)], out)  # corrected: no --resume, and no complaint
+    assert len(rows_of(out / "dice")) == 24
+
+
+def test_a_file_that_says_nothing_of_its_rows_is_refused(tmp_path: Path) -> None:
+    file, out = write_study(tmp_path), tmp_path / "out"
+    run_studies([file], out)
+    (out / "dice/run.json").write_text("{")
+    with pytest.raises(InvalidValueError, match=r"run\.json is missing or broken"):
+        run_studies([file], out, resume=True)
+
+
 def test_more_seeds_may_follow(tmp_path: Path) -> None:
     file, out = write_study(tmp_path), tmp_path / "out"
     run_studies([file], out, seeds=[0])
@@ -299,25 +316,6 @@ def test_changed_images_are_not_mixed(tmp_path: Path) -> None:
     (good / "000.png").write_bytes((good / "001.png").read_bytes())
     summary = run_studies([file], out, data_root=tmp_path / "data", resume=True)
     assert "made before the data changed" in str(summary.experiments[0].error)
-
-
-class Noise:
-    """A detector that knows nothing."""
-
-    threshold_ = 0.5
-
-    def __init__(self, **parameters: Any) -> None:
-        self.random = np.random.RandomState(parameters["random_state"])
-
-    def fit(self, images: Any) -> Noise:
-        return self
-
-    def detect(self, images: Any, **_: Any) -> Any:
-        from anomalib_lite.detectors import Detections
-
-        scores = self.random.rand(len(images)).astype(np.float32)
-        maps = self.random.rand(len(images), 40, 48).astype(np.float32)
-        return Detections(scores, scores > 0.5, maps, [str(s.path) for s in images])
 
 
 def test_noise_has_an_auroc_of_a_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -95,10 +96,14 @@ def test_the_size_is_bounded_and_what_was_used_last_stays(tmp_path: Path) -> Non
     cache = FeatureCache(tmp_path / "many", max_size=int(4.5 * size))
     cached = cache.wrap(backbone)
     cached.embed(PIXELS[:3])
+    left = entries(tmp_path / "many")[0].with_suffix(".0.tmp")  # by a process that was killed
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
     cached.embed(PIXELS[:1])  # used again, and so younger than the other two
     cached.embed(PIXELS[3:7])
     paths = entries(tmp_path / "many")
     assert sum(path.stat().st_size for path in paths) <= 4.5 * size
+    assert not left.exists()
     misses = cache.misses
     cached.embed(PIXELS[6:7])
     assert cache.misses == misses

@@ -99,7 +99,10 @@ where
     opener, open_it = _OPENER.get(), partial(_open, backbone, engine, sha256, arguments, **more)
     if opener is None:
         return open_it()
-    return opener(open_it, {"backbone": backbone, "engine": engine, **arguments, **more})
+    opened: AnyBackbone = opener(
+        open_it, {"backbone": backbone, "engine": engine, **arguments, **more}
+    )
+    return opened
 
 
 def _open(

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ class Study:
     identity: dict[str, str]
 
 
-def open_study(file: str | Path, *, seeds: Sequence[int] | None = None) -> Study:
+def open_study(file: str | os.PathLike[str], *, seeds: Sequence[int] | None = None) -> Study:
     """Read a configuration and load the study that it names; nothing is measured.
 
     Parameters

@@ -13,6 +13,8 @@ import io
 import json
 import os
 import platform
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,10 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from anomalib_lite._files import make_directory, replacing
+from anomalib_lite._files import make_directory
 from anomalib_lite._validation import check_memory
 from anomalib_lite.engines import opening_backbones
-from anomalib_lite.errors import OutputError
 from anomalib_lite.studies._provenance import processor, source_hash
 
 __all__ = ["CachedBackbone", "FeatureCache"]
@@ -31,6 +32,8 @@ __all__ = ["CachedBackbone", "FeatureCache"]
 _SEAL = hashlib.sha256().digest_size  # bytes
 # What is left after old entries are removed, so that this is not done at every write.
 _LEFT = 0.9
+# The process that began a temporary file so long ago is gone.
+_UNFINISHED_S = 24 * 60 * 60
 # Packages whose versions decide the bits of an embedding.
 _DECIDING = ("torch", "timm", "openvino", "onnxruntime", "numpy")
 
@@ -126,11 +129,16 @@ class FeatureCache:
         if size > self.max_size:
             return
         path = self._path(key)
-        with contextlib.suppress(OSError, OutputError):
+        # Not handed to the disk at once, as files of results are: the seal tells a torn entry.
+        temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
+        try:
             path.parent.mkdir(exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_bytes(payload + hashlib.sha256(payload).digest())
+            temporary.write_bytes(payload + hashlib.sha256(payload).digest())
+            temporary.replace(path)
             self._bytes += size
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         if self._bytes > self.max_size:
             self._forget_oldest()
 
@@ -155,6 +163,10 @@ class FeatureCache:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             self._bytes -= size
+        for path in self.folder.glob("??/*.tmp"):  # of processes that were killed
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _UNFINISHED_S:
+                    path.unlink()
 
 
 class CachedBackbone:
@@ -231,7 +243,7 @@ class CachedBackbone:
 
 def _each_by_itself(backbone: Any) -> bool:
     """Tell whether an image's embedding does not depend on the other images of its batch."""
-    return backbone.engine != "torch" or backbone.pixels_at_once == 1
+    return bool(backbone.engine != "torch" or backbone.pixels_at_once == 1)
 
 
 def _describe(backbone: Any) -> dict[str, Any]:

@@ -68,7 +68,8 @@ class Results:
         self.folder = make_directory(folder)
         self.rows_file, self._run_file = folder / "rows.jsonl", folder / "run.json"
         self._about: dict[str, Any] = {"identity": dict(identity), "data": {}}
-        if self._run_file.exists():
+        # A run that ended before its first row has left nothing to lose.
+        if self.rows_file.exists() and self.rows_file.stat().st_size:
             if not resume:
                 raise OutputError(
                     f"studies: {folder} holds results already. Go on with --resume, name another "
@@ -113,10 +114,10 @@ class Results:
             about = json.loads(self._run_file.read_text("utf-8"))
             before = about["identity"]
             self._about["data"] = about["data"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidValueError(
-                f"studies: {self._run_file} is broken, so nothing says what the rows beside it are "
-                "of. Name another --output, or remove the folder."
+                f"studies: {self._run_file} is missing or broken, so nothing says what "
+                "the rows beside it are of. Name another --output, or remove the folder."
             ) from error
         for name, now in identity.items():
             if before.get(name) != now:
