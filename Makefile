@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-processors lint nightly bench-peers bench-speed bench-vfm bench-cascade bench-options \
-	bench-accuracy clean
+	bench-accuracy benchmarks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anomalib-lite demo -o demo-output
@@ -40,6 +40,10 @@ bench-cascade: $(VENV)/.test
 # What each option costs and brings: hours on two cores, and it goes on where it was stopped.
 bench-options: $(VENV)/.bench
 	$(BIN)/python benchmarks/options/run.py $(OPTIONS)
+
+# All studies that any machine can run; it goes on where it was stopped. docs/studies.md
+benchmarks: $(VENV)/.bench
+	$(BIN)/python benchmarks/run_all.py --resume --cache benchmark-output/features
 
 # The preset "accurate" on magnetic tiles, whose directory ROOT names.
 bench-accuracy: $(VENV)/.bench

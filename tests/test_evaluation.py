@@ -99,7 +99,7 @@ def plate(root: Path) -> MVTecAD:
 AFTER_A_LARGE_PARENT = """
 import os, sys
 block = b"x" * (600 << 20)
-code = "from anomalib_lite.evaluation import _report; print(_report._peak_memory_mb())"
+code = "from anomalib_lite.evaluation import _report; print(_report.peak_memory())"
 os.execv(sys.executable, [sys.executable, "-c", code])
 """
 

@@ -39,6 +39,7 @@ PATHS = {
     "anomalib_lite.plotting": "color_bar contact_sheet legend_colors overlay",
     "anomalib_lite.subspace": "Subspace",
     "anomalib_lite.networks": "NETWORKS Network whereabouts",
+    "anomalib_lite.studies": "FeatureCache NetworkConfig Run StudyConfig open_study run_studies",
     "anomalib_lite.synthetic": "KINDS SyntheticAnomalies SyntheticAnomaly SyntheticSet",
 }
 

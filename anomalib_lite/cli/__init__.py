@@ -1,4 +1,4 @@
-"""The command ``anomalib-lite``: fit, predict, evaluate, a demonstration, and backbones."""
+"""The command ``anomalib-lite``: fit, predict, evaluate, a demonstration, backbones, studies."""
 
 from anomalib_lite.cli._main import main
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from anomalib_lite._version import __version__
-from anomalib_lite.cli import _backbones, _demo, _evaluate, _fit, _predict
+from anomalib_lite.cli import _backbones, _benchmark, _demo, _evaluate, _fit, _predict
 from anomalib_lite.cli._messages import in_options, is_user_error, one_line_warnings
 from anomalib_lite.cli._parser import PROGRAM, Parser
 
@@ -15,7 +15,7 @@ __all__ = ["main"]
 # torch, scikit-learn and all modules that need them are imported inside the commands: this takes
 # seconds, and --help, --version and most mistakes need none of them.
 
-_COMMANDS = (_fit, _predict, _evaluate, _demo, _backbones)
+_COMMANDS = (_fit, _predict, _evaluate, _demo, _backbones, _benchmark)
 _WRONG_USE, _INTERRUPTED = 2, 130
 
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 for success, 2 for an error that the user can correct (one line on standard error
-        describes it), 130 after Ctrl-C.
+        0 for success, 1 if a study of ``benchmark`` failed, 2 for an error that the user can
+        correct (one line on standard error describes it), 130 after Ctrl-C.
 
     Examples
     --------
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = make_parser().parse_args(argv)
         with one_line_warnings():
-            arguments.run(arguments)
+            return arguments.run(arguments) or 0
     except KeyboardInterrupt as interrupt:
         print(" ".join([f"{PROGRAM}: interrupted.", *interrupt.args]), file=sys.stderr)
         return _INTERRUPTED
@@ -50,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{PROGRAM}: error: {in_options(error)}", file=sys.stderr)
         return _WRONG_USE
-    return 0
 
 
 def make_parser() -> Parser:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,12 +19,15 @@ from anomalib_lite.networks.adapter import Adapter
 if TYPE_CHECKING:  # torch takes seconds to import, and a cached graph does not need it
     from anomalib_lite.backbones import Backbone
 
-__all__ = ["ENGINES", "FUSIONS", "AnyBackbone", "open_backbone"]
+__all__ = ["ENGINES", "FUSIONS", "AnyBackbone", "open_backbone", "opening_backbones"]
 
 AnyBackbone: TypeAlias = "Backbone | CompiledBackbone"
 
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
 FUSIONS = tuple(STRATEGIES)
+
+_Opener: TypeAlias = "Callable[[Callable[[], AnyBackbone], dict[str, Any]], Any]"
+_OPENER: ContextVar[_Opener | None] = ContextVar("opener", default=None)
 
 
 def open_backbone(
@@ -89,15 +95,70 @@ where
         "state": state,
         "where": where,
     }
+    more: dict[str, Any] = {"device": device, "scales": tuple(scales), "attention": attention}
+    opener, open_it = _OPENER.get(), partial(_open, backbone, engine, sha256, arguments, **more)
+    if opener is None:
+        return open_it()
+    opened: AnyBackbone = opener(
+        open_it, {"backbone": backbone, "engine": engine, **arguments, **more}
+    )
+    return opened
+
+
+def _open(
+    backbone: Any,
+    engine: str,
+    sha256: str | None,
+    arguments: dict[str, Any],
+    *,
+    device: Any,
+    scales: tuple[float, ...],
+    attention: bool,
+) -> AnyBackbone:
     if engine != "torch":
-        check_choice("dtype", dtype, DTYPES, where)
-        one_pass = tuple(scales) == (1.0,) and not attention
+        check_choice("dtype", arguments["dtype"], DTYPES, arguments["where"])
+        one_pass = scales == (1.0,) and not attention
         compiled = _open_compiled(backbone, engine, device, one_pass, sha256, arguments)
         if compiled is not None:
             return compiled
     from anomalib_lite.backbones import Backbone
 
     return Backbone(backbone, device=device, scales=scales, attention=attention, **arguments)
+
+
+@contextmanager
+def opening_backbones(opener: _Opener) -> Iterator[None]:
+    """Let a function open every backbone in the block, also those that detectors open.
+
+    Parameters
+    ----------
+    opener : callable
+        Takes a function without arguments that opens the backbone, and a dict of the arguments of
+        :func:`open_backbone`. Returns what is used: the backbone, or an object with the same
+        attributes and methods. Blocks may be nested: the inner one counts.
+
+    Notes
+    -----
+    It holds for the thread that entered the block. Worker processes of ``n_jobs`` open theirs
+    without it. A detector that was fitted in the block keeps what it got. Backbones of torch may
+    be changed by who opened them (LoRA), so do not hand one out twice.
+
+    Examples
+    --------
+    >>> opened = []
+    >>> def note(open_it, arguments):
+    ...     opened.append(arguments["backbone"])
+    ...     return open_it()
+    >>> with opening_backbones(note):
+    ...     _ = open_backbone("efficientnet_lite0", engine="torch", device="cpu")
+    >>> opened
+    ['efficientnet_lite0']
+    """
+    token = _OPENER.set(opener)
+    try:
+        yield
+    finally:
+        _OPENER.reset(token)
 
 
 def _open_compiled(

@@ -40,7 +40,8 @@ _UNITS = {"fit_s": "fit, s", "test_s": "test, s", "ms_per_image": "ms per image"
 _PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "timm", "faiss-cpu", "pillow")
 
 
-def _peak_memory_mb() -> float | None:
+def peak_memory() -> float | None:
+    """Return the largest memory that this process has had so far, in MiB; None if unknown."""
     try:
         # Of this program alone: ru_maxrss begins with the peak of the process that started it.
         status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -128,7 +129,7 @@ class Report:
     samples: tuple[Sample, ...]
     scores: npt.NDArray[np.float32]
     decisions: npt.NDArray[np.bool_]
-    peak_memory_mb: float | None = field(default_factory=_peak_memory_mb)
+    peak_memory_mb: float | None = field(default_factory=peak_memory)
     versions: dict[str, str] = field(default_factory=_versions)
 
     def to_dict(self) -> dict[str, Any]:
