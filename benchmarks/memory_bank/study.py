@@ -242,7 +242,8 @@ def compare(entries: list[Entry], baseline: Any, queries: Queries) -> list[dict[
         row["memory_reduction"] = 1 - row["memory_mb"] / first["memory_mb"]
         row["index_reduction"] = 1 - row["index_mb"] / first["memory_mb"]
         loss = first["image_auroc"] - row["image_auroc"]
-        row["accuracy_loss_percent"] = 100 * loss / first["image_auroc"]
+        share = loss / first["image_auroc"] if first["image_auroc"] else None
+        row["accuracy_loss_percent"] = None if share is None else 100 * share
     return [{key: value for key, value in row.items() if key != "name"} for row in rows]
 
 
