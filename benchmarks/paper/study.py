@@ -177,7 +177,8 @@ def draw(table: Any, folder: Any, config: Config) -> None:
     names = [name for name in config.methods if name in set(table["method"])]
     means = table.groupby(["method", "category"])[list(METRICS)].mean().groupby("method").mean()
     is_mean = beside.index.get_level_values("category").str.endswith(", mean")
-    reported = beside[is_mean].groupby("method").mean()
+    # A published mean is of all categories, so it stands only beside such a one.
+    reported = beside[is_mean & beside["image_auroc"].notna()].groupby("method").mean()
     figure, panels = new_figure(2, 2, (16, 12))
     for panel, metric in zip(panels.flat, METRICS, strict=False):
         values = means[metric].reindex(names)
@@ -187,13 +188,16 @@ def draw(table: Any, folder: Any, config: Config) -> None:
         draw_bars(panel, names, values, title=f"Mean {text}", label=text)
         published = reported[f"reported {metric}"].reindex(names)
         if published.notna().any():
-            panel.plot(
-                range(len(names)), published, "_", color="black", ms=26, mew=3, label="reported"
-            )
+            place = [x + 0.28 for x in range(len(names))]
+            style = {"color": "white", "markeredgecolor": "black", "markeredgewidth": 1.5}
+            panel.plot(place, published, "D", label="reported", **style)
             panel.legend(loc="lower right")
     draw_categories(panels[1, 1], table, names)
     seeds = table["seed"].nunique()
-    figure.suptitle(f"Presets by the protocols of the papers, mean of {seeds} seeds")
+    categories = table["category"].nunique()
+    figure.suptitle(
+        f"Presets by the protocols of the papers: {categories} categories, seeds: {seeds}"
+    )
     save_figure(figure, folder / "paper_comparison.png")
 
 
@@ -208,4 +212,4 @@ def draw_categories(panel: Any, table: Any, names: list[str]) -> None:
     panel.set_xticks(range(len(grid)), short, rotation=45, ha="right", fontsize=9)
     panel.set(title="Each category, measured", ylabel="image AUROC")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, loc="best")
+    panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
