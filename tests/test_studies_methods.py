@@ -200,6 +200,18 @@ def test_searches_can_be_measured_on_fewer_categories(
     assert set(rows.loc[rows["part"] == "memory", "category"]) == set(CATEGORIES)
 
 
+def test_memories_can_be_measured_without_searches(
+    weights: dict[str, str], root: Path, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {"search_categories": [], "coreset_ratios": [0.5, 1.0]}
+    more |= {"memories": ["knn"], "categories": CATEGORIES[:1]}
+    file = write(tmp_path, "memory_bank", small_memory_bank(weights), **more)
+    rows = measure(file, root, tmp_path / "out")
+    assert rows.groupby("part").size().to_dict() == {"memory": 1, "coreset": 2}
+    assert not (tmp_path / "out/memory_bank/search.csv").exists()
+    assert (tmp_path / "out/memory_bank/memory_bank.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
     ("name", "categories", "limit"),
     [

@@ -229,7 +229,8 @@ def compare(entries: list[Entry], baseline: Any, queries: Queries) -> list[dict[
     """Return a row for each entry; shares and losses are against the baseline."""
     rows = []
     for entry, milliseconds in zip(entries, queries.times(entries), strict=True):
-        row = {"image_auroc": None, "pixel_auroc": None, **entry.about, **entry.found}
+        row = {"image_auroc": None, "pixel_auroc": None, "recall": None}
+        row |= {**entry.about, **entry.found}
         if not entry.found:
             row["image_auroc"] = queries.image_auroc(entry)
         if entry.index_mb:
@@ -295,6 +296,9 @@ def draw(table: Any, folder: Any, config: Config) -> None:
             title="Size of what is searched (all rows are kept beside it)",
             label="MB, mean",
         )
+    else:
+        for panel in panels[1]:
+            panel.set_visible(False)
     categories, seeds = table["category"].nunique(), table["seed"].nunique()
     figure.suptitle(f"Mean of {categories} categories. Lines: deviation of {seeds} seeds.")
     save_figure(figure, folder / "memory_bank.png")
