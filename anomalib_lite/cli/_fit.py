@@ -203,8 +203,13 @@ def summary_lines(
     detector: Any, n_images: int, seconds: float, *, rate_kept: bool
 ) -> list[tuple[str, str]]:
     """Return lines about a fitted detector, each as (title, text)."""
+    from anomalib_lite.calibration import describe_threshold
+
     model = detector._members().get("detector", detector)
+    rests_on = getattr(detector, "calibration_scores_", None)
     whose, level = "", detector.threshold_
+    if rests_on is not None:
+        whose = f": {describe_threshold(rests_on, detector.false_alarm_rate)}"
     if model is not detector:
         whose, level = " of the heatmap model", detector.routing_.threshold
     n_used = n_images - len(detector.skipped_)

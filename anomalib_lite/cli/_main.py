@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from anomalib_lite._version import __version__
-from anomalib_lite.cli import _backbones, _benchmark, _demo, _evaluate, _fit, _predict
+from anomalib_lite.cli import _backbones, _benchmark, _calibrate, _demo, _evaluate, _fit, _predict
 from anomalib_lite.cli._messages import in_options, is_user_error, one_line_warnings
 from anomalib_lite.cli._parser import PROGRAM, Parser
 
@@ -15,7 +15,7 @@ __all__ = ["main"]
 # torch, scikit-learn and all modules that need them are imported inside the commands: this takes
 # seconds, and --help, --version and most mistakes need none of them.
 
-_COMMANDS = (_fit, _predict, _evaluate, _demo, _backbones, _benchmark)
+_COMMANDS = (_fit, _predict, _evaluate, _calibrate, _demo, _backbones, _benchmark)
 _WRONG_USE, _INTERRUPTED = 2, 130
 
 

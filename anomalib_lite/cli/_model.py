@@ -11,9 +11,21 @@ from anomalib_lite.cli._parser import UsageError
 def add_model_arguments(command: argparse.ArgumentParser) -> None:
     """Add the model file and the options that may differ from those of the fit."""
     command.add_argument("model", metavar="MODEL", help="file that fit wrote")
-    command.add_argument(
+    level = command.add_mutually_exclusive_group()
+    level.add_argument(
         "--threshold", type=float, metavar="VALUE", help="threshold to use (default: the model's)"
     )
+    level.add_argument(
+        "--false-alarm-rate",
+        type=float,
+        metavar="RATE",
+        help="threshold for this share of good images (default: the model's; no cascade)",
+    )
+    add_machine_arguments(command)
+
+
+def add_machine_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the options that depend on the machine."""
     command.add_argument(
         "--weights", metavar="FILE", help="weights file of the backbone on this machine"
     )
@@ -30,6 +42,7 @@ def load_model(arguments: argparse.Namespace) -> Any:
     """Load the detector, with the options given instead of its own."""
     from anomalib_lite import load
     from anomalib_lite._validation import check_int, check_number
+    from anomalib_lite.detectors.base import BaseDetector
 
     where = arguments.command
     detector = load(arguments.model, weights=arguments.weights, device=arguments.device)
@@ -43,7 +56,15 @@ def load_model(arguments: argparse.Namespace) -> Any:
     if arguments.batch_size is not None:
         check_int("batch_size", arguments.batch_size, where, low=1)
         detector = detector._with_options(batch_size=arguments.batch_size)
-    if arguments.threshold is not None:
+    rate = getattr(arguments, "false_alarm_rate", None)
+    if rate is not None and not isinstance(detector, BaseDetector):
+        raise UsageError(
+            f"{where}: --false-alarm-rate is for a single detector, {arguments.model} holds a "
+            f"{type(detector).__name__}, whose models share the rate. Leave it out, or fit again"
+        )
+    if arguments.command != "calibrate" and rate is not None:
+        detector.set_false_alarm_rate(rate)
+    if getattr(arguments, "threshold", None) is not None:
         allowed = detector._threshold_range
         detector.threshold_ = check_number("threshold", arguments.threshold, where, allowed)
     return detector

@@ -21,6 +21,7 @@ from anomalib_lite.plotting import overlay
 
 COLUMNS = ("path", "score", "label", "threshold", "reason", "overlay")
 ROUTE = "route"  # one more column, for a cascade
+P_VALUE = "p_value"  # or this one, for a single detector
 
 # Largest number of heatmap pixels held at once: 256 MiB of float32, whatever the image sizes.
 _PIXELS_AT_ONCE = 1 << 26
@@ -35,6 +36,7 @@ class Result:
     reason: str
     route: str  # which model of a cascade decided, or "skipped"
     heatmap: Any  # (H, W) float32, or None
+    p_value: float | None = None  # None for a cascade or a router
 
 
 @dataclass
@@ -81,6 +83,8 @@ class Writer:
         row = [name, score, result.label, threshold, result.reason, picture]
         if self._with_route:
             row.append(result.route)
+        elif result.p_value is not None:
+            row.append("" if result.reason else f"{result.p_value:.6g}")
         self._rows.write(row)
 
     def overlay(self, index: int, result: Result) -> str:
@@ -136,7 +140,7 @@ def predict_to(
         make_directory(make_directory(output) / "overlays")
     # Unreadable images are handled here, where the rows of the others are kept.
     skipping = detector._with_options(on_error="skip", verbose=0)
-    columns = (*COLUMNS, ROUTE) if detector._routes else COLUMNS
+    columns = (*COLUMNS, ROUTE if detector._routes else P_VALUE)
     summary = Summary()
     with (
         RowsFile(output / "scores.csv", columns) as rows,
@@ -165,12 +169,14 @@ def _results(found: Detections) -> Iterator[Result]:
     reasons, routes = dict(found.skipped), getattr(found, "routes", None)
     for i, score in enumerate(found.scores):
         route = "" if routes is None else str(routes[i])
+        p_value = None if found.p_values is None else float(found.p_values[i])
         if i in reasons:
-            yield Result(float(score), "skipped", reasons[i], route and "skipped", None)
+            route = route and "skipped"
+            yield Result(float(score), "skipped", reasons[i], route, None, p_value)
             continue
         label = "anomalous" if found.labels[i] else "normal"
         heatmap = None if found.maps is None else found.maps[i]
-        yield Result(float(score), label, "", route, heatmap)
+        yield Result(float(score), label, "", route, heatmap, p_value)
 
 
 def _check_colours(detector: DetectorMixin) -> None:

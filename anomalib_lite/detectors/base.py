@@ -23,9 +23,10 @@ from anomalib_lite._validation import (
     refuse_labelled,
 )
 from anomalib_lite.anomaly_map import anomaly_maps
-from anomalib_lite.calibration import threshold_and_shortfall
+from anomalib_lite.calibration import conformal_p_values, threshold_and_shortfall
 from anomalib_lite.detectors._per_layer import LayerModels
 from anomalib_lite.detectors._saving import SavedDetector
+from anomalib_lite.detectors._thresholds import ThresholdMixin
 from anomalib_lite.detectors._transforming import BY_LAYER, TransformingModel, transform_all
 from anomalib_lite.detectors.detections import Detections
 from anomalib_lite.detectors.fitting import (
@@ -181,7 +182,7 @@ class DetectorMixin(SavedDetector):
         return []
 
 
-class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
+class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel):
     """Base of all detectors: fits on images, calibrates the threshold, and detects.
 
     Subclasses store the parameters that :class:`~anomalib_lite.PatchCore` documents, and supply
@@ -416,8 +417,9 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
                     if (ignored := source.ignored_in(index)) is not None:
                         heatmap[ignored.of(heatmap.shape)] = 0
         return Detections(
-            scores, self._labels(scores), stack(heatmaps) if maps else None, source.names, skipped
-        )
+            scores, self._labels(scores), stack(heatmaps) if maps else None, source.names, skipped,
+            p_values=conformal_p_values(scores, self.calibration_scores_),
+        )  # fmt: skip
 
     def score_embeddings(self, E: Any) -> np.ndarray:
         """Score your own patch embeddings, as :meth:`score` does images.
@@ -490,10 +492,11 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
             left_out=self.calibration == "leave_one_out",
             statistics=statistics,
         )
-        fresh.threshold_, shortfall = threshold_and_shortfall(
+        calibrated, shortfall = threshold_and_shortfall(
             fresh.calibration_scores_, self.false_alarm_rate
         )
-        if shortfall is not None:  # at the user's line: above a public method and its _fit_...
+        if fresh._take_threshold(calibrated) and shortfall is not None:
+            # At the user's line: above a public method and its _fit_...
             warnings.warn(shortfall, CalibrationWarning, stacklevel=4)
         # Add the images held back to the model, if that can only lower scores.
         if joins:
@@ -668,6 +671,8 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
         tensors, header = super()._describe(include_backbone)
         self._describe_transform(tensors, header)
         tensors["calibration_scores"] = self.calibration_scores_
+        if self.calibrated_threshold_ != self.threshold_:  # the user has set another
+            header["state"]["calibrated_threshold"] = self.calibrated_threshold_
         size = getattr(self, "image_size_", self.image_size)  # none after fit_embeddings
         if size != self.image_size:
             header["state"]["image_size"] = size
@@ -691,6 +696,8 @@ class BaseDetector(PresetMixin, DetectorMixin, TransformingModel):
     ) -> Self:
         detector = super()._restore(parameters, arrays, state, members)
         detector.calibration_scores_ = arrays["calibration_scores"]
+        calibrated = state.get("calibrated_threshold", detector.threshold_)
+        detector.calibrated_threshold_ = float(calibrated)
         size = state.get("image_size", detector.image_size)
         if not isinstance(size, str):
             detector.image_size_ = tuple(size) if isinstance(size, list) else size

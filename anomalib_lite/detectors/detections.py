@@ -28,6 +28,10 @@ class Detections:
         The image's path, or ``images[i]``.
     skipped : list of (int, str)
         Position and reason of every image left out; only with ``on_error="skip"``.
+    p_values : ndarray of shape (N,), float64, or None
+        How likely a normal image is to score as high as this one, in (0, 1], by the scores of the
+        normal images held back; see :func:`~anomalib_lite.calibration.conformal_p_values`. NaN for
+        an image that was skipped. None for a cascade or a router.
     """
 
     scores: np.ndarray
@@ -35,3 +39,4 @@ class Detections:
     maps: Any
     names: list[str]
     skipped: list[tuple[int, str]] = field(default_factory=list)
+    p_values: np.ndarray | None = field(default=None, kw_only=True)

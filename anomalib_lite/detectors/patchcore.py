@@ -180,14 +180,16 @@ default="max"
     memory_bank_ : MemoryBank
         The normal patches kept.
     threshold_ : float
-        Score above which an image is called anomalous. Assign to it to set your own.
+        Score above which an image is called anomalous. Assign to it to set your own, which stays in
+        :meth:`partial_fit`.
+    calibrated_threshold_ : float
+        The threshold that the calibration gave.
     map_threshold_ : float
         With ``image_score="structure"`` alone: the threshold in the units of the heatmaps, which
         are distances and no standard deviations.
     calibration_scores_ : ndarray of shape (n,), float32
-        Scores of the normal images that the threshold was taken from;
-        ``conformal_threshold(detector.calibration_scores_, rate)`` gives the threshold for
-        another rate.
+        Scores of the normal images that the threshold was taken from; see
+        :meth:`set_false_alarm_rate`.
     n_features_ : int
         Length of an embedding, after ``feature_dim``.
     image_size_ : int or (int, int)

@@ -1,0 +1,88 @@
+"""The command calibrate: another threshold for a model that is fitted."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from anomalib_lite.cli._messages import print_skipped
+from anomalib_lite.cli._model import add_machine_arguments, load_model
+from anomalib_lite.cli._parser import UsageError
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "calibrate", help="set the threshold of a model anew, without a new fit"
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", help="file that fit wrote")
+    parser.add_argument(
+        "images",
+        nargs="?",
+        metavar="GOOD",
+        help="directory of good images that the model was not fitted on (default: the scores of "
+        "the images that fit held back)",
+    )
+    parser.add_argument(
+        "--false-alarm-rate",
+        type=float,
+        metavar="RATE",
+        help="share of good images that may be called anomalous (default: the model's)",
+    )
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        metavar="C",
+        help="probability that this very threshold keeps the rate, such as 0.95 (default: it is "
+        "kept on average)",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="file to write (default: MODEL itself)"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="stop at an unreadable image, or list it and go on (default: raise)",
+    )
+    add_machine_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Set the threshold, write the model, and say what the threshold rests on."""
+    from safetensors import safe_open
+
+    from anomalib_lite._files import check_file
+    from anomalib_lite.calibration import describe_threshold
+    from anomalib_lite.detectors.base import BaseDetector
+    from anomalib_lite.images import ImageSource
+
+    if arguments.images is None and arguments.false_alarm_rate is None:
+        raise UsageError(
+            "calibrate: give good images, --false-alarm-rate, or both: there is nothing to change"
+        )
+    detector = load_model(arguments)
+    if not isinstance(detector, BaseDetector):
+        raise UsageError(
+            f"calibrate: {arguments.model} holds a {type(detector).__name__}, whose models are "
+            "calibrated together. Fit again with another --false-alarm-rate"
+        )
+    output = check_file(Path(arguments.output or arguments.model))
+    before, rate = detector.threshold_, arguments.false_alarm_rate or detector.false_alarm_rate
+    if arguments.images is None:
+        detector.set_false_alarm_rate(rate, confidence=arguments.confidence)
+    else:
+        images = ImageSource(arguments.images, max_pixels=detector.max_pixels, where="calibrate")
+        found = detector._with_options(on_error=arguments.on_error, verbose=1).detect(
+            images, maps=False
+        )
+        print_skipped([reason for _, reason in found.skipped])
+        detector._calibrate(found.scores, rate, arguments.confidence)
+    with safe_open(arguments.model, "numpy") as file:
+        with_weights = any(name.startswith("backbone.") for name in file.keys())  # noqa: SIM118
+    detector.save(output, include_backbone=with_weights)
+    rests_on = describe_threshold(detector.calibration_scores_, rate, arguments.confidence)
+    print(f"threshold     {detector.threshold_:.6g}, before {before:.6g}: {rests_on}")
+    print(f"written to    {output} ({output.stat().st_size / 1e6:.1f} MB)")

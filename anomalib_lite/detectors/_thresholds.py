@@ -1,0 +1,170 @@
+"""The threshold of a fitted detector: another rate, other good images, one of one's own."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Self
+
+import numpy as np
+
+from anomalib_lite._validation import check_number, refuse_labelled
+from anomalib_lite.calibration import threshold_and_shortfall
+from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
+
+__all__ = ["ThresholdMixin"]
+
+
+class ThresholdMixin:
+    """Methods that set the threshold of a detector without a new fit."""
+
+    threshold_: float
+    calibrated_threshold_: float
+    calibration_scores_: np.ndarray
+    false_alarm_rate: float
+    image_score: str
+
+    def set_false_alarm_rate(
+        self, false_alarm_rate: float, *, confidence: float | None = None
+    ) -> Self:
+        """Set the threshold for another rate, from the scores that the last one was taken from.
+
+        Parameters
+        ----------
+        false_alarm_rate : float
+            Share of future normal images that may be called anomalous, in (0, 1). Later calls of
+            :meth:`partial_fit` go on with it.
+        confidence : float, optional
+            Probability that the rate of this very threshold is at most ``false_alarm_rate``; by
+            default its mean over draws of the images is. See
+            :func:`~anomalib_lite.calibration.conformal_threshold`.
+
+        Returns
+        -------
+        BaseDetector
+            Itself; after an error it is as before.
+
+        Raises
+        ------
+        NotFittedError
+            Before :meth:`fit`.
+        InvalidValueError
+            For a rate or a confidence outside (0, 1), or with ``image_score="structure"``, whose
+            heatmaps have a threshold of their own that the scores do not tell.
+
+        Warns
+        -----
+        CalibrationWarning
+            If there are too few scores for the rate.
+
+        Examples
+        --------
+        >>> from anomalib_lite import PatchCore
+        >>> E = np.random.default_rng(0).normal(size=(100, 4, 4, 8)).astype("float32")
+        >>> detector = PatchCore(false_alarm_rate=0.05).fit_embeddings(E)
+        >>> before = detector.threshold_
+        >>> detector.set_false_alarm_rate(0.2).threshold_ < before
+        True
+        """
+        self._check_has_threshold()
+        return self._calibrate(self.calibration_scores_, false_alarm_rate, confidence)
+
+    def recalibrate(
+        self,
+        images: Any,
+        false_alarm_rate: float | None = None,
+        *,
+        confidence: float | None = None,
+        ignore_mask: Any = None,
+    ) -> Self:
+        """Take the threshold from other normal images; the model itself does not change.
+
+        For a line whose light or camera has changed a little, or to give a new product variant a
+        threshold of its own.
+
+        Parameters
+        ----------
+        images
+            Normal images that the detector was not fitted on, in any form that :meth:`fit` takes.
+            Their scores replace ``calibration_scores_``.
+        false_alarm_rate : float, optional
+            As in :meth:`set_false_alarm_rate`; by default the detector's.
+        confidence : float, optional
+            As in :meth:`set_false_alarm_rate`.
+        ignore_mask : optional
+            As in :meth:`detect`.
+
+        Returns
+        -------
+        BaseDetector
+            Itself; after an error it is as before.
+
+        Raises
+        ------
+        NotFittedError
+            Before :meth:`fit`.
+        InvalidValueError
+            As :meth:`set_false_alarm_rate`; also if no image can be used.
+        AnomalibLiteError
+            For an image that cannot be used, unless ``on_error="skip"``.
+
+        Warns
+        -----
+        CalibrationWarning
+            If there are too few images for the rate.
+
+        Notes
+        -----
+        The guarantee is that of :func:`~anomalib_lite.calibration.conformal_threshold`, for future
+        images that are exchangeable with these. Images that were fitted on score too low, and
+        would give a threshold that is too low; so would copies of them.
+
+        Examples
+        --------
+        >>> from anomalib_lite import PatchCore
+        >>> rng = np.random.default_rng(0)
+        >>> good = rng.integers(100, 140, (40, 64, 64, 3), dtype=np.uint8)
+        >>> detector = PatchCore(image_size=64, false_alarm_rate=0.2).fit(good[:20])
+        >>> len(detector.recalibrate(good[20:], 0.1).calibration_scores_)
+        20
+        """
+        self._check_has_threshold()
+        where = type(self).__name__
+        refuse_labelled(images, where, "recalibrate takes normal images only.")
+        detect: Any = self.detect  # type: ignore[attr-defined]
+        scores = detect(images, maps=False, ignore_mask=ignore_mask).scores
+        rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
+        return self._calibrate(scores, rate, confidence)
+
+    def _calibrate(self, scores: np.ndarray, rate: float, confidence: float | None) -> Self:
+        """Set the threshold from the scores of normal images; NaN is one that was skipped."""
+        where = type(self).__name__
+        check_number("false_alarm_rate", rate, where, "(0, 1)")
+        if self.image_score == "structure":
+            raise InvalidValueError(
+                f"{where}: the heatmaps of image_score='structure' have a threshold of their own, "
+                "which only fit and partial_fit set. Call one of these, or set threshold_ yourself."
+            )
+        scores = scores[~np.isnan(scores)]
+        if not len(scores):
+            raise InvalidValueError(
+                f"{where}: a threshold needs at least one image that can be used, got none. Give "
+                "others."
+            )
+        threshold, shortfall = threshold_and_shortfall(scores, rate, confidence)
+        if shortfall is not None:
+            warnings.warn(shortfall, CalibrationWarning, stacklevel=3)
+        self.calibration_scores_, self.false_alarm_rate = scores, float(rate)
+        self.threshold_ = self.calibrated_threshold_ = threshold
+        return self
+
+    def _take_threshold(self, calibrated: float) -> bool:
+        """Set the threshold after a fit and return True, unless the user had set another."""
+        known = getattr(self, "threshold_", calibrated)
+        own = known != getattr(self, "calibrated_threshold_", known)
+        self.calibrated_threshold_ = calibrated
+        self.threshold_ = known if own else calibrated
+        return not own
+
+    def _check_has_threshold(self) -> None:
+        if not hasattr(self, "threshold_"):
+            raise NotFittedError(f"{type(self).__name__}: not fitted yet. Call fit(images) first.")
