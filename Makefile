@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# anomalib, in an environment of its own.
+PEER := benchmarks/peers/.venv-anomalib
 
-.PHONY: demo test test-processors lint nightly bench-peers bench-speed bench-vfm bench-cascade bench-options \
-	bench-accuracy benchmarks clean
+.PHONY: demo test test-processors lint nightly benchmarks bench-quick bench-peers bench-speed \
+	bench-accuracy clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anomalib-lite demo -o demo-output
@@ -28,32 +30,29 @@ nightly: test test-processors bench-peers
 bench-speed: $(VENV)/.bench
 	$(BIN)/python benchmarks/speed/run.py
 
-# Whether it pays to adapt a foundation model; WEIGHTS names the file of a DINOv2 ViT-S/14.
-bench-vfm: $(VENV)/.bench
-	$(BIN)/python benchmarks/mahalanobis_vfm/run.py $(if $(WEIGHTS),--weights $(WEIGHTS))
+# All studies that any machine can run; it goes on where it was stopped. docs/studies.md; OPTIONS are
+# those of anomalib-lite benchmark, as in make benchmarks OPTIONS="--seeds 0".
+benchmarks: $(VENV)/.bench $(PEER)
+	$(BIN)/python benchmarks/run_all.py --resume --cache benchmark-output/features $(OPTIONS)
 
-# Whether a gate in front of a heatmap model pays; OPTIONS are those of the script, as in
-# make bench-cascade OPTIONS="--hub --seeds 0"
-bench-cascade: $(VENV)/.test
-	$(BIN)/python benchmarks/gated_cascade/run.py $(OPTIONS)
-
-# What each option costs and brings: hours on two cores, and it goes on where it was stopped.
-bench-options: $(VENV)/.bench
-	$(BIN)/python benchmarks/options/run.py $(OPTIONS)
-
-# All studies that any machine can run; it goes on where it was stopped. docs/studies.md
-benchmarks: $(VENV)/.bench
-	$(BIN)/python benchmarks/run_all.py --resume --cache benchmark-output/features
+# Few images and one seed: do all of them work?
+bench-quick: $(VENV)/.bench $(PEER)
+	rm -rf benchmark-quick
+	$(BIN)/python benchmarks/run_all.py --quick --output benchmark-quick $(OPTIONS)
 
 # The preset "accurate" on magnetic tiles, whose directory ROOT names.
 bench-accuracy: $(VENV)/.bench
 	$(BIN)/python benchmarks/accuracy/magnetic_tile.py --root $(ROOT)
 
+$(PEER): $(VENV)/.bench benchmarks/peers/requirements-anomalib.txt
+	$(BIN)/python benchmarks/peers/surroundings.py
+	@touch $@
+
 bench-peers: $(VENV)/.test
 	$(BIN)/python benchmarks/peers/run.py
 
 clean:
-	rm -rf $(VENV) demo-output dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output benchmark-quick dist .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
@@ -15,8 +14,13 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from study_fixtures import Noise
 from test_benchmark_vfm import wall, write
 from test_neu_det import KINDS, annotation
+
+pd = pytest.importorskip("pandas", reason="needs the extra benchmarks")
+
+from anomalib_lite.studies import open_study, run_studies  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "gated_cascade"
 NETWORKS = ("resnet18", "tf_efficientnet_b0", "mobilenetv3_small_100")
@@ -30,6 +34,7 @@ CASCADES = (
 )
 EXPERIMENTS = {"baseline_patchcore", "baseline_patchcore_r18", *CASCADES}
 SPLITS = ("val_mix", "test_mix", "neu_test")
+SOURCES = "kolektor: kolektor\nmvtec: mvtec\n"
 COLUMNS = (
     "experiment_id,split,accuracy,precision,recall,f1,auroc,pr_auc,latency_ms,heatmap_call_rate"
 )
@@ -73,40 +78,47 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def out(data: Path) -> Path:
-    """What the benchmark writes, with networks of random weights for those of the hub."""
+    """What the study writes, with networks of random weights for those of the hub."""
     torch.manual_seed(0)
-    weights = []
+    networks = []
     for name in NETWORKS:
         network = timm.create_model(name, num_classes=0)
         save_file(network.state_dict(), data / f"{name}.safetensors")
-        weights.append(f"{name}={data}/{name}.safetensors")
-    sources = f"--kolektor {data}/kolektor --mvtec {data}/mvtec --neu {data}/neu_det"
-    options = f"{sources} --weights {' '.join(weights)} --quick --engine torch --out {data}/out"
-    options += " --train 40 --test 24 --max-missed 0.2"
-    subprocess.run([sys.executable, str(FOLDER / "run.py"), *options.split()], check=True)
-    return data / "out"
+        networks.append(f"  {name}: {{backbone: {name}, weights: {name}.safetensors}}")
+    more = "max_missed: 0.2\nnetworks:\n" + "\n".join(networks)
+    summary = run(data, "cascades", f"{SOURCES}{more}\n")
+    assert summary.experiments[0].error is None
+    return data / "out/cascades"
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def run(data: Path, name: str, more: str) -> Any:
+    head = f"study: {FOLDER}/study.py\nname: {name}\nseeds: [3]\nmax_train: 40\nmax_test: 24\n"
+    file = data / f"{name}.yaml"
+    file.write_text(head + "shrink: 2\nrounds: 1\nengine: torch\n" + more)
+    return run_studies([file], data / "out", data_root=data, log_level="ERROR")
 
 
-def test_the_summary_has_all_experiments_and_splits(out: Path) -> None:
-    assert (out / "summary.csv").read_text().splitlines()[0] == COLUMNS
-    rows = table(out / "summary.csv")
-    found = [(r["experiment_id"], r["split"]) for r in rows]
+def table(out: Path, what: str) -> Any:
+    rows = pd.read_csv(out / "rows.csv")
+    return rows[rows["what"] == what]
+
+
+def test_the_rows_have_all_experiments_and_splits(out: Path) -> None:
+    assert (out / "table.csv").read_text().splitlines()[0] == COLUMNS
+    rows = table(out, "images")
+    found = list(zip(rows["experiment_id"], rows["split"], strict=True))
     assert sorted(found) == sorted((e, s) for e in EXPERIMENTS for s in SPLITS)
-    for row in rows:
-        assert float(row["latency_ms"]) > 0
-        # One class alone has no ranking.
-        assert (row["auroc"] == "") == (row["pr_auc"] == "") == (row["split"] == "neu_test")
-        for figure in ("accuracy", "recall", "heatmap_call_rate"):
-            assert 0 <= float(row[figure]) <= 1
-        if row["experiment_id"].startswith("baseline"):
-            assert float(row["heatmap_call_rate"]) == 1
-    (plain,) = [r for r in rows if (r["experiment_id"], r["split"]) == found[0]]
-    assert float(plain["auroc"]) > 0.8  # white squares on gray
+    assert (rows["latency_ms"] > 0).all()
+    # One class alone has no ranking.
+    for figure in ("auroc", "pr_auc"):
+        assert (rows[figure].isna() == (rows["split"] == "neu_test")).all()
+    for figure in ("accuracy", "recall", "heatmap_call_rate"):
+        assert rows[figure].between(0, 1).all()
+    alone = rows[rows["experiment_id"].str.startswith("baseline")]
+    assert (alone["heatmap_call_rate"] == 1).all()
+    assert alone["auroc"].iloc[0] > 0.8  # white squares on gray
+    counted = rows[[c for c in rows if "_called_" in c]].sum(axis=1)
+    assert (counted == rows["n_normal"] + rows["n_anomalous"]).all()
 
 
 def test_the_splits_are_disjoint_and_two_thirds_normal(data: Path) -> None:
@@ -188,62 +200,76 @@ for seed in sys.argv[3:]:
     ]
 
 
+def test_noise_is_noise_in_the_table(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An AUROC of 24 images deviates by 0.12, the mean of 20 by 0.03."""
+    file = data / "noise.yaml"
+    file.write_text(
+        f"study: {FOLDER}/study.py\nname: noise\nseeds: [{', '.join(map(str, range(20)))}]\n"
+        f"max_train: 4\nmax_test: 24\nexperiments: [baseline_patchcore]\n{SOURCES}"
+    )
+    study = open_study(file)
+    monkeypatch.setattr(study.module, "build", lambda _, seed, *__: Noise(random_state=seed))
+    nothing = Image.new("RGB", (8, 8))
+    monkeypatch.setattr(study.module.pictures, "samples", lambda *_: nothing)
+    [experiment] = run_studies([study], data / "out", data_root=data).experiments
+    assert experiment.error is None
+    found = pd.read_csv(data / "out/noise/table.csv").set_index("split")
+    for split in ("val_mix", "test_mix"):
+        for figure in ("auroc", "accuracy", "recall"):
+            assert found.loc[split, figure] == pytest.approx(0.5, abs=0.15)
+    assert found.loc["neu_test", "recall"] == pytest.approx(0.5, abs=0.15)
+
+
 @pytest.mark.parametrize("name", CASCADES)
 def test_each_sweep_has_the_grid_of_the_source(out: Path, name: str) -> None:
-    rows = table(out / f"sweep_{name}.csv")
+    rows = table(out, "sweep")
+    rows = rows[rows["experiment_id"] == name]
     for split in ("val_mix", "test_mix"):
-        some = [r for r in rows if r["split"] == split]
-        grid = [r for r in some if r["grid"] == "source"]
-        assert len({(r["t_low"], r["t_high"]) for r in grid}) == len(grid) == 88
-        low, high = ({float(r[key]) for r in grid} for key in ("t_low", "t_high"))
-        assert (min(low), max(low), min(high), max(high)) == (0.001, 0.05, 0.01, 0.5)
-        assert sum(r["grid"] == "automatic" for r in some) == 1
-        own = [r for r in some if r["grid"] == "own"]
-        assert any(float(r["heatmap_call_rate"]) > 0 for r in own)
-        for row in grid + own:
-            if float(row["t_low"]) > float(row["t_high"]):
-                assert float(row["heatmap_call_rate"]) == 0
-            if row["pareto"] == "True":
-                assert float(row["false_alarm_rate"]) <= 0.1
+        some = rows[rows["split"] == split]
+        grid = some[some["grid"] == "source"]
+        assert len(grid) == len(grid[["t_low", "t_high"]].drop_duplicates()) == 88
+        assert (grid["t_low"].min(), grid["t_low"].max()) == (0.001, 0.05)
+        assert (grid["t_high"].min(), grid["t_high"].max()) == (0.01, 0.5)
+        assert (some["grid"] == "automatic").sum() == 1
+        own = some[some["grid"] == "own"]
+        assert (own["heatmap_call_rate"] > 0).any()
+        both = pd.concat([grid, own])
+        assert (both["heatmap_call_rate"][both["t_low"] > both["t_high"]] == 0).all()
+        front = both[both["pareto"].astype(str) == "True"]
+        assert (front["false_alarm_rate"] <= 0.1).all()
 
 
 def test_the_line_weights_normal_images_nineteen_to_one(out: Path) -> None:
-    streams = {s["experiment_id"]: s for s in json.loads((out / "stream.json").read_text())}
-    assert set(streams) == set(CASCADES)
-    for name, line in streams.items():
+    lines = table(out, "line").set_index("experiment_id")
+    assert set(lines.index) == set(CASCADES)
+    for name, line in lines.iterrows():
         assert line["alone"] == f"baseline_patchcore{'_r18' * name.endswith('r18')}"
         assert line["ms"] > 0
         assert line["ms_alone"] > 0
         # The thresholds compared make the same false alarms, unless scores are equal.
         assert line["false_alarm_rate_alone_equal"] == pytest.approx(line["false_alarm_rate"])
-        assert line["recall_alone_equal"] is not None
+        assert 0 <= line["recall_alone_equal"] <= 1
         assert 0 <= line["heatmap_call_rate"] <= 1
 
 
 def test_the_text_tells_reported_from_measured(out: Path) -> None:
-    text = (out / "summary.txt").read_text()
-    assert "QUICK" in text
-    measured, reported = text.split("Reported by the repository danga011/SWcapstone of itself")
+    measured, reported = (out / "table.md").read_text().split("Reported elsewhere, not measured")
     assert "padim_baseline" not in measured
-    assert "gate_mnv3_patchcore_r18      test_mix  0.660" in reported
-    assert "not measured by us" in reported
-    assert "Not run" not in text
+    assert "SWcapstone" in reported
+    for name in ("on a line", "grid of the source", "thresholds by val mix"):
+        assert f"## {name}" in measured
 
 
 def test_what_cannot_run_is_named(data: Path) -> None:
-    said = run_experiments(data)
-    assert said.returncode == 0, said.stderr
-    summary = (data / "other/summary.txt").read_text()
-    assert "gate_mnv3_patchcore_r18: no weights of mobilenetv3_small_100" in summary
-    assert table(data / "other/summary.csv") == []
-
-
-def run_experiments(data: Path) -> Any:
-    options = f"--data {data} --mvtec {data}/mvtec --quick --out {data}/other"
-    command = [sys.executable, str(FOLDER / "run.py"), *options.split()]
-    return subprocess.run(
-        [*command, "--experiments", "gate_mnv3_patchcore_r18"], capture_output=True, text=True
-    )
+    gone = "networks: {mobilenetv3_small_100: {backbone: mobilenetv3_small_100, weights: gone.pt}}"
+    names = "experiments: [gate_mnv3_patchcore_r18, gate_patchcore128_patchcore_lite0]"
+    resnet = "resnet18: {backbone: resnet18, weights: gone.pt}}"
+    summary = run(data, "other", f"{SOURCES}{gone[:-1]}, {resnet}\n{names}\n")
+    [experiment] = summary.experiments
+    assert experiment.status == "success"
+    assert set(experiment.left_out) == {"mobilenetv3_small_100", "resnet18"}
+    found = set(table(data / "out/other", "images")["experiment_id"])
+    assert found == {"baseline_patchcore", "gate_patchcore128_patchcore_lite0"}
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,17 @@ def test_more_seeds_may_follow(tmp_path: Path) -> None:
     assert len(rows_of(out / "dice")) == 24
 
 
+def test_a_quick_run_takes_few_images_and_the_keys_of_the_study(tmp_path: Path) -> None:
+    file, out = write_study(tmp_path, DICE + '\nQUICK = {"throws": 1}\n'), tmp_path / "out"
+    study = open_study(file, quick=True)
+    assert (study.config.max_train, study.config.max_test, study.config.seeds) == (16, 8, [0])
+    assert study.config.throws == 1
+    run_studies([file], out, quick=True)
+    assert len(rows_of(out / "dice")) == 4
+    with pytest.raises(InvalidValueError, match="before the configuration changed"):
+        run_studies([file], out, resume=True)  # its rows are no others'
+
+
 def test_rows_of_others_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, out = write_study(tmp_path), tmp_path / "out"
     run_studies([file], out)
@@ -278,6 +289,22 @@ def test_rows_of_others_are_not_mixed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 # --- With a detector ------------------------------------------------------------------------------
+
+
+def test_a_file_beside_a_study_is_part_of_it(tmp_path: Path) -> None:
+    code = DICE.replace("class Config", "from .sides import LAST\n\n\nclass Config")
+    code = code.replace("% config.sides", "% LAST")
+    studies = []
+    for name, last in (("one", 2), ("two", 3)):  # both have a file of this name
+        studies.append(write_study(tmp_path / name, code, name))
+        (tmp_path / name / "sides.py").write_text(f"LAST = {last}")
+    out = tmp_path / "out"
+    assert run_studies(studies, out, log_level="ERROR").failed == 0
+    thrown = [{row["thrown"] for row in rows_of(out / name)} for name in ("one", "two")]
+    assert thrown == [{1, 2}, {1, 2, 3}]
+    (tmp_path / "one/sides.py").write_text("LAST = 20")
+    with pytest.raises(InvalidValueError, match="Python file"):
+        run_studies(studies[:1], out, resume=True, log_level="ERROR")
 
 
 def test_a_new_study_is_one_file_and_one_configuration(tmp_path: Path) -> None:

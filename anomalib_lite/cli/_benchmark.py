@@ -35,6 +35,9 @@ def add_to(commands: Any) -> None:
         "--seeds", nargs="+", type=int, metavar="N", help="seeds (default: those of each study)"
     )
     parser.add_argument(
+        "--quick", action="store_true", help="few images and one seed, to see that all works"
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="go on with the rows that are in the directory"
     )
     parser.add_argument(
@@ -63,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output,
         data_root=arguments.data_root,
         seeds=arguments.seeds,
+        quick=arguments.quick,
         resume=arguments.resume,
         cache=arguments.cache,
         cache_size=arguments.cache_size,

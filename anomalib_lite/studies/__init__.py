@@ -16,6 +16,7 @@ from anomalib_lite.studies._figures import (
     new_figure,
     save_figure,
 )
+from anomalib_lite.studies._provenance import surroundings
 from anomalib_lite.studies._results import Results
 from anomalib_lite.studies._run import Run
 from anomalib_lite.studies._runner import Summary, run_studies
@@ -54,4 +55,5 @@ __all__ = [
     "save_figure",
     "short_name",
     "summarize",
+    "surroundings",
 ]

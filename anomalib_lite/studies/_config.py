@@ -40,6 +40,8 @@ def _beside(path: Path, info: ValidationInfo) -> Path:
     return path if folder is None else (Path(folder) / path).resolve()
 
 
+# Changes of a configuration for a quick run.
+_QUICK = {"max_train": 16, "max_test": 8, "seeds": [0]}
 BesideConfig = Annotated[Path, AfterValidator(_beside)]
 
 
@@ -147,7 +149,7 @@ class Study:
         Its configuration, an instance of the module's ``Config``.
     identity : dict of str to str
         Hashes of the configuration (without seeds and the place of the data) and of the Python
-        file: rows of others are never mixed with its own.
+        file with those beside it that it imports: rows of others are never mixed with its own.
     """
 
     name: str
@@ -158,7 +160,9 @@ class Study:
     identity: dict[str, str]
 
 
-def open_study(file: str | os.PathLike[str], *, seeds: Sequence[int] | None = None) -> Study:
+def open_study(
+    file: str | os.PathLike[str], *, seeds: Sequence[int] | None = None, quick: bool = False
+) -> Study:
     """Read a configuration and load the study that it names; nothing is measured.
 
     Parameters
@@ -168,6 +172,9 @@ def open_study(file: str | os.PathLike[str], *, seeds: Sequence[int] | None = No
         study's ``Config``.
     seeds : sequence of int, optional
         Instead of those of the file.
+    quick : bool, default=False
+        At most 16 images to fit on and 8 to test, one seed, and what the study's ``QUICK`` says, a
+        dict of keys of its ``Config``: to see that it works.
 
     Returns
     -------
@@ -213,6 +220,8 @@ def open_study(file: str | os.PathLike[str], *, seeds: Sequence[int] | None = No
     if Path(name).name != name:
         raise InvalidValueError(f"{file}: name must be the name of a folder, got {name!r}.")
     module = _load(source, file)
+    if quick:
+        given |= {**_QUICK, **getattr(module, "QUICK", {})}
     of_config = {key: value for key, value in given.items() if key not in ("seeds", "data_root")}
     if seeds is not None:
         given["seeds"] = list(seeds)
@@ -222,7 +231,7 @@ def open_study(file: str | os.PathLike[str], *, seeds: Sequence[int] | None = No
         raise InvalidValueError(_one_line(file, error)) from error
     identity = {
         "configuration": _sha256(json.dumps(of_config, sort_keys=True, default=str).encode()),
-        "study": _sha256(source.read_bytes()),
+        "study": _sha256(b"\0".join(path.read_bytes() for path in _files(module))),
     }
     return Study(name, file, source, module, config, identity)
 
@@ -241,11 +250,18 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _load(source: Path, file: Path) -> Any:
-    """Load the Python file of a study under a name of its own."""
+    """Load the Python file of a study under a name of its own, as a package of its folder.
+
+    So it can import what lies beside it (``from .splits import draw_splits``), and two studies may
+    have files of the same name.
+    """
     if not source.is_file():
         raise MissingPathError(f"{file}: study must be a Python file, got {source}, which is none.")
     name = f"anomalib_lite_study_{_sha256(str(source).encode())[:12]}"
-    spec = importlib.util.spec_from_file_location(name, source)
+    for known in [n for n in sys.modules if n.startswith(f"{name}.")]:
+        del sys.modules[known]  # the file may have changed
+    folder = [str(source.parent)]
+    spec = importlib.util.spec_from_file_location(name, source, submodule_search_locations=folder)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -267,6 +283,12 @@ def _load(source: Path, file: Path) -> Any:
             f"{measure!r}."
         )
     return module
+
+
+def _files(module: Any) -> list[Path]:
+    """Return the Python file of a study, and those beside it that it has imported."""
+    beside = sorted(n for n in sys.modules if n.startswith(f"{module.__name__}."))
+    return [Path(str(m.__file__)) for m in (module, *(sys.modules[name] for name in beside))]
 
 
 def _one_line(file: Path, error: ValidationError) -> str:

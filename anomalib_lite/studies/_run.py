@@ -195,8 +195,18 @@ class Run:
             self._datasets[category] = open_category(category, self.data_root)
         dataset, config = self._datasets[category], self.config
         train, test = draw_images(dataset, seed, config.max_train, config.max_test)
-        self.results.check_data(_drawn(category, seed), fingerprint([*train, *test]))
+        self.check_images(_drawn(category, seed), [*train, *test])
         return Images(category, train, test)
+
+    def check_images(self, name: str, samples: Sequence[Sample]) -> None:
+        """Note the images of a study that draws its own; :meth:`open` does this for the others.
+
+        Raises
+        ------
+        InvalidValueError
+            If earlier rows of this folder are of other images of this name.
+        """
+        self.results.check_data(name, fingerprint(samples))
 
     def networks(self, networks: Mapping[str, NetworkConfig]) -> dict[str, NetworkConfig]:
         """Return the networks that can be opened on this machine; the others are left out.

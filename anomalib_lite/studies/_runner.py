@@ -100,6 +100,7 @@ def run_studies(
     *,
     data_root: str | os.PathLike[str] | None = None,
     seeds: Sequence[int] | None = None,
+    quick: bool = False,
     resume: bool = False,
     cache: str | os.PathLike[str] | None = None,
     cache_size: int | str = "8GB",
@@ -118,6 +119,8 @@ def run_studies(
         configuration says.
     seeds : sequence of int, optional
         Instead of those of the configurations.
+    quick : bool, default=False
+        Few images and one seed, to see that all works; see :func:`open_study`.
     resume : bool, default=False
         Go on with rows that are there. Without it, results that are there are an error.
     cache : path, optional
@@ -144,7 +147,9 @@ def run_studies(
     docs/studies.md runs one.
     """
     import_extra("pandas")
-    opened = [s if isinstance(s, Study) else open_study(s, seeds=seeds) for s in studies]
+    opened = [
+        s if isinstance(s, Study) else open_study(s, seeds=seeds, quick=quick) for s in studies
+    ]
     folder = make_directory(Path(output))
     _check_names([study.name for study in opened])
     about = {"code": source_hash(), "version": surroundings()["version"]}

@@ -133,7 +133,9 @@ def write_tables(study: Study, rows: Sequence[Mapping[str, Any]], folder: Path) 
     parts = [f"# {study.name}\n"]
     for name, one in made.items():
         _write_csv(one, folder / f"{name}.csv")
-        text = one.to_markdown(floatfmt=".4f", missingval=_MISSING)
+        deep = one.index.nlevels > 1
+        shown = one.reset_index() if deep else one
+        text = shown.to_markdown(index=not deep, floatfmt=".4f", missingval=_MISSING)
         parts.append(f"## {'Measured' if name == 'table' else name.replace('_', ' ')}\n\n{text}\n")
     reported = study.source.parent / "reported.csv"
     if reported.is_file():

@@ -9,15 +9,17 @@ third from copies of it with synthetic anomalies. Categories are those of benchm
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "options"), str(HERE.parents[1])]
+sys.path.insert(0, str(HERE.parents[1]))
 
-CATEGORIES = ("magnetic_tile", "PA_BRG03_TL", "elpv_mono", "elpv_poly", "textile")
+DATA = Path(os.environ.get("ANOMALIB_LITE_DATA", HERE.parents[2] / "shared" / "data"))
+CATEGORIES = ("magnetic_tile", "piped/PA_BRG03_TL", "elpv/mono", "elpv/poly", "textile")
 LITE2: dict[str, Any] = {"backbone": "efficientnet_lite2", "image_size": 384}
 CANDIDATES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -43,10 +45,10 @@ def main() -> None:
     args = parser.parse_args()
 
     import numpy as np
-    from sources import draw_images
 
     from anomalib_lite import PatchCore
     from anomalib_lite.metrics import auroc
+    from anomalib_lite.studies import draw_images, open_category
     from anomalib_lite.synthetic import SyntheticAnomalies
 
     warnings.simplefilter("ignore")
@@ -54,7 +56,7 @@ def main() -> None:
         parameters = CANDIDATES[name]
         found = []
         for category in CATEGORIES:
-            images = draw_images(category, 0, args.images, 2).train
+            images, _ = draw_images(open_category(category, DATA), 0, args.images)
             n = 2 * len(images) // 3
             fit, left = images[:n], images[n:]
             made = SyntheticAnomalies(severity=(0.15, 0.6), random_state=0).generate(

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite import GatedCascade, PatchCore
-from anomalib_lite.backbones import EMBEDDED, Backbone
-from anomalib_lite.errors import AnomalibLiteError
 
 # Heatmap models: parameters of PatchCore.
 LITE0 = {"backbone": "efficientnet_lite0", "image_size": 256, "coreset_ratio": 0.1}
@@ -58,52 +56,37 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
 
 
 def backbones(name: str) -> list[str]:
-    """Names of the networks of an experiment whose weights do not come with the package."""
+    """Return the names of the networks of an experiment."""
     row = EXPERIMENTS[name]
-    gate = row.get("gate", "efficientnet_lite0")
-    found = [gate if isinstance(gate, str) else gate["backbone"], row["heatmaps"]["backbone"]]
-    return [backbone for backbone in dict.fromkeys(found) if backbone not in EMBEDDED]
+    gate = row.get("gate")
+    found = [row["heatmaps"]["backbone"]]
+    if gate is not None:
+        found.append(gate if isinstance(gate, str) else gate["backbone"])
+    return list(dict.fromkeys(found))
 
 
-def not_at_hand(names: list[str], weights: Mapping[str, Path], *, hub: bool) -> dict[str, str]:
-    """Experiments that cannot run, and why: weights that are no file, nor to be had."""
-    reasons: dict[str, str] = {}
-    for backbone in dict.fromkeys(b for name in names for b in backbones(name)):
-        if backbone in weights:
-            Backbone(backbone, weights=weights[backbone], device="cpu")  # a bad file ends the run
-        elif not hub:
-            reasons[backbone] = f"no weights of {backbone}: --weights {backbone}=FILE, or --hub"
-        else:
-            try:
-                Backbone(backbone, device="cpu")
-            except AnomalibLiteError as error:
-                reasons[backbone] = str(error)
-    missing = {name: [reasons[b] for b in backbones(name) if b in reasons] for name in names}
-    return {name: "; ".join(why) for name, why in missing.items() if why}
-
-
-def build(name: str, seed: int, options: Mapping[str, Any]) -> Any:
-    """An unfitted PatchCore or GatedCascade."""
+def build(name: str, seed: int, config: Any, weights: Mapping[str, Path | None]) -> Any:
+    """Make an unfitted PatchCore or GatedCascade."""
     row = EXPERIMENTS[name]
     shared = {
-        "engine": options["engine"],
+        "engine": config.engine,
         "random_state": seed,
-        "false_alarm_rate": options["false_alarm_rate"],
+        "false_alarm_rate": config.false_alarm_rate,
     }
 
     def patchcore(parameters: dict[str, Any]) -> PatchCore:
-        size = parameters["image_size"] // options["shrink"]
-        files = _weights(parameters["backbone"], options)
-        return PatchCore(**(parameters | shared | files | {"image_size": size}))
+        size = parameters["image_size"] // config.shrink
+        more = {"weights": weights[parameters["backbone"]], "n_jobs": config.n_jobs}
+        return PatchCore(**(parameters | shared | more | {"image_size": size}))
 
     if "gate" not in row:
         return patchcore(row["heatmaps"])
-    gate, more = row["gate"], {"max_missed": options["max_missed"]} | row.get("parameters", {})
-    more["image_size"] = more.get("image_size", 160) // options["shrink"]
-    if more.get("training") == "finetune" and options["shrink"] > 1:
+    gate, more = row["gate"], {"max_missed": config.max_missed} | row.get("parameters", {})
+    more["image_size"] = more.get("image_size", 160) // config.shrink
+    if more.get("training") == "finetune" and config.shrink > 1:
         more["epochs"] = 2
     if isinstance(gate, str):
-        more |= _weights(gate, options)
+        more["weights"] = weights[gate]
     else:
         gate = patchcore(gate)
     return GatedCascade(gate, patchcore(row["heatmaps"]), **(shared | more))
@@ -121,8 +104,3 @@ def fit(model: Any, name: str, splits: Mapping[str, Any], parts: Mapping[Path, s
         images += splits["labelled"]
     y = [0] * n_good + [1] * (len(images) - n_good)
     return model.fit(images, y, [parts[s.path] for s in images])
-
-
-def _weights(backbone: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    file = options["weights"].get(backbone)
-    return {} if file is None else {"weights": file}

@@ -19,6 +19,7 @@ SOURCE_HIGH = [float(x) for x in np.linspace(0.01, 0.5, 8).round(2)]
 # Over all that a gate says: quantiles of its probabilities on val_mix, beside 0 and 1.
 OWN_LOW = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 OWN_HIGH = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98]
+CLASSES = ("normal", "anomalous")
 # Share of anomalous images on a line.
 ON_A_LINE = 0.05
 # Images a call: their heatmaps are in memory at once.
@@ -61,7 +62,11 @@ def judge(answers: Answers) -> dict[str, Any]:
         "pr_auc": _known(average_precision(answers.y, answers.scores)),
         "heatmap_call_rate": float(np.mean(answers.routes == "detector")),
         "false_alarm_rate": false_alarm_rate,
-        "confusion": [[int(np.sum((y == a) & (alarms == b))) for b in (0, 1)] for a in (0, 1)],
+        **{
+            f"{truth}_called_{called}": int(np.sum((y == a) & (alarms == b)))
+            for a, truth in enumerate(CLASSES)
+            for b, called in enumerate(CLASSES)
+        },
     }
 
 
@@ -166,7 +171,6 @@ def sweep(
         rows += chosen
     figures = judge(answers)
     figures["ap"] = figures.pop("pr_auc")
-    del figures["confusion"]
     lost = by_pair[routing.t_low, routing.t_high]["recall_lost"]
     automatic = {"t_low": routing.t_low, "t_high": routing.t_high, "recall_lost": lost}
     return [*rows, {"grid": "automatic"} | automatic | figures]

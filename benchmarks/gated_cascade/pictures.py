@@ -14,6 +14,8 @@ from PIL import Image
 
 from anomalib_lite.plotting import contact_sheet, overlay
 
+from .measuring import CLASSES
+
 ROUTES = ("gate_normal", "detector", "gate_anomalous")
 _COLORS = {"source": "#d55e00", "own": "#0072b2"}
 _GRID_NAMES = {"source": "the source's grid", "own": "grid of the gate's quantiles"}
@@ -74,9 +76,10 @@ def _called(answers: dict[str, Any], route: str) -> str:
     return ", ".join(shares)
 
 
-def confusion(path: Path, runs: list[dict[str, Any]], names: list[str]) -> None:
-    """Counts of the first seed, of both mixed splits."""
-    splits = ("val_mix", "test_mix")
+def confusion(path: Path, rows: Any) -> None:
+    """Draw counts of a DataFrame: a row for each experiment and split."""
+    splits, names = ("val_mix", "test_mix"), list(dict.fromkeys(rows["experiment_id"]))
+    found = rows.set_index(["experiment_id", "split"])
     figure, axes = plt.subplots(
         len(splits),
         len(names),
@@ -86,8 +89,8 @@ def confusion(path: Path, runs: list[dict[str, Any]], names: list[str]) -> None:
     )
     for row, split in zip(axes, splits, strict=True):
         for axis, name in zip(row, names, strict=True):
-            (run,) = [r for r in runs if (r["experiment_id"], r["split"]) == (name, split)]
-            counts = np.array(run["confusion"])
+            columns = [f"{truth}_called_{called}" for truth in CLASSES for called in CLASSES]
+            counts = found.loc[(name, split), columns].to_numpy(dtype=int).reshape(2, 2)
             shares = counts / counts.sum(axis=1, keepdims=True)
             axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
             for (y, x), n in np.ndenumerate(counts):

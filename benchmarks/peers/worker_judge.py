@@ -20,15 +20,17 @@ def main() -> None:
 
 
 def judge_metrics(job: dict[str, Any]) -> dict[str, Any]:
-    """Compute image metrics on raw scores, pixel metrics at the size of each mask."""
+    """Compute image metrics on raw scores and, if there are masks, pixel metrics at their size."""
     from anomalib_lite.metrics import aupro, auroc, pixel_auroc
 
     scores, maps, _ = load_predictions(job["predictions"])
+    found: dict[str, Any] = {"image_auroc": float(auroc(np.array(job["labels"]), scores))}
+    if not any(job["masks"]):
+        return found
     masks = [read_mask(image, mask) for image, mask in zip(job["test"], job["masks"], strict=True)]
     resized = sum(m.shape != mask.shape for m, mask in zip(maps, masks, strict=True))
     maps = [resize(m, mask.shape) for m, mask in zip(maps, masks, strict=True)]
-    return {
-        "image_auroc": float(auroc(np.array(job["labels"]), scores)),
+    return found | {
         "pixel_auroc": float(pixel_auroc(masks, maps)),
         "aupro": float(aupro(masks, maps, fpr_limit=0.3)),
         "maps_resized_by_judge": resized,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from tqdm import tqdm
 from anomalib_lite import MemoryBank
 from anomalib_lite.coreset import _k_center, covering_radius, select_coreset
 from anomalib_lite.neighbors import int8
+from anomalib_lite.studies import surroundings
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ("coreset", "knn", "index", "growth")
@@ -71,25 +71,17 @@ def peers() -> Any:
 
 def machine() -> dict[str, Any]:
     """Describe the machine and the versions."""
+    about = surroundings()
     return {
-        "processor": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "processor": about["machine"],
+        "cores": about["cores"],
+        "commit": about["commit"],
         "int8 in hardware": int8.worthwhile(True),
-        "torch": torch.__version__,
+        "torch": about["torch"],
         "faiss": faiss.__version__,
         "numpy": np.__version__,
         "load average before": os.getloadavg()[0],
     }
-
-
-def cpu_name() -> str:
-    """Return the processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def timed(job: Callable[..., Any], *args: Any, **options: Any) -> tuple[float, Any]:
