@@ -72,6 +72,17 @@ def test_every_form_of_mask_means_the_same(kind: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_ignore_mask(given[kind], "fit").of(SIZE), MASK)
 
 
+def test_a_rectangle_of_labelme_is_its_four_corners(tmp_path: Path) -> None:
+    for corners in ([[8, 4], [20, 12]], [[20, 12], [8, 4]]):  # drawn from either corner
+        shape = {"label": "clamp", "shape_type": "rectangle", "points": corners}
+        (tmp_path / "mask.json").write_text(json.dumps({"shapes": [shape]}))
+        whole = [(8, 4), (20, 4), (20, 12), (8, 12)]
+        np.testing.assert_array_equal(
+            read_ignore_mask(tmp_path / "mask.json", "fit").of(SIZE),
+            read_ignore_mask(whole, "fit").of(SIZE),
+        )
+
+
 def test_it_is_saved_with_the_detector(detector: Any, tmp_path: Path) -> None:
     for given in (MASK, CORNERS):
         detector.fit(good(24), ignore_mask=given).save(tmp_path / "model.safetensors")

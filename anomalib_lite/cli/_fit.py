@@ -213,7 +213,9 @@ def summary_lines(
     if model is not detector:
         whose, level = " of the heatmap model", detector.routing_.threshold
     n_used = n_images - len(detector.skipped_)
-    used = f"{n_used:,} in {seconds:.1f} s ({model.backbone_.device}, {model.dtype_})"
+    size = model.image_size_
+    size = f"{size} pixels" if isinstance(size, int) else "{}x{} pixels".format(*size)
+    used = f"{n_used:,} in {seconds:.1f} s ({size}, {model.backbone_.device}, {model.dtype_})"
     return [
         ("images", used),
         *detector._learner()._summary_lines(),

@@ -131,7 +131,8 @@ def read_ignore_mask(given: Any, where: str) -> IgnoreMask:
     ----------
     given : array (H, W), PIL image, path, polygon, or list of polygons
         What is not 0 (or False) is ignored. A file is an image, or JSON: a list of polygons, or
-        LabelMe's ``{"shapes": [{"points": ...}]}``. A polygon is a list of at least three (x, y).
+        LabelMe's polygons and rectangles, ``{"shapes": [{"points": ...}]}``. A polygon is a list of
+        at least three (x, y).
     where : str
         Caller, named in errors.
 
@@ -242,7 +243,7 @@ def _from_file(path: Path, where: str) -> IgnoreMask:
         if path.suffix.lower() == ".json":
             read = json.loads(path.read_text(encoding="utf-8"))
             shapes = read["shapes"] if isinstance(read, dict) else read
-            given = [s["points"] if isinstance(s, dict) else s for s in shapes]
+            given = [_points(s) if isinstance(s, dict) else s for s in shapes]
         else:
             with Image.open(path) as image:
                 return IgnoreMask(_pixels(image))
@@ -251,6 +252,15 @@ def _from_file(path: Path, where: str) -> IgnoreMask:
             f"{where}: the ignore_mask {path} is neither an image nor JSON with polygons: {error}."
         ) from error
     return _from_polygons(given, f"{where}: {path}")
+
+
+def _points(shape: dict[str, Any]) -> Any:
+    """Return the corners of one of LabelMe's shapes; of a rectangle it writes two."""
+    points = shape["points"]
+    if shape.get("shape_type") == "rectangle" and len(points) == 2:
+        (left, top), (right, bottom) = points
+        return [(left, top), (right, top), (right, bottom), (left, bottom)]
+    return points
 
 
 def _from_polygons(given: Any, where: str) -> IgnoreMask:
