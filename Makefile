@@ -11,8 +11,9 @@ PEER := benchmarks/peers/.venv-anomalib
 demo: $(VENV)/.demo
 	$(BIN)/anomalib-lite demo -o demo-output
 
+# Two processes, since most tests use one core.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # The tests whose numbers depend on the processor, as other processors would run them.
 test-processors: $(VENV)/.test
