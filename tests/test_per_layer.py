@@ -124,6 +124,12 @@ def test_images_are_scored_by_the_mean_map(detector: Any, how: str, tmp_path: Pa
     assert_same(again.partial_fit(good(20, 5)), fitted.partial_fit(good(20, 5)))
 
 
+def test_too_few_maps_are_an_error_of_the_detector(detector: Any) -> None:
+    detector.set_params(image_score="structure")
+    with pytest.raises(InvalidValueError, match=f"^{type(detector).__name__}: image_score="):
+        detector.fit(good(5))
+
+
 # --- As every detector ------------------------------------------------------------------------
 
 OPTIONS: list[dict[str, Any]] = [
