@@ -185,6 +185,15 @@ def test_neither_workers_nor_budgets_matter(detector: Any, sizes: int) -> None:
     assert_alike(clone(detector).set_params(n_jobs=2).fit(images), reference)
 
 
+def test_what_is_learned_from_copies_costs_no_image_held_back() -> None:
+    """The copies that teach are more than the images: those held back stay so."""
+    detector = clone(DETECTORS[0]).set_params(augment="rotations", feature_dim=4)
+    reference = clone(detector).fit(good(20))
+    assert reference.transform_.n_images_ > 20
+    assert len(reference.calibration_scores_) == calibration_size(0.25, 20)
+    assert_alike(clone(detector).set_params(memory_budget="1GB").fit(good(20)), reference)
+
+
 def test_images_that_cannot_be_read_are_named_once(tmp_path: Path) -> None:
     images = [*good(14), tmp_path / "gone.png", tmp_path / "away.png"]
     for budget in (None, "1GB"):

@@ -13,6 +13,7 @@ from torch import nn
 
 from anomalib_lite import PatchCore, load
 from anomalib_lite.detectors import plan_patches
+from anomalib_lite.detectors.fitting import CountedEmbeddings
 from anomalib_lite.errors import InvalidValueError
 
 
@@ -221,3 +222,12 @@ def test_a_parameter_without_effect_does_not_stop_an_update() -> None:
     detector.fit_embeddings(embeddings(40)).partial_fit_embeddings(embeddings(10, seed=1))
     with pytest.raises(InvalidValueError, match="whiten must stay as it was in fit"):
         detector.set_params(whiten=True).partial_fit_embeddings(embeddings(10, seed=1))
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, "30", True])
+def test_a_number_of_images_that_is_none_is_refused(n: Any) -> None:
+    stream = CountedEmbeddings(embeddings(30), n)
+    detector = PatchCore(coreset_size=100, memory_budget="400MB", false_alarm_rate=0.1)
+    with pytest.raises(InvalidValueError, match="n_images of E must be a whole number"):
+        detector.fit_embeddings(stream)
+    assert not hasattr(detector, "threshold_")

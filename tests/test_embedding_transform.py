@@ -13,6 +13,7 @@ import pytest
 from detector_fixtures import HEIGHT, PLAIN, WIDTH, Small, bad, good
 from sklearn.base import clone
 from sklearn.decomposition import PCA
+from sklearn.pipeline import make_pipeline
 from sklearn.random_projection import GaussianRandomProjection
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from anomalib_lite.detectors import _transforming
 from anomalib_lite.engines import open_backbone
 from anomalib_lite.errors import AnomalibLiteError, InvalidValueError, NotFittedError
 from anomalib_lite.fusion import EmbeddingTransform, patch_embeddings
+from anomalib_lite.subspace import Subspace
 
 LAYERS = (16, 4)  # channels of those of Small
 QUICK = PLAIN | {"image_size": (HEIGHT, WIDTH), "false_alarm_rate": 0.25}
@@ -240,6 +242,22 @@ def test_what_it_learned_can_be_taken_apart() -> None:
 def test_bad_parameters_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(AnomalibLiteError, match=f"^EmbeddingTransform: .*{message}"):
         EmbeddingTransform(**options).fit(embeddings(9), channels=(5, 7))
+
+
+@pytest.mark.parametrize("E", ["E", None, 3.0, np.ones((5, 0)), [[1.0], [1.0, 2.0]]])
+def test_what_is_no_array_of_embeddings_is_refused(E: Any) -> None:
+    with pytest.raises(AnomalibLiteError, match=r"EmbeddingTransform: E must "):
+        EmbeddingTransform(feature_dim=1).fit(E)
+
+
+def test_it_is_a_step_of_a_pipeline() -> None:
+    X = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)
+    transform = EmbeddingTransform(feature_dim=3, whiten=True)
+    found = clone(transform).fit_transform(X)
+    np.testing.assert_array_equal(found, transform.fit(X).transform(X))
+    steps = make_pipeline(clone(transform), Subspace(n_components=2)).fit(X)
+    expected = Subspace(n_components=2).fit(found).components_
+    np.testing.assert_array_equal(steps[-1].components_, expected)
 
 
 def test_what_cannot_be_learned_is_refused() -> None:
@@ -551,6 +569,7 @@ def test_scales_have_no_layers_of_their_own() -> None:
 def test_a_file_whose_map_does_not_fit_is_refused(tmp_path: Path) -> None:
     fitted = PatchCore(Small(), feature_dim=6, **QUICK).fit(good(12))
     fitted.transform_ = EmbeddingTransform(feature_dim=5).fit(embeddings(9, d=20))
+    fitted.set_params(feature_dim=5)  # that of the map, but not of the bank
     fitted.save(tmp_path / "model.safetensors")
     with pytest.raises(AnomalibLiteError, match="does not give 6 features"):
         load(tmp_path / "model.safetensors", backbone=Small())

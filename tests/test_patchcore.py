@@ -387,6 +387,48 @@ def test_bad_parameters_are_refused_by_fit(parameters: dict[str, Any], message: 
     assert not [name for name in vars(detector) if name.endswith("_")]
 
 
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({}, {"position_window": 1}),
+        ({"position_window": 1}, {"position_window": None}),
+        ({"position_window": 1}, {"position_window": 2}),
+        ({}, {"foreground": True}),
+        ({}, {"normalize": True}),
+        ({"normalize": True}, {"normalize": False}),
+        ({}, {"index": "HNSW8"}),
+        ({}, {"fusion": "per_layer"}),
+        ({"fusion": "per_layer"}, {"fusion": "concat"}),
+        ({"fusion": "per_layer"}, {"position_window": 1}),
+    ],
+)
+def test_a_bank_is_not_used_with_parameters_of_another(
+    then: dict[str, Any], now: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each gave scores of no meaning, an error far from its cause, or a file without a way back."""
+    path, images = tmp_path / "model.safetensors", good(16)
+    detector = make(**then).fit(images)
+    scores = detector.score(good(3, 7))
+    detector.set_params(**now)
+    with pytest.raises(InvalidValueError, match=r"must stay as it was|cannot follow a fit"):
+        detector.partial_fit(images)
+    with pytest.raises(InvalidValueError, match=r"must stay as it was|cannot follow a fit"):
+        detector.save(path)
+    assert not path.exists()
+    if "fusion" not in then:  # there the models of the layers keep their own parameters
+        with pytest.raises(InvalidValueError, match=r"must stay as it was|cannot follow a fit"):
+            detector.score(images[:1])
+    detector.set_params(**{name: then.get(name, getattr(PatchCore(), name)) for name in now})
+    np.testing.assert_array_equal(detector.score(good(3, 7)), scores)
+    detector.save(path)
+    again = load(path, backbone=Small())
+    with pytest.raises(InvalidValueError, match=r"must stay as it was|cannot follow a fit"):
+        again.set_params(**now).partial_fit(images)
+    detector.set_params(**now)
+    if "foreground" not in now:  # these images show no object
+        detector.fit(images).score(images[:1])
+
+
 def test_an_image_size_below_the_stride_is_refused() -> None:
     detector = PatchCore(layers=[-1], image_size=16, engine="torch")
     with pytest.raises(InvalidValueError, match=r"at least the backbone's stride of 32.*got 16"):

@@ -124,6 +124,23 @@ def test_images_are_scored_by_the_mean_map(detector: Any, how: str, tmp_path: Pa
     assert_same(again.partial_fit(good(20, 5)), fitted.partial_fit(good(20, 5)))
 
 
+def test_too_few_maps_are_an_error_of_the_detector(detector: Any) -> None:
+    detector.set_params(image_score="structure")
+    with pytest.raises(InvalidValueError, match=f"^{type(detector).__name__}: image_score="):
+        detector.fit(good(5))
+
+
+def test_no_file_is_written_that_cannot_be_read(detector: Any, tmp_path: Path) -> None:
+    path, plain = tmp_path / "model.safetensors", type(detector)().fusion
+    for then, now in (("per_layer", plain), (plain, "per_layer")):
+        fitted = clone(detector).set_params(fusion=then).fit(good(20)).set_params(fusion=now)
+        with pytest.raises(InvalidValueError, match=r"must stay as it was|cannot follow a fit"):
+            fitted.save(path)
+        assert not path.exists()
+        fitted.set_params(fusion=then).save(path)
+        path.unlink()
+
+
 # --- As every detector ------------------------------------------------------------------------
 
 OPTIONS: list[dict[str, Any]] = [

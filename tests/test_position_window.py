@@ -122,6 +122,14 @@ def test_a_cell_without_patches_looks_further() -> None:
     assert np.isfinite(scores).all()
 
 
+def test_a_window_beyond_all_grids_sees_all() -> None:
+    E, Q = embeddings(20), embeddings(3, 5)
+    found = make(position_window=2**40).fit_embeddings(E).score_embeddings(Q)
+    np.testing.assert_array_equal(
+        found, make(position_window=7).fit_embeddings(E).score_embeddings(Q)
+    )
+
+
 def test_cells_of_another_grid_are_where_the_centre_lies() -> None:
     for height, width in ((5, 7), (10, 14), (3, 4), (8, 5), (1, 1)):
         E = np.zeros((2, height, width, 1), np.float32)

@@ -125,6 +125,15 @@ def test_a_budget_that_holds_all_changes_nothing(grid_sizes: int) -> None:
     assert free.memory_bank_.covering_radius_ > 0
 
 
+@pytest.mark.parametrize("budget", ["1000TB", 10**30])
+def test_a_budget_beyond_the_machine_is_a_budget(budget: Any) -> None:
+    """No more room is asked for than what comes may need."""
+    expected = make().fit(images(20))
+    found = make(memory_budget=budget).fit(images(20))
+    assert found.threshold_ == expected.threshold_
+    np.testing.assert_array_equal(found.score(images(3, 7)), expected.score(images(3, 7)))
+
+
 def test_each_shard_gives_the_naive_coreset_of_its_patches() -> None:
     n, ratio = 60, 0.2
     E = embeddings(n)

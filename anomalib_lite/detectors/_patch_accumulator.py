@@ -195,8 +195,12 @@ class PatchAccumulator(Accumulator):
                 "those that follow. Raise memory_budget, or lower coreset_ratio or coreset_size."
             )
         if n > len(self._room):
-            # Memory that is never written to costs nothing: make room for all that may come.
-            self._room = np.empty((self.capacity, rows.shape[1]), np.float32)
+            # Memory that is never written to costs nothing, but no machine lends more than it has:
+            # make room in steps, so that the old room is at most a quarter of what may come.
+            room = self.capacity
+            while room // 4 >= n:
+                room //= 4
+            self._room = np.empty((room, rows.shape[1]), np.float32)
             self._room[: len(self.rows)] = self.rows
         self._room[len(self.rows) : n] = rows
         self.rows = self._room[:n]

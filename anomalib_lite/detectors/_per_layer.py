@@ -73,6 +73,10 @@ class LayerModels(EmbeddingModel):
         return other
 
     @property
+    def _name(self) -> str:
+        return type(self.detector).__name__
+
+    @property
     def image_score(self) -> str:  # type: ignore[override]
         """The detector's parameter."""
         return str(self.detector.image_score)

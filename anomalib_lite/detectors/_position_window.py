@@ -104,6 +104,7 @@ def window_reach(cells: np.ndarray, grid: tuple[int, int], window: int, least: i
     counts = np.bincount(cells, minlength=height * width).reshape(grid)
     total[1:, 1:] = counts.cumsum(axis=0).cumsum(axis=1)
     reach = np.full(grid, -1, np.int32)
+    window = min(window, np.iinfo(np.int16).max)  # no place has a larger number
     row, column = np.arange(height), np.arange(width)
     for r in range(window, window + max(grid) + 1):
         above, below = np.maximum(row - r, 0), np.minimum(row + r + 1, height)

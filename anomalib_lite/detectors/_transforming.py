@@ -288,7 +288,8 @@ class TransformingModel(EmbeddingModel):
     # --- Its part of the detector's file --------------------------------------------------------
 
     def _describe_transform(self, tensors: dict[str, Any], header: dict[str, Any]) -> None:
-        """Add the map to what a file holds."""
+        """Add the map to what a file holds, if its parameters are those in the file."""
+        self._check_same_transform()
         if self.transform_ is not None:
             arrays, header["state"]["transform"] = self.transform_.to_arrays()
             tensors |= {_TRANSFORM + name: array for name, array in arrays.items()}

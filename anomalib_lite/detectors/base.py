@@ -559,7 +559,7 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         if isinstance(in_order, AugmentedSource):
             n_held_back = in_order.n_held_back(skipped)
         if transform is not None and not update:  # images that it was learned from are fitted on
-            n_held_back = min(n_held_back, n - transform.n_images_)
+            n_held_back = min(n_held_back, len(in_order) - len(skipped) - transform.n_images_)
         shards: ShardSource
         if E is not None:
             shards = InMemory(E, n_held_back)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 
 from anomalib_lite._validation import (
@@ -42,7 +42,16 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return np.asarray(rows / np.maximum(lengths, np.finfo(np.float32).tiny)[:, None])
 
 
-class EmbeddingTransform(BaseEstimator):
+def _as_rows(E: Any) -> Any:
+    """Return embeddings (..., D) as rows (n, D); what is no such array as it is."""
+    try:
+        E = np.asarray(E)
+    except ValueError:  # arrays of several shapes
+        return E
+    return E if E.ndim == 0 or 0 in E.shape else E.reshape(-1, E.shape[-1])
+
+
+class EmbeddingTransform(TransformerMixin, BaseEstimator):
     """Scales the layers of patch embeddings, then projects, whitens and normalizes them.
 
     Parameters
@@ -155,8 +164,10 @@ class EmbeddingTransform(BaseEstimator):
         InvalidValueError
             For a parameter that cannot be used, for more components than there are channels or
             patches, and for a covariance that has no inverse.
+        InvalidTypeError
+            For embeddings that are no array of numbers.
         """
-        rows = check_matrix("E", np.reshape(E, (-1, np.shape(E)[-1])), "EmbeddingTransform")
+        rows = check_matrix("E", _as_rows(E), "EmbeddingTransform")
         moments = Moments(rows.shape[1])
         moments.add(rows)
         n_images = len(E) if np.ndim(E) == 4 else 1

@@ -164,6 +164,11 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
 
     # --- What the base class makes of them ----------------------------------------------------
 
+    @property
+    def _name(self) -> str:
+        """The first word of error messages."""
+        return type(self).__name__
+
     def _image_scores(self, E: Embeddings) -> np.ndarray:
         # A few images at a time, since the search needs memory of its own.
         step = self.batch_size if isinstance(E, np.ndarray) else 1
@@ -207,7 +212,7 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
             return threshold
         if self.map_threshold_ is None:
             raise InvalidValueError(
-                f"{type(self).__name__}: the threshold of the heatmaps is not known: with "
+                f"{self._name}: the threshold of the heatmaps is not known: with "
                 "image_score='structure' scores have other units, and an older version saved this "
                 "detector. Fit again, or set map_threshold_ to a level of your heatmaps."
             )
@@ -243,7 +248,7 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
             n_taught = len(scores) if left_out else len(scores) // 2
             if n_taught < 2:
                 raise InvalidValueError(
-                    f"{type(self).__name__}: image_score='structure' needs at least "
+                    f"{self._name}: image_score='structure' needs at least "
                     f"{2 if left_out else 4} images to learn how maps of normal images vary (with "
                     f"calibration='split', held back), got {len(scores)}. Give more "
                     "images, or set another image_score."

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from anomalib_lite._validation import check_grid
+from anomalib_lite._validation import check_grid, check_int
 from anomalib_lite.detectors.fitting.model import ShardResult, ShardSource, ShardTask
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.fusion import EmbeddingTransform
@@ -157,6 +157,8 @@ class EmbeddingStream(ShardSource):
         transform: EmbeddingTransform | None = None,
     ) -> None:
         self.n_images = n = getattr(blocks, "n_images", None)
+        if n is not None:
+            check_int("the attribute n_images of E", n, where, low=1)
         self.n_to_fit = None if n is None else n - min(n_held_back, n // 2)
         grids = iter_grids(blocks, where, n_features)
         if transform is not None:
