@@ -280,6 +280,19 @@ class TestEvaluate:
         assert cli.main(["evaluate", str(model), str(wall), "--anomalous", "scratch"]) == 2
         assert "Add --layout folder, or leave them out" in capsys.readouterr().err
 
+    def test_a_memory_budget_gives_nearly_the_same_pixel_metrics(
+        self, wall: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        found = []
+        for more in ([], ["--memory-budget", "64MB"]):
+            file = tmp_path / f"{len(more)}.json"
+            assert cli.main(["evaluate", str(model), str(wall), "--json", str(file), *more]) == 0
+            found.append(json.loads(file.read_text())["metrics"])
+        assert found[1] == pytest.approx(found[0], abs=1e-4)
+        evaluate = ["evaluate", str(model), str(wall), "--memory-budget", "1000"]
+        assert cli.main(evaluate) == 2
+        assert "memory_budget must be" in capsys.readouterr().err
+
     @pytest.mark.parametrize("layout", ["mvtec", "folder"])
     def test_the_report_is_printed_and_written(
         self,

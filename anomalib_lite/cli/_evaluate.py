@@ -48,6 +48,12 @@ def add_to(commands: Any) -> None:
         metavar="VALUE",
         help="false-positive rate up to which AUPRO integrates (default: 0.3)",
     )
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="keep no heatmaps: pixel metrics within about this memory, such as 512MB, with bounds "
+        "of their error (default: all heatmaps, exact metrics)",
+    )
     parser.add_argument("--no-pixel-metrics", action="store_true", help="only image metrics")
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
     parser.add_argument("--csv", metavar="FILE", help="write the report as CSV")
@@ -96,6 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         pixel_metrics=not arguments.no_pixel_metrics,
         inverted_masks=_ANSWERS[arguments.inverted_masks],
         ignore_255=_ANSWERS[arguments.ignore_255],
+        memory_budget=arguments.memory_budget,
         progress=True,
     )
     report = replace(report, dataset=dataset.name)
