@@ -103,6 +103,32 @@ def test_backbones_run_to_the_end(
     assert "0.9691" in (folder / "table.md").read_text().split("## Reported elsewhere")[1]
 
 
+def test_a_pooled_detector_of_other_categories_is_not_mixed(
+    networks: dict[str, Path], tmp_path: Path
+) -> None:
+    categories = ["mvtec_ad/bottle", "mvtec_ad/cable", "visa/candle"]
+    file = with_small_networks(
+        BENCHMARKS / "backbones/mvtec.yaml",
+        networks,
+        tmp_path,
+        most=1,
+        categories=categories,
+        in_domain=categories[:2],
+        cross_domain=categories[2:],
+        missing="skip",
+    )
+    root, out = tmp_path / "data", tmp_path / "out"
+    make_mvtec_ad(root / "mvtec_ad", ("bottle",), n=4)
+    make_visa(root / "visa", ("candle",), n=4)
+    options: dict[str, Any] = {"data_root": root, "resume": True, "log_level": "ERROR"}
+    for _ in range(2):  # the same categories: nothing is refused
+        assert run_studies([file], out, **options).failed == 0
+    make_mvtec_ad(root / "mvtec_ad", ("bottle", "cable"), n=4)  # bottle is as it was
+    [experiment] = run_studies([file], out, **options).experiments
+    assert "made before the data changed" in str(experiment.error)
+    assert "mvtec_ad/bottle, mvtec_ad/cable, tested on visa/candle" in str(experiment.error)
+
+
 def test_cross_domain_runs_to_the_end(
     networks: dict[str, Path], miniatures: Path, tmp_path: Path
 ) -> None:
