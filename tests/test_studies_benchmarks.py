@@ -15,7 +15,16 @@ for package in ("pandas", "pydantic", "yaml", "tabulate", "matplotlib"):
 import pandas as pd  # noqa: E402
 import yaml  # noqa: E402
 
-from anomalib_lite.studies import category_names, open_study, run_studies  # noqa: E402
+from anomalib_lite.errors import InvalidValueError  # noqa: E402
+from anomalib_lite.studies import (  # noqa: E402
+    NetworkConfig,
+    Results,
+    Run,
+    StudyConfig,
+    category_names,
+    open_study,
+    run_studies,
+)
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CONFIGURATIONS = sorted(BENCHMARKS.glob("*/*.yaml"))
@@ -101,6 +110,26 @@ def test_backbones_run_to_the_end(
     # What others report stands by itself.
     assert "0.9691" not in (folder / "rows.csv").read_text()
     assert "0.9691" in (folder / "table.md").read_text().split("## Reported elsewhere")[1]
+
+
+def test_rows_of_other_weights_are_not_mixed(networks: dict[str, Path], tmp_path: Path) -> None:
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    def find(weights: Path) -> Results:
+        results = Results(tmp_path / "out", {}, resume=True)
+        network = NetworkConfig(backbone="test_resnet", weights=weights)
+        Run("weights", StudyConfig(), results).networks({"small": network})
+        return results
+
+    find(networks["test_resnet"]).append("case", [{"x": 1}])
+    torch.manual_seed(1)
+    other = tmp_path / "other.safetensors"
+    save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), other)
+    with pytest.raises(InvalidValueError, match="weights of small"):
+        find(other)
+    assert find(networks["test_resnet"]).finished == {"case"}
 
 
 def test_a_pooled_detector_of_other_categories_is_not_mixed(
