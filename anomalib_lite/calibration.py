@@ -158,7 +158,7 @@ def describe_threshold(
     >>> describe_threshold(range(1, 301), 0.02)
     'the 295th of 300 scores; at 1 % it would be 298, at 5 % 286'
     >>> describe_threshold(range(1, 41), 0.01)
-    'the largest of 40 scores; at 5 % it would be 39'
+    'the largest of 40 scores; at 5 % it would be 39, at 20 % 33'
     """
     ordered = np.sort(np.asarray(list(scores), dtype=np.float32))
     n = len(ordered)
