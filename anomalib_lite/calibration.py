@@ -152,10 +152,13 @@ def describe_threshold(
 ) -> str:
     """Say which of the calibration scores the threshold is, and what it would be at other rates.
 
+    Takes what :func:`threshold_and_shortfall` does, and gives one line. Of the other rates, 1, 5
+    and 20 %, it names the first two that the scores are enough for, with the same ``confidence``.
+
     >>> describe_threshold(range(1, 301), 0.02)
     'the 295th of 300 scores; at 1 % it would be 298, at 5 % 286'
     >>> describe_threshold(range(1, 41), 0.01)
-    'the largest of 40 scores; at 5 % it would be 39'
+    'the largest of 40 scores; at 5 % it would be 39, at 20 % 33'
     """
     ordered = np.sort(np.asarray(list(scores), dtype=np.float32))
     n = len(ordered)
@@ -166,9 +169,12 @@ def describe_threshold(
     ending = {1: "st", 2: "nd", 3: "rd"}.get(rank % 10 * (rank % 100 not in (11, 12, 13)), "th")
     text = f"the {'largest' if rank == n else f'{rank:,}{ending}'} of {n:,} scores"
     others = [
-        f"{100 * rate:g} % {'' if i else 'it would be '}{ordered[_rank(n, rate) - 1]:.5g}"
+        f"{100 * rate:g} % {'' if i else 'it would be '}"
+        f"{ordered[_rank(n, rate, confidence) - 1]:.5g}"
         for i, rate in enumerate(
-            rate for rate in (0.01, 0.05, 0.2) if rate != false_alarm_rate and n >= _least(rate)
+            rate
+            for rate in (0.01, 0.05, 0.2)
+            if rate != false_alarm_rate and n >= _least(rate, confidence)
         )
     ][:2]
     return "; at ".join([text, ", at ".join(others)] if others else [text])
@@ -223,7 +229,8 @@ def _rank(n: int, false_alarm_rate: float, confidence: float | None = None) -> i
         return math.ceil((n + 1) * (1 - false_alarm_rate) - 1e-9)
     ranks = np.arange(1, n + 1)
     mass = stats.beta.cdf(false_alarm_rate, n + 1 - ranks, ranks)  # grows with the rank
-    return int(ranks[np.searchsorted(mass, confidence - 1e-12)])
+    # n scores are enough: at most rounding keeps the largest one's mass below the confidence.
+    return min(n, 1 + int(np.searchsorted(mass, confidence - 1e-12)))
 
 
 def _shortfall(n: int, false_alarm_rate: float, confidence: float | None) -> str:

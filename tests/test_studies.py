@@ -307,6 +307,18 @@ def test_a_file_beside_a_study_is_part_of_it(tmp_path: Path) -> None:
         run_studies(studies[:1], out, resume=True, log_level="ERROR")
 
 
+def test_a_file_that_a_study_names_is_part_of_it(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text("print(1)")
+    code = DICE.replace("class Config", f"SOURCES = [{str(worker)!r}]\n\n\nclass Config")
+    study, out = write_study(tmp_path / "study", code), tmp_path / "out"
+    assert run_studies([study], out, log_level="ERROR").failed == 0
+    assert run_studies([study], out, resume=True, log_level="ERROR").failed == 0
+    worker.write_text("print(2)")
+    with pytest.raises(InvalidValueError, match="Python file"):
+        run_studies([study], out, resume=True, log_level="ERROR")
+
+
 def test_a_new_study_is_one_file_and_one_configuration(tmp_path: Path) -> None:
     make_mvtec_ad(tmp_path / "data/mvtec_ad", ("bottle",))
     file, out = write_study(tmp_path, PLATES, "plates", PLATES_YAML), tmp_path / "out"

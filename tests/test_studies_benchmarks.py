@@ -15,7 +15,16 @@ for package in ("pandas", "pydantic", "yaml", "tabulate", "matplotlib"):
 import pandas as pd  # noqa: E402
 import yaml  # noqa: E402
 
-from anomalib_lite.studies import category_names, open_study, run_studies  # noqa: E402
+from anomalib_lite.errors import InvalidValueError  # noqa: E402
+from anomalib_lite.studies import (  # noqa: E402
+    NetworkConfig,
+    Results,
+    Run,
+    StudyConfig,
+    category_names,
+    open_study,
+    run_studies,
+)
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CONFIGURATIONS = sorted(BENCHMARKS.glob("*/*.yaml"))
@@ -101,6 +110,52 @@ def test_backbones_run_to_the_end(
     # What others report stands by itself.
     assert "0.9691" not in (folder / "rows.csv").read_text()
     assert "0.9691" in (folder / "table.md").read_text().split("## Reported elsewhere")[1]
+
+
+def test_rows_of_other_weights_are_not_mixed(networks: dict[str, Path], tmp_path: Path) -> None:
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    def find(weights: Path) -> Results:
+        results = Results(tmp_path / "out", {}, resume=True)
+        network = NetworkConfig(backbone="test_resnet", weights=weights)
+        Run("weights", StudyConfig(), results).networks({"small": network})
+        return results
+
+    find(networks["test_resnet"]).append("case", [{"x": 1}])
+    torch.manual_seed(1)
+    other = tmp_path / "other.safetensors"
+    save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), other)
+    with pytest.raises(InvalidValueError, match="weights of small"):
+        find(other)
+    assert find(networks["test_resnet"]).finished == {"case"}
+
+
+def test_a_pooled_detector_of_other_categories_is_not_mixed(
+    networks: dict[str, Path], tmp_path: Path
+) -> None:
+    categories = ["mvtec_ad/bottle", "mvtec_ad/cable", "visa/candle"]
+    file = with_small_networks(
+        BENCHMARKS / "backbones/mvtec.yaml",
+        networks,
+        tmp_path,
+        most=1,
+        categories=categories,
+        in_domain=categories[:2],
+        cross_domain=categories[2:],
+        missing="skip",
+    )
+    root, out = tmp_path / "data", tmp_path / "out"
+    make_mvtec_ad(root / "mvtec_ad", ("bottle",), n=4)
+    make_visa(root / "visa", ("candle",), n=4)
+    options: dict[str, Any] = {"data_root": root, "resume": True, "log_level": "ERROR"}
+    for _ in range(2):  # the same categories: nothing is refused
+        assert run_studies([file], out, **options).failed == 0
+    make_mvtec_ad(root / "mvtec_ad", ("bottle", "cable"), n=4)  # bottle is as it was
+    [experiment] = run_studies([file], out, **options).experiments
+    assert "made before the data changed" in str(experiment.error)
+    assert "mvtec_ad/bottle, mvtec_ad/cable, tested on visa/candle" in str(experiment.error)
 
 
 def test_cross_domain_runs_to_the_end(

@@ -66,6 +66,19 @@ def test_what_decides_an_embedding_is_in_its_key(tmp_path: Path) -> None:
     assert cache.misses == 6
 
 
+def test_gpus_have_entries_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    cache = FeatureCache(tmp_path)
+    backbone = open_backbone("efficientnet_lite0", engine="torch", device="cpu")
+    backbone.device = torch.device("cuda:0")  # nothing is computed there
+    keys = []
+    for name in ("one", "two", "one"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        keys.append(cache.wrap(backbone)._keys(PIXELS[:1]))
+    assert keys[0] == keys[2] != keys[1]
+
+
 @pytest.mark.parametrize("harm", ["truncated", "one bit", "empty", "a folder"])
 def test_a_broken_entry_is_computed_again(harm: str, tmp_path: Path) -> None:
     backbone = open_backbone("efficientnet_lite0", engine="torch", device="cpu")

@@ -84,6 +84,21 @@ def test_what_a_threshold_rests_on_is_said(n: int, rate: float, text: str) -> No
     assert describe_threshold(np.arange(1, n + 1), rate) == text
 
 
+def test_other_rates_are_said_with_the_same_confidence() -> None:
+    scores = np.arange(1, 301)
+    at_1, at_20 = (conformal_threshold(scores, rate, confidence=0.95) for rate in (0.01, 0.2))
+    text = describe_threshold(scores, 0.05, 0.95)
+    assert text.endswith(f"; at 1 % it would be {at_1:g}, at 20 % {at_20:g}")
+    assert at_20 > conformal_threshold(scores, 0.2)
+    # 200 scores are enough for 1 % on average, and not with this confidence.
+    assert "at 1 %" not in describe_threshold(scores[:200], 0.05, 0.95)
+
+
+def test_a_confidence_that_just_fits_the_scores_takes_the_largest() -> None:
+    # log(1 - c) / log(1 - 0.5) is 1 + 6e-10, which counts as 1.
+    assert conformal_threshold([3.0], 0.5, confidence=0.5 + 2e-10) == 3
+
+
 # --- p-values ---------------------------------------------------------------------------------
 
 
@@ -144,6 +159,32 @@ def test_errors_change_nothing() -> None:
     structure = fitted(image_score="structure")
     with pytest.raises(InvalidValueError, match="a threshold of their own"):
         structure.set_false_alarm_rate(0.1)
+
+
+def test_what_recalibrate_cannot_do_is_said_before_images_are_read() -> None:
+    detector = PatchCore(image_size=64, false_alarm_rate=0.2, coreset_size=50).fit(photos(20, 0))
+    for options, text in (
+        ({"false_alarm_rate": 0}, "false_alarm_rate must be"),
+        ({"confidence": 2}, "confidence must be"),
+    ):
+        with pytest.raises(InvalidValueError, match=text):
+            detector.recalibrate(["absent.png"], **options)
+    detector.image_score = "structure"
+    with pytest.raises(InvalidValueError, match="a threshold of their own"):
+        detector.recalibrate(["absent.png"])
+
+
+def test_regions_to_ignore_have_no_effect_on_the_threshold() -> None:
+    options: dict[str, Any] = {"image_size": 64, "false_alarm_rate": 0.2, "coreset_size": 50}
+    detector = PatchCore(**options).fit(photos(20, 0))
+    fresh = photos(12, 1)
+    fresh[:, :32] = 0
+    mask = np.zeros((64, 64), bool)
+    mask[:32] = True
+    scores = detector.detect(fresh, maps=False, ignore_mask=mask).scores
+    whole = detector.recalibrate(fresh).threshold_
+    assert detector.recalibrate(fresh, ignore_mask=mask).threshold_ < whole
+    np.testing.assert_array_equal(detector.calibration_scores_, scores)
 
 
 def test_other_good_images_give_the_threshold() -> None:
@@ -219,6 +260,12 @@ def test_calibrate_and_predict(line: Path, capsys: pytest.CaptureFixture[str]) -
     np.testing.assert_allclose(
         np.sort(load(output).calibration_scores_), np.sort(one.score(line / "later")), rtol=1e-6
     )
+    machine = ["--batch-size", "3", "--device", "cpu"]
+    assert main(["calibrate", output, "--confidence", "0.9", *machine]) == 0
+    again = load(output)
+    assert (again.batch_size, again.device) == (one.batch_size, one.device) == (32, "auto")
+    level = conformal_threshold(again.calibration_scores_, 0.2, confidence=0.9)
+    assert again.threshold_ == level
     predict = ["predict", model, str(line / "later"), "-o", str(line / "out"), "--no-overlays"]
     assert main([*predict, "--false-alarm-rate", "0.5"]) == 0
     with (line / "out" / "scores.csv").open() as file:
@@ -235,6 +282,7 @@ def test_calibrate_and_predict(line: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (["calibrate", "MODEL"], "there is nothing to change"),
         (["calibrate", "MODEL", "--false-alarm-rate", "2"], "must be"),
+        (["calibrate", "MODEL", "--false-alarm-rate", "0"], "must be"),
         (
             ["predict", "MODEL", "x", "-o", "o", "--threshold", "1", "--false-alarm-rate", "0.1"],
             "not allowed with",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,11 @@ def run(arguments: argparse.Namespace) -> None:
     from anomalib_lite.detectors.base import BaseDetector
     from anomalib_lite.images import ImageSource
 
-    if arguments.images is None and arguments.false_alarm_rate is None:
+    given = arguments.images, arguments.false_alarm_rate, arguments.confidence
+    if all(value is None for value in given):
         raise UsageError(
-            "calibrate: give good images, --false-alarm-rate, or both: there is nothing to change"
+            "calibrate: give good images, --false-alarm-rate or --confidence: there is nothing to "
+            "change"
         )
     detector = load_model(arguments)
     if not isinstance(detector, BaseDetector):
@@ -70,7 +73,9 @@ def run(arguments: argparse.Namespace) -> None:
             "calibrated together. Fit again with another --false-alarm-rate"
         )
     output = check_file(Path(arguments.output or arguments.model))
-    before, rate = detector.threshold_, arguments.false_alarm_rate or detector.false_alarm_rate
+    before, rate = detector.threshold_, arguments.false_alarm_rate
+    rate = detector.false_alarm_rate if rate is None else rate
+    detector._check_calibration(rate, arguments.confidence)
     if arguments.images is None:
         detector.set_false_alarm_rate(rate, confidence=arguments.confidence)
     else:
@@ -82,7 +87,10 @@ def run(arguments: argparse.Namespace) -> None:
         detector._calibrate(found.scores, rate, arguments.confidence)
     with safe_open(arguments.model, "numpy") as file:
         with_weights = any(name.startswith("backbone.") for name in file.keys())  # noqa: SIM118
-    detector.save(output, include_backbone=with_weights)
+        fitted = json.loads(file.metadata()["anomalib_lite"])["parameters"]
+    # Options of this machine are for this run; the file keeps those of the fit.
+    options = {n: fitted[n] for n in ("weights", "device", "batch_size") if n in fitted}
+    detector._with_options(**options).save(output, include_backbone=with_weights)
     rests_on = describe_threshold(detector.calibration_scores_, rate, arguments.confidence)
     print(f"threshold     {detector.threshold_:.6g}, before {before:.6g}: {rests_on}")
     print(f"written to    {output} ({output.stat().st_size / 1e6:.1f} MB)")

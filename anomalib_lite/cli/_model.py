@@ -19,7 +19,7 @@ def add_model_arguments(command: argparse.ArgumentParser) -> None:
         "--false-alarm-rate",
         type=float,
         metavar="RATE",
-        help="threshold for this share of good images (default: the model's; no cascade)",
+        help="threshold for this share of good images (default: the model's; single detectors)",
     )
     add_machine_arguments(command)
 

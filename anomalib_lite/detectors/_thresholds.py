@@ -34,9 +34,10 @@ class ThresholdMixin:
             Share of future normal images that may be called anomalous, in (0, 1). Later calls of
             :meth:`partial_fit` go on with it.
         confidence : float, optional
-            Probability that the rate of this very threshold is at most ``false_alarm_rate``; by
-            default its mean over draws of the images is. See
-            :func:`~anomalib_lite.calibration.conformal_threshold`.
+            Probability, in (0, 1), that the rate of this very threshold is at most
+            ``false_alarm_rate``; by default its mean over draws of the images is. See
+            :func:`~anomalib_lite.calibration.conformal_threshold`. It is not kept: after
+            :meth:`partial_fit` the rate holds on average, until this is called again.
 
         Returns
         -------
@@ -101,9 +102,10 @@ class ThresholdMixin:
         Raises
         ------
         NotFittedError
-            Before :meth:`fit`.
+            Before :meth:`fit`, and after ``fit_embeddings``, which fits no backbone.
         InvalidValueError
-            As :meth:`set_false_alarm_rate`; also if no image can be used.
+            As :meth:`set_false_alarm_rate`, before any image is scored; also if no image can be
+            used, or for images that are labelled anomalous.
         AnomalibLiteError
             For an image that cannot be used, unless ``on_error="skip"``.
 
@@ -128,27 +130,22 @@ class ThresholdMixin:
         20
         """
         self._check_has_threshold()
+        rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
+        self._check_calibration(rate, confidence)
         where = type(self).__name__
         refuse_labelled(images, where, "recalibrate takes normal images only.")
         detect: Any = self.detect  # type: ignore[attr-defined]
         scores = detect(images, maps=False, ignore_mask=ignore_mask).scores
-        rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
         return self._calibrate(scores, rate, confidence)
 
     def _calibrate(self, scores: np.ndarray, rate: float, confidence: float | None) -> Self:
         """Set the threshold from the scores of normal images; NaN is one that was skipped."""
-        where = type(self).__name__
-        check_number("false_alarm_rate", rate, where, "(0, 1)")
-        if self.image_score == "structure":
-            raise InvalidValueError(
-                f"{where}: the heatmaps of image_score='structure' have a threshold of their own, "
-                "which only fit and partial_fit set. Call one of these, or set threshold_ yourself."
-            )
+        self._check_calibration(rate, confidence)
         scores = scores[~np.isnan(scores)]
         if not len(scores):
             raise InvalidValueError(
-                f"{where}: a threshold needs at least one image that can be used, got none. Give "
-                "others."
+                f"{type(self).__name__}: a threshold needs at least one image that can be used, "
+                "got none. Give others."
             )
         threshold, shortfall = threshold_and_shortfall(scores, rate, confidence)
         if shortfall is not None:
@@ -156,6 +153,18 @@ class ThresholdMixin:
         self.calibration_scores_, self.false_alarm_rate = scores, float(rate)
         self.threshold_ = self.calibrated_threshold_ = threshold
         return self
+
+    def _check_calibration(self, rate: float, confidence: float | None) -> None:
+        """Raise InvalidValueError if no threshold can be set for this rate and confidence."""
+        where = type(self).__name__
+        check_number("false_alarm_rate", rate, where, "(0, 1)")
+        if confidence is not None:
+            check_number("confidence", confidence, where, "(0, 1)")
+        if self.image_score == "structure":
+            raise InvalidValueError(
+                f"{where}: the heatmaps of image_score='structure' have a threshold of their own, "
+                "which only fit and partial_fit set. Call one of these, or set threshold_ yourself."
+            )
 
     def _take_threshold(self, calibrated: float) -> bool:
         """Set the threshold after a fit and return True, unless the user had set another."""

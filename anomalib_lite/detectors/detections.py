@@ -29,8 +29,8 @@ class Detections:
     skipped : list of (int, str)
         Position and reason of every image left out; only with ``on_error="skip"``.
     p_values : ndarray of shape (N,), float64, or None
-        How likely a normal image is to score as high as this one, in (0, 1], by the scores of the
-        normal images held back; see :func:`~anomalib_lite.calibration.conformal_p_values`. NaN for
+        How likely a normal image is to score as high as this one, in (0, 1], by the detector's
+        ``calibration_scores_``; see :func:`~anomalib_lite.calibration.conformal_p_values`. NaN for
         an image that was skipped. None for a cascade or a router.
     """
 

@@ -350,9 +350,8 @@ default="max"
         self.verbose = verbose
 
     _asking = ("feature_dim", "whiten")
-    _made_with: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  # those of _OF_THE_BANK when the bank was made
+    # The parameters _OF_THE_BANK when the bank was made.
+    _made_with: Mapping[str, Any] = MappingProxyType({})
     _n_seen = 0  # patches that ``coreset_ratio_`` is a share of
 
     def _check_parameters(self) -> None:

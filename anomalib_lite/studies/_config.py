@@ -149,7 +149,8 @@ class Study:
         Its configuration, an instance of the module's ``Config``.
     identity : dict of str to str
         Hashes of the configuration (without seeds and the place of the data) and of the Python
-        file with those beside it that it imports: rows of others are never mixed with its own.
+        file with those beside it that it imports, and those that its ``SOURCES`` lists: rows of
+        others are never mixed with its own.
     """
 
     name: str
@@ -286,9 +287,10 @@ def _load(source: Path, file: Path) -> Any:
 
 
 def _files(module: Any) -> list[Path]:
-    """Return the Python file of a study, and those beside it that it has imported."""
+    """Return the Python file of a study, those beside it that it has imported, and its SOURCES."""
     beside = sorted(n for n in sys.modules if n.startswith(f"{module.__name__}."))
-    return [Path(str(m.__file__)) for m in (module, *(sys.modules[name] for name in beside))]
+    files = [Path(str(m.__file__)) for m in (module, *(sys.modules[name] for name in beside))]
+    return [*files, *map(Path, getattr(module, "SOURCES", ()))]
 
 
 def _one_line(file: Path, error: ValidationError) -> str:

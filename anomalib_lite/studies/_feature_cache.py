@@ -64,11 +64,11 @@ class FeatureCache:
     -----
     An entry is one image: its key is the SHA-256 of its pixels at the network's input with all that
     decides the result: the weights' hash, adapter, layers, scales and attention, fusion, stride,
-    device, number type, engine, the versions of the packages, the sources of this one, and the
-    processor. Where a backbone computes several images at once (torch in a short number type, or on
-    a GPU), results depend on the batch, and the key holds the hash of the whole batch too. So
-    embeddings are the same to the bit with the cache and without. An entry that is broken is
-    computed and written again.
+    device, number type, engine, the versions of the packages, the sources of this one, the
+    processor, and the name of the GPU where one computes. Where a backbone computes several images
+    at once (torch in a short number type, or on a GPU), results depend on the batch, and the key
+    holds the hash of the whole batch too. So embeddings are the same to the bit with the cache and
+    without. An entry that is broken is computed and written again.
 
     Examples
     --------
@@ -265,7 +265,17 @@ def _describe(backbone: Any) -> dict[str, Any]:
         "versions": {name: _version(name) for name in _DECIDING},
         "sources": source_hash("backbones", "engines", "fusion", "networks"),
         "processor": [processor(), platform.machine(), os.environ.get("ONEDNN_MAX_CPU_ISA")],
+        "gpu": _gpu(str(backbone.device)),
     }
+
+
+def _gpu(device: str) -> str | None:
+    """Return the name of the GPU: others round otherwise. None for other devices."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 def _version(package: str) -> str | None:

@@ -218,12 +218,14 @@ class Run:
         ------
         MissingPathError
             If one cannot, and the configuration says ``missing: refuse``; or if none can.
+        InvalidValueError
+            If earlier rows of this folder are of other weights of a network of this name.
         """
         found = {}
         for name, given in networks.items():
             network = given.model_copy(update={"weights": self._weights(given)})
             try:
-                open_backbone(
+                opened = open_backbone(
                     network.backbone,
                     weights=network.weights,
                     layers=network.layers,
@@ -232,6 +234,7 @@ class Run:
             except AnomalibLiteError as error:
                 self._leave_out(name, error)
             else:
+                self.results.check_data(f"weights of {name}", opened.sha256[:16])
                 found[name] = network
         if networks and not found:
             raise self._nothing_left("network")

@@ -23,6 +23,14 @@ from measuring import load_predictions  # noqa: E402
 from surroundings import HUGE_PAGES, check_peer, our_weights, work  # noqa: E402
 from worker_judge import judge_metrics  # noqa: E402
 
+# What the workers run: it decides the rows as this file does.
+SOURCES = [
+    PEERS / f"{name}.py"
+    for name in (
+        *("measuring", "surroundings", "anomalib_model"),
+        *("worker_ours", "worker_anomalib", "worker_judge"),
+    )
+]
 LIBRARIES = {"ours": "anomalib-lite", "peer": "anomalib"}
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 COSTS = {

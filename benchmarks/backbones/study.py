@@ -44,8 +44,11 @@ def measure(config: Config, run: Any) -> Any:
     in_domain = [name for name in category_names(config.in_domain) if name in here]
     cross_domain = [name for name in category_names(config.cross_domain) if name in here]
     settings = [{"setting": "own", "category": name} for name in run.categories]
+    pooled = f"{', '.join(in_domain)}, tested on {', '.join(cross_domain)}"
     if in_domain and cross_domain:
         settings.append({"setting": "pooled", "category": "all in-domain"})
+        if run.results.knows_data("pooled"):  # if more categories are here now, rows are not mixed
+            run.results.check_data("pooled", pooled)
     for case in run.cases(
         {"backbone": name, **setting, "seed": seed}
         for seed in run.seeds
@@ -57,6 +60,7 @@ def measure(config: Config, run: Any) -> Any:
             tests = {case["category"]: "own"}
             train = run.open(case["category"], seed).train
         else:
+            run.results.check_data("pooled", pooled)
             tests = dict.fromkeys(in_domain, "in_domain")
             tests |= dict.fromkeys(cross_domain, "cross_domain")
             share = max(1, config.max_pooled // len(in_domain))
