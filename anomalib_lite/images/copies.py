@@ -198,7 +198,7 @@ def _read(source: ImageSource) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
         pixels = source[index]
         height, width = pixels.shape[:2]
         digest = hashlib.sha256(f"{pixels.shape} {pixels.dtype}".encode())
-        digest.update(np.ascontiguousarray(pixels))
+        digest.update(pixels.tobytes())
         return digest.digest(), _thumbnail(pixels), float(np.log(height / width))
 
     seen: dict[bytes, int] = {}
@@ -230,7 +230,7 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
     local = np.sqrt(gaussian_filter(high**2, _SIGMA, mode="nearest"))
     # Where an image is plain there is nothing but noise, which is not to be amplified.
     least = 0.1 * float(high.std()) + 1e-3
-    return high / (local + np.float32(least))
+    return np.asarray(high / (local + np.float32(least)))
 
 
 def _similar_pairs(
@@ -275,7 +275,7 @@ def _without_mean(thumbs: np.ndarray, aspects: np.ndarray, different: np.ndarray
         members = different[kinds[different] == kind]
         if len(members) >= _FEW:
             typical[kinds == kind] -= typical[members].mean(axis=0)
-    return typical
+    return np.asarray(typical)
 
 
 def _threshold(thumbs: np.ndarray, aspects: np.ndarray, strictness: float) -> float:
