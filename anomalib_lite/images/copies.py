@@ -158,7 +158,7 @@ def find_copies(images: Any, *, strictness: float = 8.0, max_pixels: int = 100_0
        joined.
     6. Groups are the connected components.
 
-    All images are decoded once. An image takes 24 KB; correlations are computed in blocks of
+    All images are decoded once. An image takes some 80 KB; correlations are computed in blocks of
     512 rows. The time grows with the square of the number of images that are not exact copies.
 
     References
