@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from scipy.ndimage import maximum_filter, minimum_filter
 from anomalib_lite._validation import check_int, check_number
 from anomalib_lite.errors import ImageError, InvalidValueError
 from anomalib_lite.images import ImageSource
+from anomalib_lite.images.copies import Copies
 
-__all__ = ["SCALE", "color_bar", "contact_sheet", "legend_colors", "overlay"]
+__all__ = ["SCALE", "color_bar", "contact_sheet", "copies_sheet", "legend_colors", "overlay"]
 
 # Ends of the scale, as multiples of the threshold. Maps are smoothed while image scores are maxima
 # of raw patch scores, so the maximum of a map is some 5 to 15 % below the score of its image.
@@ -268,6 +270,81 @@ def contact_sheet(
         sheet.paste(strip, (0, top))
         top += strip.height
     return sheet
+
+
+def copies_sheet(
+    images: Any,
+    copies: Copies,
+    *,
+    n_groups: int = 6,
+    columns: int = 6,
+    tile_size: tuple[int, int] = (160, 160),
+) -> Image.Image:
+    """Show the largest groups of copies, each group in a row.
+
+    Parameters
+    ----------
+    images : images
+        Those that were given to :func:`~anomalib_lite.images.copies.find_copies`.
+    copies : Copies
+        What it returned.
+    n_groups : int, default=6
+        At most so many groups, at least 1.
+    columns : int, default=6
+        At most so many images of a group, the first ones, at least 1.
+    tile_size : (H, W), default=(160, 160)
+        Largest size of a picture in pixels; both at least 16.
+
+    Returns
+    -------
+    PIL.Image.Image
+        Mode RGB, with the names of the images, and the size of each group above its row.
+
+    Raises
+    ------
+    InvalidValueError
+        If the images are not as many as ``copies`` has, if no two images are in one group, or if
+        a number is too small.
+    AnomalibLiteError
+        If an image that is shown cannot be read.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> images = [np.full((60, 90), 20 * i, np.uint8) for i in (1, 2, 1)]
+    >>> copies = Copies(np.array([0, 1, 0]), np.zeros(3, bool), ("a.png", "b.png", "c.png"), 0.5)
+    >>> copies_sheet(images, copies, columns=2, tile_size=(60, 90)).width
+    216
+    """
+    where = "copies_sheet"
+    check_int("n_groups", n_groups, where, low=1)
+    check_int("columns", columns, where, low=1)
+    source = ImageSource(images, where=where)
+    if len(source) != len(copies):
+        raise InvalidValueError(
+            f"{where}: images must be the {len(copies)} that the copies were found in, got "
+            f"{len(source)}."
+        )
+    sheets = []
+    for group in copies.largest(n_groups):
+        shown = group[:columns]
+        sheets.append(
+            contact_sheet(
+                [_as_rgb(source.decode(i)) for i in shown],
+                columns=columns,
+                captions=[PurePath(copies.names[i]).name for i in shown],
+                title=f"{len(group)} images of group {copies.groups[group[0]]}",
+                tile_size=tile_size,
+            )
+        )
+    if not sheets:
+        raise InvalidValueError(f"{where}: no two images are in one group: nothing to show.")
+    whole = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)), _PAPER)
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
 
 
 def _check_heatmap(heatmap: Any, photo: Image.Image, name: str) -> np.ndarray:

@@ -30,13 +30,14 @@ PATHS = {
     "anomalib_lite.fusion": "EmbeddingTransform PROJECTIONS STRATEGIES patch_embeddings",
     "anomalib_lite.gaussian": "Gaussian GaussianGrid",
     "anomalib_lite.images": "ImageSource iter_batches",
+    "anomalib_lite.images.copies": "Copies find_copies",
     "anomalib_lite.lora": "adaptive_rank train_adapter",
     "anomalib_lite.memory_bank": "MemoryBank",
     "anomalib_lite.metrics": "aupimo aupimo_scores aupro auroc average_precision f1_max fpr_at_tpr "
     "pixel_auroc pixel_average_precision pixel_f1_max pointing_game seg_f1 "
     "bootstrap_interval paired_test PixelMetrics",
     "anomalib_lite.persistence": "FORMAT_VERSION load",
-    "anomalib_lite.plotting": "color_bar contact_sheet legend_colors overlay",
+    "anomalib_lite.plotting": "color_bar contact_sheet copies_sheet legend_colors overlay",
     "anomalib_lite.subspace": "Subspace",
     "anomalib_lite.networks": "NETWORKS Network whereabouts",
     "anomalib_lite.studies": "FeatureCache NetworkConfig Run StudyConfig open_study run_studies",
