@@ -115,7 +115,7 @@ def test_every_layout_is_tested_and_is_an_option_of_the_command_line() -> None:
     assert ("auto", "folder", *PUBLISHED_LAYOUTS) == LAYOUTS
 
 
-@pytest.mark.parametrize(("make", "layout", "cls"), MAKERS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("make", "layout", "cls"), MAKERS, ids=[cls for *_, cls in MAKERS])
 def test_recognises(tmp_path: Path, make: Callable[[Path], Path], layout: str, cls: str) -> None:
     root = make(tmp_path)
     ds = open_dataset(root)
