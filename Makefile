@@ -11,9 +11,8 @@ PEER := benchmarks/peers/.venv-anomalib
 demo: $(VENV)/.demo
 	$(BIN)/anomalib-lite demo -o demo-output
 
-# Two processes, since most tests use one core.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest
 
 # The tests whose numbers depend on the processor, as other processors would run them.
 test-processors: $(VENV)/.test

@@ -18,12 +18,6 @@ __all__ = ["broken", "data_dir", "model", "refused", "wall"]
 _CACHE = tempfile.TemporaryDirectory(prefix="anomalib-lite-", ignore_cleanup_errors=True)
 os.environ["ANOMALIB_LITE_CACHE"] = _CACHE.name
 
-# Where test processes share the cores, threads that wait must not spin: set before torch and FAISS
-# are imported.
-if os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
-
 # device="auto" is the CPU for all tests, docstrings and pages, also where there is a GPU: what they
 # compare is computed in float32, and on the CPU. Those that ask for "cuda" by name are run with
 # ANOMALIB_LITE_TEST_GPU=1 pytest -k cuda, and are skipped without.
