@@ -169,8 +169,7 @@ def test_what_recalibrate_cannot_do_is_said_before_images_are_read() -> None:
     ):
         with pytest.raises(InvalidValueError, match=text):
             detector.recalibrate(["absent.png"], **options)
-    detector = PatchCore(image_size=64, false_alarm_rate=0.2, image_score="structure")
-    detector.fit(photos(30, 0))
+    detector.image_score = "structure"
     with pytest.raises(InvalidValueError, match="a threshold of their own"):
         detector.recalibrate(["absent.png"])
 
@@ -233,45 +232,6 @@ def test_a_calibrated_threshold_is_renewed_by_an_update(tmp_path: Path) -> None:
         one.partial_fit_embeddings(embeddings(40, 1) * 1.5)
         assert one.threshold_ == conformal_threshold(one.calibration_scores_, 0.2)
     assert detector.threshold_ == again.threshold_
-
-
-@pytest.mark.parametrize(
-    ("cls", "change"),
-    [
-        *((cls, {"image_score": "top3%"}) for cls in DETECTORS),
-        *((cls, {"image_score": "structure"}) for cls in DETECTORS if cls is not MahalanobisVFM),
-        (PatchCore, {"n_neighbors": 3}),
-        (MahalanobisVFM, {"global_weight": 0.3}),
-    ],
-)
-def test_scores_of_another_kind_than_the_thresholds_are_refused(
-    cls: Any, change: dict[str, Any], tmp_path: Path
-) -> None:
-    detector, E = fitted(cls), embeddings(6, 1)
-    before, kept = detector.score_embeddings(E), detector.get_params()
-    detector.save(tmp_path / "model.safetensors")
-    for one in (detector, load(tmp_path / "model.safetensors")):
-        one.set_params(**change)
-        for call in (
-            lambda one=one: one.score_embeddings(E),
-            lambda one=one: one.partial_fit_embeddings(E),
-            lambda one=one: one.set_false_alarm_rate(0.1),
-            lambda one=one: one.save(tmp_path / "other.safetensors"),
-        ):
-            with pytest.raises(InvalidValueError, match=f"{next(iter(change))} must stay as it"):
-                call()
-        one.set_params(**{name: kept[name] for name in change})
-        np.testing.assert_array_equal(one.score_embeddings(E), before)
-        one.set_params(**change)
-    assert not (tmp_path / "other.safetensors").exists()
-
-
-def test_smoothing_matters_to_smoothed_scores_alone() -> None:
-    E = embeddings(6, 1)
-    fitted(smoothing=4.0).set_params(smoothing=2.0).score_embeddings(E)
-    smoothed = fitted(image_score="smoothed", smoothing=4.0).set_params(smoothing=2.0)
-    with pytest.raises(InvalidValueError, match="smoothing must stay"):
-        smoothed.score_embeddings(E)
 
 
 # --- The command line -------------------------------------------------------------------------

@@ -13,9 +13,6 @@ from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFitte
 
 __all__ = ["ThresholdMixin"]
 
-# Parameters that say what a score is: a threshold is one of such scores.
-_OF_THE_SCORE = ("image_score", "n_neighbors", "global_weight", "tile", "overlap")
-
 
 class ThresholdMixin:
     """Methods that set the threshold of a detector without a new fit."""
@@ -25,8 +22,6 @@ class ThresholdMixin:
     calibration_scores_: np.ndarray
     false_alarm_rate: float
     image_score: str
-    smoothing: float
-    scored_with_: dict[str, Any]  # parameters of the scores that the threshold is of
 
     def set_false_alarm_rate(
         self, false_alarm_rate: float, *, confidence: float | None = None
@@ -71,7 +66,7 @@ class ThresholdMixin:
         >>> detector.set_false_alarm_rate(0.2).threshold_ < before
         True
         """
-        self._check_fitted("threshold_")
+        self._check_has_threshold()
         return self._calibrate(self.calibration_scores_, false_alarm_rate, confidence)
 
     def recalibrate(
@@ -134,7 +129,7 @@ class ThresholdMixin:
         >>> len(detector.recalibrate(good[20:], 0.1).calibration_scores_)
         20
         """
-        self._check_fitted("threshold_")
+        self._check_has_threshold()
         rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
         self._check_calibration(rate, confidence)
         where = type(self).__name__
@@ -176,33 +171,9 @@ class ThresholdMixin:
         known = getattr(self, "threshold_", calibrated)
         own = known != getattr(self, "calibrated_threshold_", known)
         self.calibrated_threshold_ = calibrated
-        self.scored_with_ = self._of_the_score()
         self.threshold_ = known if own else calibrated
         return not own
 
-    def _check_fitted(self, needed: str) -> None:
-        """Raise if there is no attribute ``needed``, or if scores are not those of the fit."""
-        if not hasattr(self, needed):
-            what = "not fitted yet. Call fit_embeddings(E) or fit(images)."
-            if needed == "backbone_":
-                what = "not fitted on images yet. Call fit(images) first"
-                if hasattr(self, "threshold_"):
-                    what += "; after fit_embeddings use score_embeddings."
-            raise NotFittedError(f"{type(self).__name__}: {what}")
-        self._check_same_score()
-
-    def _of_the_score(self) -> dict[str, Any]:
-        """Return the parameters that say what a score is."""
-        found = {name: getattr(self, name) for name in _OF_THE_SCORE if hasattr(self, name)}
-        if self.image_score == "smoothed":
-            found["smoothing"] = self.smoothing
-        return found
-
-    def _check_same_score(self) -> None:
-        """Raise if a parameter says that scores are others than those of the threshold."""
-        for name, then in getattr(self, "scored_with_", {}).items():
-            if (now := getattr(self, name)) != then:
-                raise InvalidValueError(
-                    f"{type(self).__name__}: {name} must stay as it was in fit, {then!r}, got "
-                    f"{now!r}: threshold_ is one of such scores. Set it back, or call fit again."
-                )
+    def _check_has_threshold(self) -> None:
+        if not hasattr(self, "threshold_"):
+            raise NotFittedError(f"{type(self).__name__}: not fitted yet. Call fit(images) first.")

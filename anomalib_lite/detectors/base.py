@@ -388,7 +388,11 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         NotFittedError, AnomalibLiteError
             As :meth:`score`.
         """
-        self._check_fitted("backbone_")
+        if not hasattr(self, "backbone_"):
+            remedy = "Call fit(images) first"
+            if hasattr(self, "threshold_"):
+                remedy += "; after fit_embeddings use score_embeddings."
+            raise NotFittedError(f"{type(self).__name__}: not fitted on images yet. {remedy}")
         source = ImageSource(images, max_pixels=self.max_pixels, where=type(self).__name__)
         source.ignored = self.ignore_mask_
         if ignore_mask is not None:
@@ -435,7 +439,10 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         AnomalibLiteError
             For embeddings of another shape or dimension, or not finite.
         """
-        self._check_fitted("threshold_")
+        if not hasattr(self, "threshold_"):
+            raise NotFittedError(
+                f"{type(self).__name__}: not fitted yet. Call fit_embeddings(E) or fit(images)."
+            )
         transform = self.transform_
         length = self.n_features_ if transform is None else transform.n_features_in_
         E = check_embeddings(E, type(self).__name__, length)
@@ -607,7 +614,6 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
     def _check_update(self) -> None:
         """Raise if a parameter cannot be used, or if the calibration allows no update."""
         self._check_parameters()
-        self._check_same_score()
         self._check_same_transform()
         if self.calibration == "leave_one_out":
             raise InvalidValueError(
@@ -662,7 +668,6 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
     # --- Its file -----------------------------------------------------------------------------
 
     def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        self._check_same_score()  # else the loaded detector would be another one
         tensors, header = super()._describe(include_backbone)
         self._describe_transform(tensors, header)
         tensors["calibration_scores"] = self.calibration_scores_
@@ -693,7 +698,6 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         detector.calibration_scores_ = arrays["calibration_scores"]
         calibrated = state.get("calibrated_threshold", detector.threshold_)
         detector.calibrated_threshold_ = float(calibrated)
-        detector.scored_with_ = detector._of_the_score()
         size = state.get("image_size", detector.image_size)
         if not isinstance(size, str):
             detector.image_size_ = tuple(size) if isinstance(size, list) else size
