@@ -291,7 +291,7 @@ class TestFit:
             ("--gate-weights no.pth", r"\(gate\): weights file no.pth does not exist"),
             ("--gate-image-size 3", "gate_image_size must be a whole number of at least 16"),
             ("--image-size 3", "PatchCore: image_size must be a whole number of at least 16"),
-            ("--gate-image-size 3x", "--gate-image-size: must be a whole number or HxW"),
+            ("--gate-image-size 3x", "--gate-image-size: must be a whole number, HxW or auto"),
             ("--max-missed 0", r"max_missed must be a number in \(0, 1\), got 0"),
             ("--t-low 0.9 --t-high 0.1", "t_low must not exceed t_high, got 0.9 and 0.1"),
             ("--coreset-ratio 7", r"PatchCore: coreset_ratio must be a number in \(0, 1\]"),

@@ -276,7 +276,9 @@ def test_a_mean_of_all_categories_stands_beside_the_published_one() -> None:
 def test_every_published_figure_has_a_source() -> None:
     for file in BENCHMARKS.glob("*/reported.csv"):
         reported = pd.read_csv(file)
-        assert reported["value"].between(0, 1).all()
+        assert len(reported)
+        if "value" in reported:
+            assert reported["value"].between(0, 1).all()
         assert reported["source"].str.len().gt(10).all()
         known = reported.columns.drop(["value", "feature_dim"], errors="ignore")
         assert not reported.duplicated(list(known.drop("source"))).any()

@@ -32,8 +32,7 @@ from anomalib_lite.errors import (
 )
 from anomalib_lite.gaussian import Gaussian
 from anomalib_lite.images import Batch, Extractor, ImageSource
-from anomalib_lite.images.embeddings import assemble, stack
-from anomalib_lite.images.sizing import image_size_for
+from anomalib_lite.images.embeddings import assemble, image_size_for, stack
 
 __all__ = ["ProductDetections", "ProductRouter"]
 

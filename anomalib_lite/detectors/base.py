@@ -44,9 +44,8 @@ from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFitte
 from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.images.augmentation import AugmentedSource
-from anomalib_lite.images.embeddings import Embeddings, embed_all, stack
+from anomalib_lite.images.embeddings import Embeddings, embed_all, image_size_for, stack
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image, read_ignore_mask
-from anomalib_lite.images.sizing import image_size_for
 
 __all__ = ["BaseDetector", "DetectorMixin"]
 

@@ -531,13 +531,17 @@ default="max"
     def _score_patches(
         self, E: np.ndarray, bank: PatchBank | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        self._check_bank()
+        other = any(getattr(self, name) != then for name, then in self._made_with.items())
+        if other or (self.fusion == "per_layer") != (self.layer_models_ is not None):
+            self._check_bank()  # which says what is wrong
         bank = self.memory_bank_ if bank is None else bank
         rows = E.reshape(-1, E.shape[-1])
         if self.normalize:
             rows = unit_rows(rows)
         ignored, k = np.isnan(rows[:, 0]), self.n_neighbors
-        if not ignored.any():
+        if not ignored.any() and self.position_window is None:
+            distances, neighbors = bank.search(rows, k)
+        elif not ignored.any():
             distances, neighbors = bank.search_patches(rows, k, E)
         else:  # ignored patches are at no distance from normal ones
             distances = np.zeros((len(rows), k), np.float32)

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -196,7 +196,7 @@ class ImageSource(Sequence[np.ndarray]):
             return np.stack(resized, axis=-1), size
         return np.asarray(image.resize((width, height), _BILINEAR).convert("RGB")), size
 
-    def decode(self, index: int, *, gray: bool = False) -> Any:
+    def decode(self, index: int, *, gray: bool = False, size_alone: bool = False) -> Any:
         """Decode one image.
 
         Parameters
@@ -204,6 +204,8 @@ class ImageSource(Sequence[np.ndarray]):
         index : int
         gray : bool, default=False
             Whether a gray image keeps PIL's mode L, which is resized in a third of the time.
+        size_alone : bool, default=False
+            Whether only height and width are wanted, as :meth:`size` gives them.
 
         Returns
         -------
@@ -218,7 +220,16 @@ class ImageSource(Sequence[np.ndarray]):
         try:
             if isinstance(item, str | os.PathLike):
                 with open(item, "rb") as file:  # noqa: PTH123
-                    return self._convert(_open(file), name, gray)
+                    with _OPEN_LOCK:
+                        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                        try:
+                            image = Image.open(file)  # reads the header alone
+                        finally:
+                            Image.MAX_IMAGE_PIXELS = limit
+                    return image.size[::-1] if size_alone else self._convert(image, name, gray)
+            if size_alone:
+                is_pil = isinstance(item, Image.Image)
+                return item.size[::-1] if is_pil else self._to_array(item, name).shape[:2]
             # One PIL image that is not read yet may be in the source twice; reading is not
             # safe in two threads.
             with _OPEN_LOCK if isinstance(item, Image.Image) else nullcontext():
@@ -236,16 +247,8 @@ class ImageSource(Sequence[np.ndarray]):
         ImageError, MissingPathError, InvalidTypeError
             As :meth:`decode`, as far as the header tells.
         """
-        item, name = self.items[index], self.names[index]
-        if not isinstance(item, str | os.PathLike):
-            is_pil = isinstance(item, Image.Image)
-            height, width = item.size[::-1] if is_pil else self._to_array(item, name).shape[:2]
-            return height, width
-        try:
-            with open(item, "rb") as file, _open(file) as image:  # noqa: PTH123
-                return image.height, image.width
-        except Exception as error:  # PIL's readers raise all kinds on broken files
-            raise self._explain(error, item, name) from error
+        height, width = self.decode(index, size_alone=True)
+        return height, width
 
     def _convert(self, image: Any, name: str, gray: bool) -> Any:
         """Check a PIL image, array or tensor, and convert it to what :meth:`decode` returns."""
@@ -338,16 +341,6 @@ class ImageSource(Sequence[np.ndarray]):
             f"{self.where}: {name} cannot be read: {reason}. Replace it, or go on without it by "
             "on_error='skip'."
         )
-
-
-def _open(file: BinaryIO) -> Image.Image:
-    """Read the header of an image, however many pixels it has; nothing is decoded yet."""
-    with _OPEN_LOCK:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(file)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
 
 
 def iter_batches(

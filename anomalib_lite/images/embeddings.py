@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from anomalib_lite.images import Extractor, ImageSource
+from anomalib_lite.images.sizing import choose_image_size
 
 __all__ = [
     "Embeddings",
     "assemble",
     "contiguous",
     "embed_all",
+    "image_size_for",
     "patch_rows",
     "stack",
     "take",
@@ -22,6 +24,23 @@ __all__ = [
 # (N, h, w, D) float32, or a list of N arrays (h, w, D) where images have different sizes. A patch
 # that is ignored is NaN.
 Embeddings = np.ndarray | list[np.ndarray]
+
+
+def image_size_for(
+    source: ImageSource, image_size: int | tuple[int, int] | str, tile: int | None = None
+) -> int | tuple[int, int]:
+    """Return what a detector's ``image_size`` means for these images: ``"auto"`` is chosen.
+
+    >>> images = ImageSource(np.zeros((300, 400), np.uint8))
+    >>> [image_size_for(images, size) for size in ("auto", 200, (np.int64(96), 128))]
+    [320, 200, (96, 128)]
+    """
+    if isinstance(image_size, str):
+        return choose_image_size(source, tile)
+    if isinstance(image_size, int | np.integer):
+        return int(image_size)
+    height, width = image_size
+    return int(height), int(width)
 
 
 def embed_all(

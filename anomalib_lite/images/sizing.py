@@ -7,28 +7,11 @@ import numpy as np
 from anomalib_lite.errors import AnomalibLiteError
 from anomalib_lite.images._source import ImageSource
 
-__all__ = ["choose_image_size", "image_size_for"]
+__all__ = ["choose_image_size"]
 
 # From this shorter side of the images on, in pixels -> shorter side in the backbone.
 _SIZES = ((0, 256), (160, 320), (512, 448))
 _AT_MOST = 64  # images that are looked at: their median hardly changes with more
-
-
-def image_size_for(
-    source: ImageSource, image_size: int | tuple[int, int] | str, tile: int | None = None
-) -> int | tuple[int, int]:
-    """Return what a detector's ``image_size`` means for these images: ``"auto"`` is chosen.
-
-    >>> images = ImageSource(np.zeros((300, 400), np.uint8))
-    >>> [image_size_for(images, size) for size in ("auto", 200, (np.int64(96), 128))]
-    [320, 200, (96, 128)]
-    """
-    if isinstance(image_size, str):
-        return choose_image_size(source, tile)
-    if isinstance(image_size, int | np.integer):
-        return int(image_size)
-    height, width = image_size
-    return int(height), int(width)
 
 
 def choose_image_size(source: ImageSource, tile: int | None = None) -> int:
