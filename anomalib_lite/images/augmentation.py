@@ -112,10 +112,12 @@ class AugmentedSource(ImageSource):
         source.changes = [self.changes[i] for i in indices]
         return source
 
-    def decode(self, index: int, *, gray: bool = False) -> Any:
+    def decode(self, index: int, *, gray: bool = False, size_alone: bool = False) -> Any:
         """Decode one image, and transform it if it is a copy; see :meth:`ImageSource.decode`."""
-        image, change = super().decode(index, gray=gray), self.changes[index]
-        return image if change is None else change.of_image(image)
+        found = super().decode(index, gray=gray, size_alone=size_alone)
+        change = self.changes[index]
+        # No copy has another shorter side than its image.
+        return found if change is None or size_alone else change.of_image(found)
 
     def ignored_in(self, index: int) -> IgnoreMask | None:
         """Return the regions of one image to ignore."""
