@@ -6,7 +6,7 @@ import math
 import warnings
 
 import numpy as np
-from scipy import stats
+from scipy.special import betainc
 
 from anomalib_lite._validation import check_number
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError
@@ -228,7 +228,7 @@ def _rank(n: int, false_alarm_rate: float, confidence: float | None = None) -> i
     if confidence is None:
         return math.ceil((n + 1) * (1 - false_alarm_rate) - 1e-9)
     ranks = np.arange(1, n + 1)
-    mass = stats.beta.cdf(false_alarm_rate, n + 1 - ranks, ranks)  # grows with the rank
+    mass = betainc(n + 1 - ranks, ranks, false_alarm_rate)  # grows with the rank
     # n scores are enough: at most rounding keeps the largest one's mass below the confidence.
     return min(n, 1 + int(np.searchsorted(mass, confidence - 1e-12)))
 
