@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from anomalib_lite._files import RowsFile, make_directory, shortest, writing
@@ -224,8 +222,8 @@ def _chunks(source: ImageSource, n_images: int, *, by_pixels: bool) -> Iterator[
     """Yield positions of images, as many at once as ``n_images`` and their sizes allow."""
     chunk: list[int] = []
     pixels = 0
-    for index, path in enumerate(source.items):
-        size = _pixels(path) if by_pixels else 0
+    for index in range(len(source)):
+        size = _pixels(source, index) if by_pixels else 0
         if chunk and (len(chunk) == n_images or pixels + size > _PIXELS_AT_ONCE):
             yield chunk
             chunk, pixels = [], 0
@@ -234,17 +232,13 @@ def _chunks(source: ImageSource, n_images: int, *, by_pixels: bool) -> Iterator[
     yield chunk
 
 
-def _pixels(path: Any) -> int:
-    """Read the number of pixels from the header of a file; 0 if that fails."""
+def _pixels(source: ImageSource, index: int) -> int:
+    """Return the number of pixels of an image; 0 if it cannot be read, which detect reports."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return image.width * image.height
-    except Image.DecompressionBombError:
-        return _PIXELS_AT_ONCE
-    except Exception:  # PIL's decoders raise many types; detect reports the file
+        height, width = source.size(index)
+    except AnomalibLiteError:
         return 0
+    return height * width
 
 
 def _with_remedy(reason: str) -> str:
