@@ -133,14 +133,15 @@ class TransformingModel(EmbeddingModel):
     ) -> None:
         """Fit on the embeddings of a source, and calibrate."""
 
-    def _n_to_hold_back(self, n: int | None, n_known: int = 0, update: bool = False) -> int:
+    def _n_to_hold_back(self, n: int | None, update: bool = False) -> int:
         """Return how many of ``n`` images to hold back for calibration.
 
-        ``n_known`` scores are there already. For "structure" others are held back to learn how
-        maps vary, unless that is known from before an ``update``.
+        In an ``update`` scores that stay count. For "structure" others are held back to learn how
+        maps vary, unless that is known from before the update.
         """
         if self.calibration == "leave_one_out":
             return 0
+        n_known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
         known = update and hasattr(self.layer_models_ or self, "map_statistics_")
         purposes = 2 if self.image_score == "structure" and not known else 1
         return calibration_size(self.false_alarm_rate, n, n_known, purposes)
@@ -165,8 +166,7 @@ class TransformingModel(EmbeddingModel):
             given = list(iter_grids(E, where)) if one_by_one else E
             E = check_embeddings(given, where, n_features)
         n = None if stream else len(E)
-        known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
-        n_held_back = self._n_to_hold_back(n, known, update)
+        n_held_back = self._n_to_hold_back(n, update)
         shards: ShardSource
         if n is None:
             if not update:

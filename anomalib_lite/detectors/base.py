@@ -466,7 +466,7 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         n_images = shards.n_images if joins else shards.n_to_fit
         empty = model._make_accumulator(shards.shape, n_images, shards.in_flight, random)
         removed = model._remove_calibration_patches() if update else None
-        statistics = model._take_statistics()
+        statistics = model._take_statistics() if update else None
         # Fit on the images that are not held back.
         accumulated = copy.copy(empty)
         for result in shards.to_fit(ShardTask(empty, model if update else None)):
@@ -522,7 +522,8 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         """Embed normal images, the ones to hold back for calibration last, and fit on them."""
         where, random = type(self).__name__, check_random_state(self.random_state)
         source = ImageSource(images, max_pixels=self.max_pixels, where=where)
-        one_for_all = self._ignore(source, ignore_mask, update)
+        asked = ignore_mask is not None or update
+        one_for_all = self._ignore(source, ignore_mask, update) if asked else None
         if y is not None:
             source = source.take(normal_indices(y, len(source), where))
         else:
@@ -532,11 +533,8 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         in_order = source.take(order)
         size = self.image_size_ if update else image_size_for(source, self.image_size, self.tile)
         backbone = self.backbone_ if update else self._open_to_fit(in_order, size, random)
-        known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
         if self.augment is not None:
-            in_order, order = self._with_copies(
-                in_order, order, self._n_to_hold_back(n, known, update)
-            )
+            in_order, order = self._with_copies(in_order, order, self._n_to_hold_back(n, update))
         options = size, self.batch_size, self.on_error, self.verbose
         extractor = Extractor(backbone, *options, tile=self.tile, overlap=self.overlap)
         transform = self.transform_ if update else None
@@ -554,7 +552,7 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
                 E, skipped = embed_distributed(in_order, distributor, self.verbose)
             if (n := len(E)) == 0:
                 raise none_usable(in_order, skipped)
-        n_held_back = self._n_to_hold_back(n, known, update)
+        n_held_back = self._n_to_hold_back(n, update)
         if isinstance(in_order, AugmentedSource):
             n_held_back = in_order.n_held_back(skipped)
         if transform is not None and not update:  # images that it was learned from are fitted on
@@ -579,8 +577,6 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
 
     def _ignore(self, source: ImageSource, given: Any, update: bool) -> IgnoreMask | None:
         """Set the regions to ignore in images to fit on; return those of all later images."""
-        if given is None and not update:
-            return None
         masks = self.ignore_mask_ if given is None else per_image(given, len(source), source.where)
         source.ignored = masks
         one_for_all = None if isinstance(masks, list) else masks
