@@ -30,15 +30,17 @@ def entries(folder: Path) -> list[Path]:
 def test_results_are_the_same_to_the_bit(engine: str, detector: type, tmp_path: Path) -> None:
     model = detector(image_size=(64, 96), engine=engine, false_alarm_rate=0.5)
     cache = FeatureCache(tmp_path)
-    plain = model.fit(PIXELS[:5]).detect(PIXELS)
+    model.fit(PIXELS[:5])
+    # In each order: the last bits of a product may depend on where in the batch a row stands.
+    plain, backward = model.detect(PIXELS), model.detect(PIXELS[::-1])
     with cache.active():
         first = model.fit(PIXELS[:5]).detect(PIXELS)
         assert (cache.hits, cache.misses) == (5, 7)
         again = model.fit(PIXELS[:5]).detect(PIXELS[::-1])
     assert (cache.hits, cache.misses) == (17, 7)
-    for found, order in ((first, 1), (again, -1)):
-        np.testing.assert_array_equal(found.scores[::order], plain.scores)
-        np.testing.assert_array_equal(found.maps[::order], plain.maps)
+    for found, expected in ((first, plain), (again, backward)):
+        np.testing.assert_array_equal(found.scores, expected.scores)
+        np.testing.assert_array_equal(found.maps, expected.maps)
     assert np.load(entries(tmp_path)[0]).ndim == 3  # an entry is a plain file of numpy
 
 
