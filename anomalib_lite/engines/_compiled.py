@@ -18,7 +18,7 @@ import numpy as np
 from anomalib_lite._device import device_of
 from anomalib_lite._version import __version__
 from anomalib_lite.engines import _cache
-from anomalib_lite.engines._runtimes import OnnxRuntimeGraph, OpenVinoGraph, import_openvino
+from anomalib_lite.engines._runtimes import OnnxRuntimeGraph, OpenVinoGraph, has_unit
 from anomalib_lite.errors import AnomalibLiteError, InvalidValueError, MissingDependencyError
 from anomalib_lite.networks import directory_file, package_file
 from anomalib_lite.networks.adapter import Adapter
@@ -344,11 +344,8 @@ def _caused_by(cause: Exception, error: InvalidValueError) -> InvalidValueError:
 def _resolve_dtype(dtype: str, engine: str, depthwise: bool) -> str:
     if dtype != "auto":
         return dtype
-    if engine == "openvino" and not depthwise and not _is_limited():
-        able = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if "BF16" in able:
-            return "bfloat16"
-    return "float32"
+    fast = engine == "openvino" and not depthwise and not _is_limited() and has_unit("bfloat16")
+    return "bfloat16" if fast else "float32"
 
 
 def _is_limited() -> bool:
