@@ -102,7 +102,7 @@ def test_a_wrong_option_is_refused_before_anything_runs(tmp_path: Path) -> None:
         open_study(file)
 
 
-@pytest.mark.parametrize("name", ["front", "options", "presets"])
+@pytest.mark.parametrize("name", ["front", "options"])
 def test_rows_that_are_kept_give_their_table(name: str) -> None:
     study = open_study(FOLDER / f"{name}.yaml")
     from importlib.util import module_from_spec, spec_from_file_location

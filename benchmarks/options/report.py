@@ -29,9 +29,10 @@ def main(path: str, name: str, picture: str = "", times: str = "") -> None:
     """Print the table, or draw the front."""
     study, rows = open_study(HERE / f"{name}.yaml"), read(path, name)
     if picture:
-        tests = study.module.complete(rows)
-        timed = read(times, name) if times else tests
-        study.module.draw_front(tests, timed, study.config.baseline, Path(picture))
+        tests, timed = study.module.split(rows)
+        timed = read(times, name) if times else timed
+        baseline = study.config.baseline
+        study.module.draw_front(study.module.complete(tests), timed, baseline, Path(picture))
         return
     print(study.module.tables(rows, study.config)["table"].to_markdown(floatfmt=".3f"))
 

@@ -77,24 +77,23 @@ def make(option: dict[str, Any], **more: Any) -> Any:
 
 
 def measure(config: Config, run: Any) -> Any:
-    """Yield rows of tests, each timed once, and then those of times alone, if there are rounds."""
-    with run.without_cache():
-        for case in run.cases(
-            {"option": option, "category": category, "seed": seed}
-            for seed in run.seeds
-            for option in config.options
-            for category in run.categories
-        ):
-            images = run.open(case["category"], case["seed"])
-            detector, row = fit(config, run, case["option"], images.train, case["seed"])
-            found = evaluate(detector, images.test)
-            row |= {name: found.metrics.get(name) for name in METRICS}
-            about = {"engine": detector.engine_, "dtype": detector.dtype_}
-            about |= {"n_train": len(images.train), "n_test": len(images.test)}
-            yield row | {"ms": found.timings["ms_per_image"]} | about
-        if config.rounds:
-            timed = [name for name in category_names(config.timed) if name in run.categories]
-            for case in run.cases({"category": name, "timed": True} for name in timed):
+    """Yield rows of tests, and then those of times, if there are rounds."""
+    for case in run.cases(
+        {"option": option, "category": category, "seed": seed}
+        for seed in run.seeds
+        for option in config.options
+        for category in run.categories
+    ):
+        images = run.open(case["category"], case["seed"])
+        detector, row = fit(config, run, case["option"], images.train, case["seed"])
+        found = evaluate(detector, images.test)
+        row |= {name: found.metrics.get(name) for name in METRICS}
+        row |= {"n_train": len(images.train), "n_test": len(images.test)}
+        yield {name: value for name, value in row.items() if name != "fit_s"}
+    if config.rounds:
+        timed = [name for name in category_names(config.timed) if name in run.categories]
+        for case in run.cases({"category": name, "timed": True} for name in timed):
+            with run.without_cache():
                 yield from measure_times(config, run, run.open(case["category"], 0))
 
 
@@ -111,6 +110,7 @@ def fit(
     began = time.perf_counter()
     run.fit(detector, train)
     row: dict[str, Any] = {"fit_s": time.perf_counter() - began}
+    row |= {"engine": detector.engine_, "dtype": detector.dtype_}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.safetensors")
         detector.save(file)
@@ -140,13 +140,15 @@ def measure_times(config: Config, run: Any, images: Any) -> Any:
 
 def tables(table: Any, config: Config) -> dict[str, Any]:
     """Return one row for each option, of the seeds that have all categories."""
-    tests = complete(of_tests(table))
-    return {"table": summarize(tests, config.baseline)} if len(tests) else {}
+    tests, times = split(table)
+    tests = complete(tests)
+    return {"table": summarize(tests, times, config.baseline)} if len(tests) else {}
 
 
-def of_tests(table: Any) -> Any:
-    """Return the rows of tests, without those of times alone."""
-    return table if "timed" not in table else table[table["timed"].isna()]
+def split(table: Any) -> tuple[Any, Any]:
+    """Return the rows of tests, and those of times."""
+    timed = table["timed"].notna() if "timed" in table else table["option"].isna()
+    return table[~timed], table[timed]
 
 
 def complete(tests: Any) -> Any:
@@ -162,8 +164,8 @@ def by_group(table: Any, value: str) -> Any:
     return table.groupby(["option", "seed", "group"], sort=False)[value].mean().unstack("group")
 
 
-def summarize(tests: Any, baseline: str) -> Any:
-    """Return one row for each option: means over groups, spreads over seeds, costs as ratios."""
+def summarize(tests: Any, times: Any, baseline: str) -> Any:
+    """Return one row for each option: means over groups, spreads over seeds, and costs."""
     auroc = by_group(tests, "image_auroc")
     groups = [name for name in GROUPS if name in auroc]
     whole = auroc.mean(axis=1).groupby("option", sort=False)
@@ -173,26 +175,23 @@ def summarize(tests: Any, baseline: str) -> Any:
         means = by_group(tests, name).groupby("option", sort=False).mean()
         for group in (g for g in WITH_MASKS if g in groups):
             found[f"{name}, {group}"] = means[group]
-    for name in ("detection_rate", "false_alarm_rate"):
+    for name in ("detection_rate", "false_alarm_rate", "bank_rows", "file_kb"):
         found[name] = by_group(tests, name).mean(axis=1).groupby("option", sort=False).mean()
-    for name in (c for c in ("ms", "fit_s", "bank_rows", "file_kb") if c in tests):
-        cost = by_group(tests, name).groupby("option", sort=False).mean()
+    for name in ("ms", "fit_s") if len(times) else ():
+        cost = by_group(times, name).groupby("option", sort=False).mean()
+        found[[f"{name}, {group}" for group in cost]] = cost
         # A ratio for each group: no group counts for more because its images are large.
-        ratio = (cost / cost.loc[baseline]).mean(axis=1) if baseline in cost.index else None
-        if name in ("ms", "fit_s"):
-            found[f"{name}, ratio"] = ratio
-        else:
-            found[name] = cost.mean(axis=1)
+        if baseline in cost.index:
+            found[f"{name}, ratio"] = (cost / cost.loc[baseline]).mean(axis=1)
     found["seeds"] = tests.groupby("option", sort=False)["seed"].nunique()
     return found
 
 
 def draw(table: Any, folder: Path, config: Config) -> None:
     """Draw the front, where names of options are sizes of images and banks."""
-    if config.front:
-        tests = complete(of_tests(table))
-        timed = table[table["timed"].notna()] if "timed" in table else table[:0]
-        draw_front(tests, timed if len(timed) else tests, config.baseline, folder / "front.png")
+    tests, times = split(table)
+    if config.front and len(times):
+        draw_front(complete(tests), times, config.baseline, folder / "front.png")
 
 
 def draw_front(tests: Any, times: Any, baseline: str, path: Path) -> None:
@@ -206,7 +205,7 @@ def draw_front(tests: Any, times: Any, baseline: str, path: Path) -> None:
     sizes = ("256", "320", "384", "448", "auto")
     colours = dict(zip(sizes, (*COLORS[:4], "#000000"), strict=True))
     markers = {"10 %": "s", "1 %": "v", "2,000": "o", "5,000": "D", "10,000": "^"}
-    found, time_ = summarize(tests, baseline), by_group(times, "ms")
+    found, time_ = summarize(tests, times, baseline), by_group(times, "ms")
     time_ = time_.groupby("option", sort=False).mean()
     figure, panels = new_figure(2, 4, (15, 7.2))
     titles = {name: name for name in GROUPS if name in found}
