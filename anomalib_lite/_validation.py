@@ -211,3 +211,24 @@ def refuse_labelled(images: Any, where: str, remedy: str) -> None:
     """Raise if ``images`` are samples of a data set of which one is labelled anomalous."""
     if isinstance(images, list | tuple) and any(getattr(item, "label", 0) for item in images):
         raise InvalidValueError(f"{where}: images holds samples labelled anomalous. {remedy}")
+
+
+def check_groups(groups: Any, n: int, where: str) -> np.ndarray:
+    """Number the groups of ``n`` images from 0, by first appearance; without, each is its own."""
+    if groups is None:
+        return np.arange(n)
+    given = list(groups) if np.iterable(groups) and not isinstance(groups, str) else groups
+    if not isinstance(given, list) or len(given) != n:
+        raise InvalidValueError(
+            f"{where}: groups must hold {n} values, one for each image, got "
+            f"{len(given) if isinstance(given, list) else given!r}."
+        )
+    numbers: dict[Any, int] = {}
+    for i, value in enumerate(given):
+        if not isinstance(value, str | int | np.integer):
+            raise InvalidTypeError(
+                f"{where}: groups must hold whole numbers or strings, got {value!r} at position "
+                f"{i}."
+            )
+        numbers.setdefault(value, len(numbers))
+    return np.array([numbers[value] for value in given], np.int64)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 from scipy.special import betainc
 
-from anomalib_lite._validation import check_number
+from anomalib_lite._validation import check_groups, check_number
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError
 
 __all__ = [
@@ -21,7 +22,11 @@ __all__ = [
 
 
 def conformal_threshold(
-    scores: np.ndarray, false_alarm_rate: float, *, confidence: float | None = None
+    scores: np.ndarray,
+    false_alarm_rate: float,
+    *,
+    confidence: float | None = None,
+    groups: Any = None,
 ) -> float:
     r"""Compute the threshold that at most ``false_alarm_rate`` of future normal images exceed.
 
@@ -34,6 +39,9 @@ def conformal_threshold(
     confidence : float, optional
         Probability, in (0, 1), that the rate of this very threshold is at most
         ``false_alarm_rate``, over draws of the n images. By default the mean over draws is.
+    groups : sequence of n whole numbers or strings, optional
+        The group of each score, such as the part that the image shows. The rate is then that of
+        images of *new* groups. By default each image is a group of its own.
 
     Returns
     -------
@@ -49,9 +57,10 @@ def conformal_threshold(
     Warns
     -----
     CalibrationWarning
-        If there are fewer than ``1 / false_alarm_rate - 1`` scores (with a confidence c, fewer than
+        If there are fewer than ``1 / false_alarm_rate - 1`` groups (with a confidence c, fewer than
         ``log(1 - c) / log(1 - false_alarm_rate)``): no finite threshold can guarantee the rate
-        then. The largest score is returned, which guarantees ``1 / (n + 1)`` on average.
+        then. The largest score is returned, which guarantees ``1 / (n + 1)`` on average (n
+        groups).
 
     Notes
     -----
@@ -64,11 +73,20 @@ def conformal_threshold(
     ``confidence``, k is the least rank for which that distribution has at least so much of its mass
     up to :math:`\alpha` [2]_; equal scores can only make the rate smaller.
 
+    Several photographs of one part are not exchangeable with those of others: n of them say less
+    than n parts would. With K groups, the j-th of :math:`n_j` images, a score of group j weighs
+    :math:`1 / ((K + 1) n_j)`, and the threshold is the least score for which the scores up to it
+    weigh at least :math:`1 - \alpha` [3]_. The score of an image of a further group exceeds it with
+    probability at most :math:`\alpha`, if the groups are exchangeable, and the images within each
+    are. With a ``confidence`` the first image of each group counts, and n is K.
+
     References
     ----------
     .. [1] Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World", Springer 2005;
        Angelopoulos and Bates, "A Gentle Introduction to Conformal Prediction", 2021.
     .. [2] Vovk, "Conditional validity of inductive conformal predictors", ACML 2012.
+    .. [3] Lee, Barber, Willett, "Distribution-free inference with hierarchical data", 2023
+       (arXiv:2306.06342).
 
     Examples
     --------
@@ -78,15 +96,22 @@ def conformal_threshold(
     90.0
     >>> conformal_threshold(range(1, 100), 0.1, confidence=0.95)
     95.0
+    >>> conformal_threshold([1, 2, 3, 9, 9, 9], 0.4)
+    9.0
+    >>> conformal_threshold([1, 2, 3, 9, 9, 9], 0.4, groups=["a", "b", "c", "d", "d", "d"])
+    3.0
     """
-    threshold, shortfall = threshold_and_shortfall(scores, false_alarm_rate, confidence)
+    threshold, shortfall = threshold_and_shortfall(scores, false_alarm_rate, confidence, groups)
     if shortfall is not None:
         warnings.warn(shortfall, CalibrationWarning, stacklevel=2)
     return threshold
 
 
 def threshold_and_shortfall(
-    scores: np.ndarray, false_alarm_rate: float, confidence: float | None = None
+    scores: np.ndarray,
+    false_alarm_rate: float,
+    confidence: float | None = None,
+    groups: Any = None,
 ) -> tuple[float, str | None]:
     """Return what :func:`conformal_threshold` returns, and what it warns of, without warning.
 
@@ -96,17 +121,37 @@ def threshold_and_shortfall(
     check_number("false_alarm_rate", false_alarm_rate, where, "(0, 1)")
     if confidence is not None:
         check_number("confidence", confidence, where, "(0, 1)")
-    ordered = np.sort(np.asarray(list(scores), dtype=np.float32))
-    n = len(ordered)
+    ordered, weights = _in_order(scores, groups, confidence)
     if not np.isfinite(ordered).all():
         raise InvalidValueError(f"{where}: scores must be finite, got NaN or infinity.")
-    if n < _least(false_alarm_rate, confidence):
-        shortfall = _shortfall(n, false_alarm_rate, confidence)
-        return float(ordered[-1]) if n else math.inf, shortfall
-    return float(ordered[_rank(n, false_alarm_rate, confidence) - 1]), None
+    n_groups = _count(weights)
+    if n_groups < _least(false_alarm_rate, confidence):
+        shortfall = _shortfall(
+            n_groups, false_alarm_rate, confidence, in_groups=n_groups < len(ordered)
+        )
+        return float(ordered[-1]) if n_groups else math.inf, shortfall
+    return float(ordered[_rank(weights, false_alarm_rate, confidence) - 1]), None
 
 
-def conformal_p_values(scores: np.ndarray, calibration_scores: np.ndarray) -> np.ndarray:
+def _in_order(scores: Any, groups: Any, confidence: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores that count, ascending, and the share of its group that each one is."""
+    found = np.asarray(list(scores), dtype=np.float32)
+    ids = check_groups(groups, len(found), "conformal_threshold")
+    if confidence is not None:  # which is known for independent scores: one of each group
+        found = found[np.unique(ids, return_index=True)[1]]
+        ids = np.arange(len(found))
+    order = np.argsort(found, kind="stable")
+    return found[order], 1 / np.bincount(ids)[ids[order]]
+
+
+def _count(weights: np.ndarray) -> int:
+    """Return the number of groups: the sum of the shares of their images."""
+    return round(float(weights.sum()))
+
+
+def conformal_p_values(
+    scores: np.ndarray, calibration_scores: np.ndarray, groups: Any = None
+) -> np.ndarray:
     r"""Compute how likely a normal image is to score as high as each of these.
 
     Parameters
@@ -115,15 +160,18 @@ def conformal_p_values(scores: np.ndarray, calibration_scores: np.ndarray) -> np
         Scores of images; NaN stays NaN.
     calibration_scores : array of shape (n,)
         Scores of normal images that the detector was not fitted on.
+    groups : sequence of n whole numbers or strings, optional
+        The group of each calibration score, as in :func:`conformal_threshold`.
 
     Returns
     -------
     ndarray of shape (N,), float64
-        In [1 / (n + 1), 1].
+        In [1 / (n + 1), 1] for n groups; without groups, n scores.
 
     Notes
     -----
-    :math:`p = (1 + |\{i: s_i \ge s\}|) / (n + 1)` over the n calibration scores [1]_. For a
+    :math:`p = (1 + |\{i: s_i \ge s\}|) / (n + 1)` over the n calibration scores [1]_; of a group
+    of m images each counts 1 / m, and n is the number of groups. For a
     normal image that is exchangeable with the n, :math:`P(p \le u) \le u` for every u. Over a
     batch, ``scipy.stats.false_discovery_control(p)`` bounds the share of good images among those
     called anomalous: these p-values are dependent in a way that Benjamini and Hochberg's procedure
@@ -141,14 +189,18 @@ def conformal_p_values(scores: np.ndarray, calibration_scores: np.ndarray) -> np
     array([1. , 0.4, 0.1])
     """
     new = np.asarray(scores, dtype=np.float32)
-    ordered = np.sort(np.asarray(list(calibration_scores), dtype=np.float32))
-    n_as_high = len(ordered) - np.searchsorted(ordered, new, side="left")
-    p_values = (1 + n_as_high) / (len(ordered) + 1)
+    ordered, weights = _in_order(calibration_scores, groups, None)
+    lower = np.concatenate([[0], np.cumsum(weights)])[np.searchsorted(ordered, new, side="left")]
+    n_groups = _count(weights)
+    p_values = (1 + n_groups - lower) / (n_groups + 1)
     return np.where(np.isnan(new), np.nan, p_values)
 
 
 def describe_threshold(
-    scores: np.ndarray, false_alarm_rate: float, confidence: float | None = None
+    scores: np.ndarray,
+    false_alarm_rate: float,
+    confidence: float | None = None,
+    groups: Any = None,
 ) -> str:
     """Say which of the calibration scores the threshold is, and what it would be at other rates.
 
@@ -159,22 +211,25 @@ def describe_threshold(
     'the 295th of 300 scores; at 1 % it would be 298, at 5 % 286'
     >>> describe_threshold(range(1, 41), 0.01)
     'the largest of 40 scores; at 5 % it would be 39, at 20 % 33'
+    >>> describe_threshold(range(1, 41), 0.2, groups=[i // 4 for i in range(40)])
+    'the 36th of 40 scores of 10 groups'
     """
-    ordered = np.sort(np.asarray(list(scores), dtype=np.float32))
-    n = len(ordered)
+    ordered, weights = _in_order(scores, groups, confidence)
+    n, n_groups = len(ordered), _count(weights)
     if not n:
         return "no scores"
-    enough = n >= _least(false_alarm_rate, confidence)
-    rank = _rank(n, false_alarm_rate, confidence) if enough else n
+    enough = n_groups >= _least(false_alarm_rate, confidence)
+    rank = _rank(weights, false_alarm_rate, confidence) if enough else n
     ending = {1: "st", 2: "nd", 3: "rd"}.get(rank % 10 * (rank % 100 not in (11, 12, 13)), "th")
     text = f"the {'largest' if rank == n else f'{rank:,}{ending}'} of {n:,} scores"
+    text += "" if n_groups == n else f" of {n_groups:,} groups"
     others = [
         f"{100 * rate:g} % {'' if i else 'it would be '}"
-        f"{ordered[_rank(n, rate, confidence) - 1]:.5g}"
+        f"{ordered[_rank(weights, rate, confidence) - 1]:.5g}"
         for i, rate in enumerate(
             rate
             for rate in (0.01, 0.05, 0.2)
-            if rate != false_alarm_rate and n >= _least(rate, confidence)
+            if rate != false_alarm_rate and n_groups >= _least(rate, confidence)
         )
     ][:2]
     return "; at ".join([text, ", at ".join(others)] if others else [text])
@@ -223,26 +278,31 @@ def _least(false_alarm_rate: float, confidence: float | None = None) -> int:
     return math.ceil(math.log1p(-confidence) / math.log1p(-false_alarm_rate) - 1e-9)
 
 
-def _rank(n: int, false_alarm_rate: float, confidence: float | None = None) -> int:
-    """Return k, the rank of the threshold among n scores, which are enough."""
+def _rank(weights: np.ndarray, false_alarm_rate: float, confidence: float | None = None) -> int:
+    """Return which of the ascending scores, from 1, is the threshold; they are enough."""
+    n = _count(weights)
     if confidence is None:
-        return math.ceil((n + 1) * (1 - false_alarm_rate) - 1e-9)
+        wanted = (n + 1) * (1 - false_alarm_rate) - 1e-9
+        return min(len(weights), 1 + int(np.searchsorted(np.cumsum(weights), wanted)))
     ranks = np.arange(1, n + 1)
     mass = betainc(n + 1 - ranks, ranks, false_alarm_rate)  # grows with the rank
     # n scores are enough: at most rounding keeps the largest one's mass below the confidence.
     return min(n, 1 + int(np.searchsorted(mass, confidence - 1e-12)))
 
 
-def _shortfall(n: int, false_alarm_rate: float, confidence: float | None) -> str:
+def _shortfall(
+    n: int, false_alarm_rate: float, confidence: float | None, *, in_groups: bool
+) -> str:
     needed = _least(false_alarm_rate, confidence)
     with_confidence = "" if confidence is None else f" with confidence={confidence:g}"
+    what = "groups of normal images" if in_groups else "normal images"
     reachable = (
         f"threshold_ is the largest of their scores, which guarantees {1 / (n + 1):.3g} at best"
         if n
         else "threshold_ is infinite: nothing will be called anomalous until you set it"
     )
     return (
-        f"false_alarm_rate={false_alarm_rate:g}{with_confidence} needs {needed} normal images for "
+        f"false_alarm_rate={false_alarm_rate:g}{with_confidence} needs {needed} {what} for "
         f"calibration, got {n}; {reachable}. Fit on more images, ask for a higher rate, or set "
         "threshold_ yourself."
     )

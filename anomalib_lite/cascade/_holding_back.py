@@ -10,10 +10,10 @@ import numpy as np
 from anomalib_lite._validation import normal_indices, refuse_labelled
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.cascade.routing import min_anomalies
-from anomalib_lite.errors import InvalidTypeError, InvalidValueError
+from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images import ImageSource
 
-__all__ = ["Split", "Subset", "Subsets", "draw_split", "group_ids", "positions_by_class"]
+__all__ = ["Split", "Subset", "Subsets", "draw_split", "positions_by_class"]
 
 _WHERE = "GatedCascade"
 # Normal groups that a fit needs.
@@ -29,27 +29,6 @@ def positions_by_class(images: Any, y: Any, n: int) -> tuple[np.ndarray, np.ndar
         remedy = "Pass their labels, y=[sample.label for sample in samples]."
         refuse_labelled(images, _WHERE, remedy)
     return normal, np.setdiff1d(np.arange(n), normal)
-
-
-def group_ids(groups: Any, n: int) -> np.ndarray:
-    """Number the groups of ``n`` images; without groups, each image is one of its own."""
-    if groups is None:
-        return np.arange(n)
-    given = list(groups) if np.iterable(groups) else groups
-    if not isinstance(given, list) or len(given) != n:
-        raise InvalidValueError(
-            f"{_WHERE}: groups must hold {n} values, one for each image, got "
-            f"{len(given) if isinstance(given, list) else given!r}."
-        )
-    numbers: dict[Any, int] = {}
-    for i, value in enumerate(given):
-        if not isinstance(value, str | int | np.integer):
-            raise InvalidTypeError(
-                f"{_WHERE}: groups must hold whole numbers or strings, got {value!r} at position "
-                f"{i}."
-            )
-        numbers.setdefault(value, len(numbers))
-    return np.array([numbers[value] for value in given])
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,14 @@ import numpy as np
 from sklearn.base import BaseEstimator, clone
 from sklearn.utils import check_random_state
 
-from anomalib_lite._validation import (
-    check_choice,
-    check_int,
-    check_labels,
-    check_number,
-)
+from anomalib_lite._validation import check_choice, check_int, check_labels, check_number
 from anomalib_lite.cascade._fitting import (
     GateTraining,
     fit_detector,
     score_held_back_anomalies,
     score_held_back_normal,
 )
-from anomalib_lite.cascade._holding_back import draw_split, group_ids, positions_by_class
+from anomalib_lite.cascade._holding_back import draw_split, positions_by_class
 from anomalib_lite.cascade.gate import (
     PROBABILITY_CALIBRATIONS,
     DetectorEncoder,
@@ -56,6 +51,7 @@ from anomalib_lite.errors import (
 )
 from anomalib_lite.images import ImageSource
 from anomalib_lite.images.embeddings import stack
+from anomalib_lite.images.grouping import group_ids
 
 __all__ = ["SHARED_PARAMETERS", "CascadeDetections", "GatedCascade"]
 
@@ -265,11 +261,12 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             is fitted on normal images alone. If there are no anomalies, or fewer than twice as
             many as ``max_missed`` needs, synthetic ones are added, made from the normal images by
             :class:`~anomalib_lite.synthetic.SyntheticAnomalies`.
-        groups : sequence of N int or str, optional
+        groups : sequence of N int or str, or "auto", optional
             The part that each image shows, as in scikit-learn's splitters. At least 8 parts must
             have normal images. Give it if parts are photographed several times: without groups,
             images held back would be near copies of training images, and the thresholds too low
-            for new parts.
+            for new parts. ``"auto"`` finds them by
+            :func:`~anomalib_lite.images.copies.find_copies`.
 
         Returns
         -------
@@ -294,7 +291,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         split = draw_split(
             normal,
             anomalous,
-            group_ids(groups, len(source)),
+            group_ids(source, groups, self.on_error),
             false_alarm_rate=self.false_alarm_rate,
             max_missed=self.max_missed,
             halve=isinstance(self.gate, BaseDetector),

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from anomalib_lite.cli._fit import add_groups, read_groups
 from anomalib_lite.cli._messages import print_skipped
 from anomalib_lite.cli._model import add_machine_arguments, load_model
 from anomalib_lite.cli._parser import UsageError
@@ -39,6 +40,7 @@ def add_to(commands: Any) -> None:
         help="probability that this very threshold keeps the rate, such as 0.95 (default: it is "
         "kept on average)",
     )
+    add_groups(parser, "of GOOD")
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="file to write (default: MODEL itself)"
     )
@@ -59,8 +61,11 @@ def run(arguments: argparse.Namespace) -> None:
     from anomalib_lite.calibration import describe_threshold
     from anomalib_lite.detectors.base import BaseDetector
     from anomalib_lite.images import ImageSource
+    from anomalib_lite.images.grouping import group_ids
 
     given = arguments.images, arguments.false_alarm_rate, arguments.confidence
+    if arguments.images is None and arguments.groups is not None:
+        raise UsageError("calibrate: --groups are those of good images. Give their directory too")
     if all(value is None for value in given):
         raise UsageError(
             "calibrate: give good images, --false-alarm-rate or --confidence: there is nothing to "
@@ -84,13 +89,18 @@ def run(arguments: argparse.Namespace) -> None:
             images, maps=False
         )
         print_skipped([reason for _, reason in found.skipped])
-        detector._calibrate(found.scores, rate, arguments.confidence)
+        rule = arguments.groups
+        groups = None if rule is None else read_groups(images.items, rule)
+        ids = group_ids(images, groups, arguments.on_error)
+        detector._calibrate(found.scores, ids, rate, arguments.confidence)
     with safe_open(arguments.model, "numpy") as file:
         with_weights = any(name.startswith("backbone.") for name in file.keys())  # noqa: SIM118
         fitted = json.loads(file.metadata()["anomalib_lite"])["parameters"]
     # Options of this machine are for this run; the file keeps those of the fit.
     options = {n: fitted[n] for n in ("weights", "device", "batch_size") if n in fitted}
     detector._with_options(**options).save(output, include_backbone=with_weights)
-    rests_on = describe_threshold(detector.calibration_scores_, rate, arguments.confidence)
+    rests_on = describe_threshold(
+        detector.calibration_scores_, rate, arguments.confidence, detector.calibration_groups_
+    )
     print(f"threshold     {detector.threshold_:.6g}, before {before:.6g}: {rests_on}")
     print(f"written to    {output} ({output.stat().st_size / 1e6:.1f} MB)")

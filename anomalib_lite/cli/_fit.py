@@ -65,9 +65,21 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help="regions to ignore: an image, not black there, or JSON with polygons",
     )
+    add_groups(parser, "images")
     _add_parameters(parser)
     parser.add_argument(
         "--include-backbone", action="store_true", help="put the network's weights into the file"
+    )
+
+
+def add_groups(parser: argparse.ArgumentParser, images: str) -> None:
+    """Add the option that says which images show the same part."""
+    parser.add_argument(
+        "--groups",
+        metavar="RULE",
+        help=f"which {images} show the same part, so that new parts keep the rate: a regular "
+        "expression on the file names, folder, runs:100 (last numbers at most 100 apart), "
+        "FILE.csv:COLUMN, or auto",
     )
 
 
@@ -100,6 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.detector == "gated_cascade":
             raise UsageError("fit: --ignore-mask is no option of --detector gated_cascade yet")
         options["ignore_mask"] = arguments.ignore_mask
+    if arguments.groups is not None:
+        options["groups"] = read_groups(ImageSource(images, where="fit").items, arguments.groups)
     start = time.perf_counter()
     with one_line_warnings() as shown:
         detector.fit(images, **options)
@@ -199,6 +213,13 @@ def normal_and_anomalous(normal: Any, directories: Sequence[str]) -> tuple[Any, 
     return [*good, *bad], [0] * len(good) + [1] * len(bad)
 
 
+def read_groups(files: Sequence[Any], rule: str) -> Any:
+    """Return the groups of files that ``--groups`` asks for."""
+    from anomalib_lite.images.grouping import groups_of_files
+
+    return rule if rule == "auto" else groups_of_files(files, rule, where="--groups")
+
+
 def summary_lines(
     detector: Any, n_images: int, seconds: float, *, rate_kept: bool
 ) -> list[tuple[str, str]]:
@@ -209,7 +230,9 @@ def summary_lines(
     rests_on = getattr(detector, "calibration_scores_", None)
     whose, level = "", detector.threshold_
     if rests_on is not None:
-        whose = f": {describe_threshold(rests_on, detector.false_alarm_rate)}"
+        groups = detector.calibration_groups_
+        about = describe_threshold(rests_on, detector.false_alarm_rate, groups=groups)
+        whose = f": {about}"
     if model is not detector:
         whose, level = " of the heatmap model", detector.routing_.threshold
     n_used = n_images - len(detector.skipped_)
@@ -225,9 +248,12 @@ def summary_lines(
 
 
 def _promise(detector: Any, rate_kept: bool) -> str:
+    groups = getattr(detector, "calibration_groups_", ())
+    grouped = len(set(groups)) < len(groups)
     rate = f"{detector.false_alarm_rate:.3g}"
     if not rate_kept:
         return f"the rate of {rate} asked for is not guaranteed, see the warning"
     if detector.calibration == "leave_one_out":
         return f"about {rate} of future normal images (leave-one-out: an estimate)"
-    return f"at most {rate} of future normal images, on average"
+    whose = "images of new parts" if grouped else "normal images"
+    return f"at most {rate} of future {whose}, on average"

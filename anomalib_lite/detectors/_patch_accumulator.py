@@ -139,7 +139,10 @@ class PatchAccumulator(Accumulator):
             beyond = other.radius + covering_radius(rows, self.rows)
             self.radius = max(self.radius, beyond)
             rows, cells = rows[:0], None if cells is None else cells[:0]
-        self._append(rows)
+        if self._has_room:
+            self._append(rows)
+        else:
+            self.rows = np.concatenate([self.rows, rows]) if len(self.rows) else rows
         if self.cells is not None and cells is not None:
             self.cells = np.concatenate([self.cells, cells])
         if other.sample is not None:
@@ -183,10 +186,7 @@ class PatchAccumulator(Accumulator):
         self.rows, self.cells = self._room[: len(indices)], _of(self.cells, indices)
 
     def _append(self, rows: np.ndarray) -> None:
-        """Copy rows behind those that are there; without a budget, take the first ones over."""
-        if not self._has_room:
-            self.rows = np.concatenate([self.rows, rows]) if len(self.rows) else rows
-            return
+        """Copy rows behind those that are there, within the budget."""
         n = len(self.rows) + len(rows)
         if n > self.capacity:
             raise InvalidValueError(

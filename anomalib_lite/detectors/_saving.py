@@ -51,7 +51,8 @@ class SavedDetector(ABC):
         after ``fit_embeddings``) and ``state`` (``threshold``, ``calibrated_threshold`` if that is
         another, ``image_size``, which is ``image_size_``, if the parameter is another, for
         ``image_score="structure"`` ``map_threshold``, and the rest). Its tensors are
-        ``calibration_scores`` (n,), ``map_statistics`` (2, 3) for ``image_score="structure"``, and
+        ``calibration_scores`` (n,), ``calibration_groups`` (n,) if some are of one part,
+        ``map_statistics`` (2, 3) for ``image_score="structure"``, and
         the detector's arrays: for PatchCore ``embeddings`` (M, D)
         float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``
         (with ``position_window`` also ``positions`` (M,) and ``reach`` (h, w), int32; with

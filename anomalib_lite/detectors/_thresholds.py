@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from anomalib_lite._validation import check_number, refuse_labelled
+from anomalib_lite._validation import check_groups, check_number, refuse_labelled
 from anomalib_lite.calibration import threshold_and_shortfall
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
 
@@ -20,6 +20,7 @@ class ThresholdMixin:
     threshold_: float
     calibrated_threshold_: float
     calibration_scores_: np.ndarray
+    calibration_groups_: np.ndarray
     false_alarm_rate: float
     image_score: str
 
@@ -67,7 +68,8 @@ class ThresholdMixin:
         True
         """
         self._check_has_threshold()
-        return self._calibrate(self.calibration_scores_, false_alarm_rate, confidence)
+        scores, groups = self.calibration_scores_, self.calibration_groups_
+        return self._calibrate(scores, groups, false_alarm_rate, confidence)
 
     def recalibrate(
         self,
@@ -76,6 +78,7 @@ class ThresholdMixin:
         *,
         confidence: float | None = None,
         ignore_mask: Any = None,
+        groups: Any = None,
     ) -> Self:
         """Take the threshold from other normal images; the model itself does not change.
 
@@ -93,6 +96,9 @@ class ThresholdMixin:
             As in :meth:`set_false_alarm_rate`.
         ignore_mask : optional
             As in :meth:`detect`.
+        groups : sequence of N whole numbers or strings, optional
+            Group of each image, such as the part that it shows; see
+            :func:`~anomalib_lite.calibration.conformal_threshold`.
 
         Returns
         -------
@@ -136,21 +142,26 @@ class ThresholdMixin:
         refuse_labelled(images, where, "recalibrate takes normal images only.")
         detect: Any = self.detect  # type: ignore[attr-defined]
         scores = detect(images, maps=False, ignore_mask=ignore_mask).scores
-        return self._calibrate(scores, rate, confidence)
+        ids = check_groups(groups, len(scores), where)
+        return self._calibrate(scores, ids, rate, confidence)
 
-    def _calibrate(self, scores: np.ndarray, rate: float, confidence: float | None) -> Self:
+    def _calibrate(
+        self, scores: np.ndarray, groups: np.ndarray, rate: float, confidence: float | None
+    ) -> Self:
         """Set the threshold from the scores of normal images; NaN is one that was skipped."""
         self._check_calibration(rate, confidence)
-        scores = scores[~np.isnan(scores)]
+        usable = ~np.isnan(scores)
+        scores, groups = scores[usable], groups[usable]
         if not len(scores):
             raise InvalidValueError(
                 f"{type(self).__name__}: a threshold needs at least one image that can be used, "
                 "got none. Give others."
             )
-        threshold, shortfall = threshold_and_shortfall(scores, rate, confidence)
+        threshold, shortfall = threshold_and_shortfall(scores, rate, confidence, groups)
         if shortfall is not None:
             warnings.warn(shortfall, CalibrationWarning, stacklevel=3)
-        self.calibration_scores_, self.false_alarm_rate = scores, float(rate)
+        self.calibration_scores_, self.calibration_groups_ = scores, groups
+        self.false_alarm_rate = float(rate)
         self.threshold_ = self.calibrated_threshold_ = threshold
         return self
 
@@ -177,3 +188,19 @@ class ThresholdMixin:
     def _check_has_threshold(self) -> None:
         if not hasattr(self, "threshold_"):
             raise NotFittedError(f"{type(self).__name__}: not fitted yet. Call fit(images) first.")
+
+    def _describe_threshold(self, tensors: dict[str, Any], header: dict[str, Any]) -> None:
+        """Add to what a file holds what the threshold rests on."""
+        tensors["calibration_scores"], groups = self.calibration_scores_, self.calibration_groups_
+        if len(np.unique(groups)) < len(groups):
+            tensors["calibration_groups"] = groups
+        if self.calibrated_threshold_ != self.threshold_:  # the user has set another
+            header["state"]["calibrated_threshold"] = self.calibrated_threshold_
+
+    def _restore_threshold(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        """Take it over from a file that the threshold itself was read from."""
+        self.calibration_scores_ = scores = arrays["calibration_scores"]
+        self.calibration_groups_ = arrays.get("calibration_groups", np.arange(len(scores)))
+        if self.calibration_groups_.shape != scores.shape:
+            raise ValueError(f"calibration_groups are not those of {len(scores)} scores")
+        self.calibrated_threshold_ = float(state.get("calibrated_threshold", self.threshold_))

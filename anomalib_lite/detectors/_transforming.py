@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
-from sklearn.utils import check_random_state
 
-from anomalib_lite._validation import check_embeddings, check_memory
-from anomalib_lite.calibration import calibration_size
+from anomalib_lite._validation import check_memory
 from anomalib_lite.detectors._per_layer import LayerModels
 from anomalib_lite.detectors.fitting import (
-    Distribute,
     EmbeddingModel,
-    EmbeddingStream,
     Indexed,
-    InMemory,
-    ShardSource,
-    distribute,
-    iter_grids,
     none_usable,
     refuse_budget,
 )
@@ -31,7 +22,7 @@ from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.gaussian import Moments
 from anomalib_lite.images import Extractor, ImageSource
-from anomalib_lite.images.embeddings import patch_rows, take
+from anomalib_lite.images.embeddings import patch_rows
 from anomalib_lite.model_file import select
 
 __all__ = ["BY_LAYER", "TransformingModel"]
@@ -52,6 +43,7 @@ class TransformingModel(EmbeddingModel):
     random_state: Any
     threshold_: float
     calibration_scores_: np.ndarray
+    calibration_groups_: np.ndarray
     # For detectors that do not have all of these parameters.
     fusion: str = "concat"
     layer_weights: Sequence[float] | None = None
@@ -123,69 +115,7 @@ class TransformingModel(EmbeddingModel):
         """Whether the parameters ask for a map."""
         return self.fusion in BY_LAYER or any(getattr(self, name) for name in self._asking)
 
-    @abstractmethod
-    def _fit_shards(
-        self,
-        shards: ShardSource,
-        random: np.random.RandomState,
-        update: bool,
-        transform: EmbeddingTransform | None,
-    ) -> None:
-        """Fit on the embeddings of a source, and calibrate."""
-
-    def _n_to_hold_back(self, n: int | None, update: bool = False) -> int:
-        """Return how many of ``n`` images to hold back for calibration.
-
-        In an ``update`` scores that stay count. For "structure" others are held back to learn how
-        maps vary, unless that is known from before the update.
-        """
-        if self.calibration == "leave_one_out":
-            return 0
-        n_known = len(self.calibration_scores_) if update and self._scores_are_monotone() else 0
-        known = update and hasattr(self.layer_models_ or self, "map_statistics_")
-        purposes = 2 if self.image_score == "structure" and not known else 1
-        return calibration_size(self.false_alarm_rate, n, n_known, purposes)
-
     # --- Learning from embeddings that a user brings ---------------------------------------------
-
-    def _fit_embeddings(self, E: Any, update: bool = False) -> Self:
-        """Fit on embeddings in any of the forms that :meth:`fit_embeddings` takes."""
-        if not update:
-            self._check_fit_on_embeddings()
-        where, random = type(self).__name__, check_random_state(self.random_state)
-        leave_one_out = self.calibration == "leave_one_out"
-        in_shards, n_features = self._fits_in_shards(), self.n_features_ if update else None
-        by_number = isinstance(E, list | tuple) or getattr(E, "ndim", 0) > 0
-        one_by_one = isinstance(E, Iterable) and not by_number and not hasattr(E, "ndim")
-        stream = one_by_one and in_shards and not leave_one_out
-        indexed = by_number and in_shards and len(E) > 0
-        transform = self.transform_ if update else None
-        if transform is not None:
-            n_features = transform.n_features_in_
-        if not stream and not indexed:
-            given = list(iter_grids(E, where)) if one_by_one else E
-            E = check_embeddings(given, where, n_features)
-        n = None if stream else len(E)
-        n_held_back = self._n_to_hold_back(n, update)
-        shards: ShardSource
-        if n is None:
-            if not update:
-                self._check_stream()
-            shards = EmbeddingStream(E, n_held_back, random, n_features, where, transform)
-        else:
-            order = np.arange(n) if leave_one_out else random.permutation(n)
-            if not update:
-                transform = self._learn_from_embeddings(E, order, random)
-            if indexed:
-                shards = Indexed(E, order, n_held_back, n_features, where, transform)
-            else:
-                E = E if transform is None else transform_all(E, transform)
-                shards = InMemory(take(E, order), n_held_back)
-        self._fit_shards(shards, random, update, transform)
-        if not update:
-            for fitted_on_images in _FITTED_ON_IMAGES:
-                self.__dict__.pop(fitted_on_images, None)
-        return self
 
     # --- Learning the map -----------------------------------------------------------------------
 
@@ -193,7 +123,7 @@ class TransformingModel(EmbeddingModel):
         self, extractor: Extractor, images: ImageSource, random: np.random.RandomState
     ) -> EmbeddingTransform:
         """Learn from images in the order of fitting, without those to be held back."""
-        positions, most = self._to_learn_from(len(images)), self._most_images()
+        positions, most = self._to_learn_from(len(images), images.groups), self._most_images()
         learner, skipped = _Learner(self, random), []
         for start in range(0, len(positions), most):  # the next if all are unusable
             some = images.take(positions[start : start + most])
@@ -208,22 +138,32 @@ class TransformingModel(EmbeddingModel):
         raise none_usable(images, skipped)
 
     def _learn_from_embeddings(
-        self, E: Any, order: np.ndarray, random: np.random.RandomState
+        self,
+        E: Any,
+        order: np.ndarray,
+        groups: np.ndarray | None,
+        random: np.random.RandomState,
     ) -> EmbeddingTransform | None:
         """Learn from embeddings that are asked for by number, in the order of fitting."""
         if not self._needs_transform():
             return None
         learner, given = _Learner(self, random), Indexed(E, order, 0, None, type(self).__name__)
-        for position in self._to_learn_from(len(order))[: self._most_images()]:
+        for position in self._to_learn_from(len(order), groups)[: self._most_images()]:
             learner.add(given.grid(position)[None])
         return learner.learn()
+
+    @abstractmethod
+    def _n_to_hold_back(
+        self, n: int | None, groups: np.ndarray | None, update: bool = False
+    ) -> int:
+        """Return how many of ``n`` images, the last ones, to hold back for calibration."""
 
     def _most_images(self) -> int:
         """Number of images to learn from: one where their sizes are all that must be known."""
         components = self.feature_dim is not None and self.projection == "pca"
         return _MOST_IMAGES if components or self.whiten or self.fusion == "adaptive" else 1
 
-    def _to_learn_from(self, n: int) -> np.ndarray:
+    def _to_learn_from(self, n: int, groups: np.ndarray | None) -> np.ndarray:
         """Return positions in the order of fitting; the first ``_most_images()`` are used.
 
         Images held back for calibration are not among them: their scores must be those of images
@@ -232,25 +172,7 @@ class TransformingModel(EmbeddingModel):
         if self.calibration == "leave_one_out":  # in the order given: from all of it
             sample = np.linspace(0, n - 1, min(n, self._most_images())).astype(np.int64)
             return np.concatenate([sample, np.setdiff1d(np.arange(n), sample)])
-        return np.arange(n - self._n_to_hold_back(n))
-
-    def _check_fit_on_embeddings(self) -> None:
-        """Raise if a parameter needs images."""
-        if self.fusion in BY_LAYER:
-            raise InvalidValueError(
-                f"{type(self).__name__}: fusion={self.fusion!r} must know which features are of "
-                "which layer, which embeddings do not tell. Call fit(images), or set another "
-                "fusion."
-            )
-
-    def _check_stream(self) -> None:
-        """Raise if a map must be learned before the first of embeddings that come once."""
-        if self._needs_transform():
-            raise InvalidValueError(
-                f"{type(self).__name__}: feature_dim, whiten and normalize are learned before the "
-                "fit, so embeddings must be there twice, got an iterable that is gone through "
-                "once. Give an array, which may lie in a file, or a list."
-            )
+        return np.arange(n - self._n_to_hold_back(n, groups))
 
     def _score_raw(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Score patches and images as :meth:`_score_patches`, from embeddings not yet changed."""
@@ -259,31 +181,6 @@ class TransformingModel(EmbeddingModel):
         return (self.layer_models_ or self)._score_patches(np.ascontiguousarray(E))
 
     # --- Its backbone ---------------------------------------------------------------------------
-
-    def _distributor(self, backbone: AnyBackbone, extractor: Extractor) -> Distribute:
-        """Return the function that embeds shards of images in the workers of joblib's backend."""
-        unfitted = type(self)(**self.get_params(deep=False))
-        return partial(
-            distribute,
-            backbone=backbone,
-            # Engine and type of this process, not what "auto" would be there: all embeddings of
-            # a bank must be of one kind.
-            reopen=partial(
-                unfitted._open_backbone,
-                engine=backbone.engine,
-                dtype=_name(backbone.dtype),
-                adapter=backbone.adapter,
-            ),
-            extractor=extractor,
-            n_jobs=self.n_jobs or 1,
-            where=type(self).__name__,
-        )
-
-    def _take_backbone(self, backbone: AnyBackbone) -> None:
-        """Make this the backbone of the fitted detector."""
-        self.backbone_ = backbone
-        self.engine_ = backbone.engine
-        self.dtype_ = _name(backbone.dtype)
 
     # --- Its part of the detector's file --------------------------------------------------------
 
@@ -368,6 +265,6 @@ def _channels(extractor: Extractor, pixels: np.ndarray, copies: int) -> list[int
     return [int(m.shape[1]) for m in maps[: len(maps) // copies]]
 
 
-def _name(dtype: Any) -> str:
+def type_name(dtype: Any) -> str:
     """Return the name of a number type without "torch."."""
     return str(dtype).removeprefix("torch.")

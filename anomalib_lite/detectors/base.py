@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from abc import abstractmethod
-from dataclasses import replace
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from sklearn.utils import check_random_state
 
 from anomalib_lite._validation import (
     check_choice,
@@ -19,42 +16,25 @@ from anomalib_lite._validation import (
     check_memory,
     check_number,
     check_seed,
-    normal_indices,
-    refuse_labelled,
 )
 from anomalib_lite.anomaly_map import anomaly_maps
-from anomalib_lite.calibration import conformal_p_values, threshold_and_shortfall
+from anomalib_lite.calibration import conformal_p_values
+from anomalib_lite.detectors._learning import LearningModel
 from anomalib_lite.detectors._per_layer import LayerModels
 from anomalib_lite.detectors._saving import SavedDetector
-from anomalib_lite.detectors._thresholds import ThresholdMixin
-from anomalib_lite.detectors._transforming import BY_LAYER, TransformingModel, transform_all
+from anomalib_lite.detectors._transforming import BY_LAYER, transform_all
 from anomalib_lite.detectors.detections import Detections
-from anomalib_lite.detectors.fitting import (
-    EmbeddingModel,
-    ImageShards,
-    InMemory,
-    ShardSource,
-    ShardTask,
-    embed_distributed,
-    none_usable,
-)
+from anomalib_lite.detectors.fitting import EmbeddingModel
 from anomalib_lite.detectors.presets import PresetMixin
-from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone, open_backbone
-from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
-from anomalib_lite.fusion import EmbeddingTransform
+from anomalib_lite.engines import ENGINES, FUSIONS, AnyBackbone
+from anomalib_lite.errors import InvalidValueError, NotFittedError
 from anomalib_lite.images import Extractor, ImageSource
-from anomalib_lite.images.augmentation import AugmentedSource
-from anomalib_lite.images.embeddings import Embeddings, embed_all, image_size_for, stack
-from anomalib_lite.images.ignore_mask import IgnoreMask, per_image, read_ignore_mask
+from anomalib_lite.images.embeddings import stack
+from anomalib_lite.images.ignore_mask import per_image, read_ignore_mask
 
 __all__ = ["BaseDetector", "DetectorMixin"]
 
 CALIBRATIONS = ("split", "leave_one_out")
-
-_NORMAL_ONLY = (
-    "fit takes normal images only. Use dataset.train, or pass y=[sample.label for sample in "
-    "samples]."
-)
 
 
 class DetectorMixin(SavedDetector):
@@ -181,29 +161,24 @@ class DetectorMixin(SavedDetector):
         return []
 
 
-class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel):
+class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
     """Base of all detectors: fits on images, calibrates the threshold, and detects.
 
     Subclasses store the parameters that :class:`~anomalib_lite.PatchCore` documents, and supply
     what :class:`~anomalib_lite.detectors.fitting.EmbeddingModel` asks for.
     """
 
-    # Strides of the stages that the embeddings are made of, unless ``layers`` says.
-    _strides: tuple[int, ...] = (8, 16)
     # "summary" puts the numbers of the whole image into each of its patches.
     _fusions: ClassVar[tuple[str, ...]] = (*(f for f in FUSIONS if f != "summary"), *BY_LAYER)
     _knows_auto = True
-    tile: int | None = None
-    overlap: int = 0
-    _one_mask = False  # whether all images to fit on must ignore the same regions
-    ignore_mask_: IgnoreMask | None
-    image_size_: int | tuple[int, int]
 
     @property
     def _map_threshold(self) -> float:
         return self._learner()._in_map_units(float(self.threshold_))
 
-    def fit(self, images: Any, y: Any = None, *, ignore_mask: Any = None) -> Self:
+    def fit(
+        self, images: Any, y: Any = None, *, ignore_mask: Any = None, groups: Any = None
+    ) -> Self:
         """Learn what normal looks like, and calibrate the threshold.
 
         Parameters
@@ -217,6 +192,11 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
             is saved with the detector and used for every later image. A list has one (or None) for
             each image. Pixels that are not 0 are ignored; see
             :func:`~anomalib_lite.images.ignore_mask.read_ignore_mask`.
+        groups : sequence of N whole numbers or strings, or "auto", optional
+            Group of each image, such as the part that it shows: photographs of one part are like
+            each other, so they are fitted on or held back together, and the rate is that of images
+            of *new* parts. ``"auto"`` finds them by
+            :func:`~anomalib_lite.images.copies.find_copies`.
 
         Returns
         -------
@@ -235,9 +215,11 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
             If there are too few images to guarantee ``false_alarm_rate``.
         """
         self._check_parameters()
-        return self._fit_images(images, y, ignore_mask)
+        return self._fit_images(images, y, ignore_mask, groups)
 
-    def partial_fit(self, images: Any, y: Any = None, *, ignore_mask: Any = None) -> Self:
+    def partial_fit(
+        self, images: Any, y: Any = None, *, ignore_mask: Any = None, groups: Any = None
+    ) -> Self:
         """Update the detector with new normal images, without fitting again on the old ones.
 
         Parameters
@@ -247,6 +229,8 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         ignore_mask : optional
             Regions to ignore in these images; by default those that :meth:`fit` was given for all
             images.
+        groups : optional
+            As in :meth:`fit`. They are new ones: give all photographs of a part in one call.
 
         Returns
         -------
@@ -283,16 +267,16 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         """
         if not hasattr(self, "threshold_"):
             self._check_parameters()
-            return self._fit_images(images, y, ignore_mask)
+            return self._fit_images(images, y, ignore_mask, groups)
         self._check_update()
         if not hasattr(self, "backbone_"):
             raise NotFittedError(
                 f"{type(self).__name__}: fitted on embeddings, not on images. Go on with "
                 "partial_fit_embeddings(E), or call fit(images)."
             )
-        return self._fit_images(images, y, ignore_mask, update=True)
+        return self._fit_images(images, y, ignore_mask, groups, update=True)
 
-    def fit_embeddings(self, E: Any, y: object = None) -> Self:
+    def fit_embeddings(self, E: Any, y: object = None, *, groups: Any = None) -> Self:
         """Fit on your own patch embeddings, as :meth:`fit` does on images.
 
         Parameters
@@ -305,6 +289,8 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
             (``numpy.load(..., mmap_mode="r")``). With ``memory_budget``, neither is ever in memory
             as a whole.
         y : ignored
+        groups : sequence of N whole numbers or strings, optional
+            As in :meth:`fit`, without ``"auto"``. Not for an iterable, which has an order already.
 
         Returns
         -------
@@ -323,9 +309,9 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         drawn than ``false_alarm_rate`` needs.
         """
         self._check_parameters()
-        return self._fit_embeddings(E)
+        return self._fit_embeddings(E, groups)
 
-    def partial_fit_embeddings(self, E: Any, y: object = None) -> Self:
+    def partial_fit_embeddings(self, E: Any, y: object = None, *, groups: Any = None) -> Self:
         """Update the detector with further embeddings, as :meth:`partial_fit` does with images.
 
         Parameters
@@ -333,6 +319,8 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         E : array of shape (N, h, w, D), float32, list of N arrays (h, w, D), or an iterable
             Embeddings of N normal images, as in :meth:`fit_embeddings`, with the same D as before.
         y : ignored
+        groups : optional
+            As in :meth:`fit_embeddings`; they are new ones.
 
         Returns
         -------
@@ -360,9 +348,9 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         """
         if not hasattr(self, "threshold_"):
             self._check_parameters()
-            return self._fit_embeddings(E)
+            return self._fit_embeddings(E, groups)
         self._check_update()
-        return self._fit_embeddings(E, update=True)
+        return self._fit_embeddings(E, groups, update=True)
 
     def detect(self, images: Any, *, maps: bool = True, ignore_mask: Any = None) -> Detections:
         """Return scores, heatmaps and labels, from one pass through the backbone.
@@ -417,7 +405,9 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
                         heatmap[ignored.of(heatmap.shape)] = 0
         return Detections(
             scores, self._labels(scores), stack(heatmaps) if maps else None, source.names, skipped,
-            p_values=conformal_p_values(scores, self.calibration_scores_),
+            p_values=conformal_p_values(
+                scores, self.calibration_scores_, self.calibration_groups_
+            ),
         )  # fmt: skip
 
     def score_embeddings(self, E: Any) -> np.ndarray:
@@ -450,144 +440,6 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
 
     # --- How a detector learns --------------------------------------------------------------
 
-    def _fit_shards(
-        self,
-        shards: ShardSource,
-        random: np.random.RandomState,
-        update: bool,
-        transform: EmbeddingTransform | None,
-    ) -> None:
-        """Fit, calibrate with the images held back, and then add these to the model.
-
-        A copy is fitted, so that after an error this detector is as before.
-        """
-        fresh, model = self._copy_to_fit(shards.shape[-1], update, transform)
-        joins = model._scores_are_monotone()  # so do the images held back, in the end
-        n_images = shards.n_images if joins else shards.n_to_fit
-        empty = model._make_accumulator(shards.shape, n_images, shards.in_flight, random)
-        removed = model._remove_calibration_patches() if update else None
-        statistics = model._take_statistics() if update else None
-        # Fit on the images that are not held back.
-        accumulated = copy.copy(empty)
-        for result in shards.to_fit(ShardTask(empty, model if update else None)):
-            accumulated.merge(result.accumulated)
-            del result  # and its memory, before the next
-        fitted = model._fit_accumulated(accumulated, random)
-        # Calibrate with scores of images that were not fitted on.
-        scores: list[Any]
-        accumulated = copy.copy(empty)
-        if self.calibration == "leave_one_out":
-            scores = [model._score_left_out(shards.embeddings, fitted)]
-        else:  # if scores can only fall, old ones are at least as large as they would be now
-            scores = [self.calibration_scores_] if update and joins else []
-            for result in shards.held_back(ShardTask(empty if joins else None, model, score=True)):
-                scores.append(result.scores)
-                if joins:
-                    accumulated.merge(result.accumulated)
-                del result
-        fresh.calibration_scores_ = model._standardize_calibration(
-            np.concatenate(scores or [np.empty(0, np.float32)]),
-            self.false_alarm_rate,
-            left_out=self.calibration == "leave_one_out",
-            statistics=statistics,
-        )
-        calibrated, shortfall = threshold_and_shortfall(
-            fresh.calibration_scores_, self.false_alarm_rate
-        )
-        if fresh._take_threshold(calibrated) and shortfall is not None:
-            # At the user's line: above a public method and its _fit_...
-            warnings.warn(shortfall, CalibrationWarning, stacklevel=4)
-        # Add the images held back to the model, if that can only lower scores.
-        if joins:
-            model._add_calibration_patches(removed, accumulated, random)
-        self.__dict__ = fresh.__dict__  # nothing of an earlier fit is left
-
-    def _copy_to_fit(
-        self, n_features: int, update: bool, transform: EmbeddingTransform | None
-    ) -> tuple[Self, EmbeddingModel]:
-        """Return a copy, without what was learned unless for an update; and what learns in it."""
-        fresh = copy.copy(self)
-        if not update:
-            for name in [n for n in vars(fresh) if n.endswith("_")]:
-                delattr(fresh, name)
-            fresh.n_features_ = n_features
-        fresh.transform_, known, model = transform, fresh.layer_models_, cast(EmbeddingModel, fresh)
-        fresh.layer_models_ = None
-        if self.fusion == "per_layer":
-            model = known.copied() if known is not None else LayerModels.of(fresh)
-            fresh.layer_models_ = model
-        return fresh, model
-
-    def _fit_images(self, images: Any, y: Any, ignore_mask: Any, update: bool = False) -> Self:
-        """Embed normal images, the ones to hold back for calibration last, and fit on them."""
-        where, random = type(self).__name__, check_random_state(self.random_state)
-        source = ImageSource(images, max_pixels=self.max_pixels, where=where)
-        asked = ignore_mask is not None or update
-        one_for_all = self._ignore(source, ignore_mask, update) if asked else None
-        if y is not None:
-            source = source.take(normal_indices(y, len(source), where))
-        else:
-            refuse_labelled(images, where, _NORMAL_ONLY)
-        n, leave_one_out = len(source.items), self.calibration == "leave_one_out"
-        order = np.arange(n) if leave_one_out else random.permutation(n)
-        in_order = source.take(order)
-        size = self.image_size_ if update else image_size_for(source, self.image_size, self.tile)
-        backbone = self.backbone_ if update else self._open_to_fit(in_order, size, random)
-        if self.augment is not None:
-            in_order, order = self._with_copies(in_order, order, self._n_to_hold_back(n, update))
-        options = size, self.batch_size, self.on_error, self.verbose
-        extractor = Extractor(backbone, *options, tile=self.tile, overlap=self.overlap)
-        transform = self.transform_ if update else None
-        if not update and (self.fusion in BY_LAYER or any(getattr(self, a) for a in self._asking)):
-            transform = self._learn_from_images(extractor, in_order, random)
-        extractor = replace(extractor, transform=transform)
-        alone = self.n_jobs is None or update  # an update is for a few images
-        distributor = None if alone else self._distributor(backbone, extractor)
-        E: Embeddings | None = None
-        skipped: list[tuple[int, str]] = []
-        if not self._fits_in_shards():
-            if distributor is None:
-                E, skipped = embed_all(extractor, in_order, progress="fit")
-            else:
-                E, skipped = embed_distributed(in_order, distributor, self.verbose)
-            if (n := len(E)) == 0:
-                raise none_usable(in_order, skipped)
-        n_held_back = self._n_to_hold_back(n, update)
-        if isinstance(in_order, AugmentedSource):
-            n_held_back = in_order.n_held_back(skipped)
-        if transform is not None and not update:  # images that it was learned from are fitted on
-            n_held_back = min(n_held_back, len(in_order) - len(skipped) - transform.n_images_)
-        shards: ShardSource
-        if E is not None:
-            shards = InMemory(E, n_held_back)
-        else:
-            shards = ImageShards(extractor, in_order, n_held_back, skipped, distributor)
-        self._fit_shards(shards, random, update, transform)
-        self._take_backbone(backbone)
-        self.ignore_mask_, self.image_size_ = one_for_all, size
-        self._take_skipped(source, [(order[i], reason) for i, reason in skipped], update)
-        return self
-
-    def _take_skipped(
-        self, source: ImageSource, skipped: list[tuple[int, str]], update: bool
-    ) -> None:
-        """List the images left out, each as (position, reason), by their names."""
-        named = [(source.names[i], reason) for i, reason in sorted(set(skipped))]
-        self.skipped_ = [*self.skipped_, *named] if update else named
-
-    def _ignore(self, source: ImageSource, given: Any, update: bool) -> IgnoreMask | None:
-        """Set the regions to ignore in images to fit on; return those of all later images."""
-        masks = self.ignore_mask_ if given is None else per_image(given, len(source), source.where)
-        source.ignored = masks
-        one_for_all = None if isinstance(masks, list) else masks
-        one_for_all = self.ignore_mask_ if update else one_for_all
-        if self._one_mask and masks is not one_for_all:
-            raise InvalidValueError(
-                f"{source.where}: ignore_mask must be one for all images: a patch is compared with "
-                "those at its own place. Give one mask, or polygons."
-            )
-        return one_for_all
-
     def _check_parameters(self) -> None:
         """Raise for the first parameter that cannot be used."""
         where = type(self).__name__
@@ -618,31 +470,6 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
 
     # --- The backbone -----------------------------------------------------------------------
 
-    def _open_to_fit(
-        self, images: ImageSource, size: int | tuple[int, int], random: np.random.RandomState
-    ) -> AnyBackbone:
-        """Open the backbone; a subclass may first adapt it to the images, at ``size``.
-
-        The images are in the order of fitting: those to hold back come last.
-        """
-        backbone = self._open_backbone()
-        check_image_size(size, type(self).__name__, stride=backbone.stride)
-        return backbone
-
-    def _open_backbone(self, **instead: Any) -> AnyBackbone:
-        """Open the backbone that the parameters describe, with other options ``instead``."""
-        options = {
-            "weights": self.weights,
-            "layers": self.layers,
-            "strides": self._strides,
-            "fusion": self._layout if self.fusion in BY_LAYER else self.fusion,
-            "device": self.device,
-            "dtype": self.dtype,
-            "engine": self.engine,
-            "where": type(self).__name__,
-        }
-        return open_backbone(self.backbone, **(options | instead))
-
     def _fitted_backbone(self) -> AnyBackbone | None:
         return getattr(self, "backbone_", None)
 
@@ -665,15 +492,11 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
     def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors, header = super()._describe(include_backbone)
         self._describe_transform(tensors, header)
-        tensors["calibration_scores"] = self.calibration_scores_
-        if self.calibrated_threshold_ != self.threshold_:  # the user has set another
-            header["state"]["calibrated_threshold"] = self.calibrated_threshold_
+        self._describe_threshold(tensors, header)
         size = getattr(self, "image_size_", self.image_size)  # none after fit_embeddings
         if size != self.image_size:
             header["state"]["image_size"] = size
-        if hasattr(self._learner(), "map_statistics_"):
-            tensors["map_statistics"] = self._learner().map_statistics_
-            header["state"]["map_threshold"] = self._learner().map_threshold_
+        self._learner()._describe_statistics(tensors, header)
         ignored = getattr(self, "ignore_mask_", None)
         if ignored is not None and ignored.mask is not None:
             tensors["ignore_mask"] = ignored.mask.astype(np.uint8)
@@ -690,16 +513,11 @@ class BaseDetector(PresetMixin, ThresholdMixin, DetectorMixin, TransformingModel
         members: dict[str, Any],
     ) -> Self:
         detector = super()._restore(parameters, arrays, state, members)
-        detector.calibration_scores_ = arrays["calibration_scores"]
-        calibrated = state.get("calibrated_threshold", detector.threshold_)
-        detector.calibrated_threshold_ = float(calibrated)
+        detector._restore_threshold(arrays, state)
         size = state.get("image_size", detector.image_size)
         if not isinstance(size, str):
             detector.image_size_ = tuple(size) if isinstance(size, list) else size
-        if detector.image_score == "structure":
-            learner = detector._learner()
-            learner.map_statistics_ = arrays["map_statistics"]
-            learner.map_threshold_ = state.get("map_threshold")  # older files do not say
+        detector._learner()._restore_statistics(arrays, state)
         mask, polygons = arrays.get("ignore_mask"), state.get("ignore_polygons")
         ignored = next((given for given in (mask, polygons) if given is not None), None)
         detector.ignore_mask_ = None if ignored is None else read_ignore_mask(ignored, cls.__name__)

@@ -105,7 +105,8 @@ class MahalanobisVFM(BaseDetector):
         Gaussians of patches and of whole images; each has D / 2 features.
     adapter_ : Adapter or None
         The LoRA update that ``adapt`` learned; ``adapter_.history`` has the losses of each epoch.
-    threshold_, calibration_scores_, n_features_, backbone_, dtype_, engine_, skipped_, \
+    threshold_, calibration_scores_, calibration_groups_, n_features_, backbone_, dtype_, \
+    engine_, skipped_, \
 ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.
 
@@ -292,7 +293,8 @@ ignore_mask_, map_statistics_
         plain = {"scales": (1.0,), "attention": False}
         network: Any = self._open_backbone(engine="torch", dtype="float32", **plain)
         check_image_size(size, "MahalanobisVFM", stride=network.stride)
-        to_fit = images.take(range(len(images) - self._n_to_hold_back(len(images))))
+        n_held_back = self._n_to_hold_back(len(images), images.groups)
+        to_fit = images.take(range(len(images) - n_held_back))
         adapter = train_adapter(
             network,
             to_fit,

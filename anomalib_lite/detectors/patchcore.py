@@ -193,6 +193,8 @@ default="max"
     calibration_scores_ : ndarray of shape (n,), float32
         Scores of the normal images that the threshold was taken from; see
         :meth:`set_false_alarm_rate`.
+    calibration_groups_ : ndarray of shape (n,), int64
+        The group of each of them, such as the part that it shows.
     n_features_ : int
         Length of an embedding, after ``feature_dim``.
     image_size_ : int or (int, int)
@@ -449,7 +451,10 @@ default="max"
         """Add a coreset of the patches to the bank; return which of them were kept, if known."""
         bank = getattr(self, "memory_bank_", None)
         device, kept = device_of(self.device, "PatchCore"), None
-        self._count(accumulated)
+        if getattr(self, "coreset_ratio_", None) is None or accumulated.size is None:
+            self.coreset_ratio_, self._n_seen = accumulated.ratio, accumulated.n_seen
+        else:
+            self._count_more(accumulated)
         if bank is None and accumulated.sample is not None:
             self.foreground_ = learn_foreground(accumulated.sample, "PatchCore")
         if accumulated.thinned:
@@ -491,15 +496,14 @@ default="max"
         self.n_absorbed_ = 0
         return kept
 
-    def _count(self, accumulated: PatchAccumulator) -> None:
-        """Take note of the share kept of all patches that have come; in an update it stays."""
-        known, n_before = getattr(self, "coreset_ratio_", None), self._n_seen
-        if known is None or accumulated.size is None:
-            self.coreset_ratio_, self._n_seen = accumulated.ratio, accumulated.n_seen
-        else:  # held back are images of other sizes, or with other regions to ignore
-            self._n_seen += accumulated.n_seen
-            kept = known * n_before + accumulated.ratio * accumulated.n_seen
-            self.coreset_ratio_ = kept / self._n_seen
+    def _count_more(self, accumulated: PatchAccumulator) -> None:
+        """Take note of the share kept of all patches that have come, before and now.
+
+        Those that came now may be of images of other sizes, or with other regions to ignore.
+        """
+        kept = self.coreset_ratio_ * self._n_seen + accumulated.ratio * accumulated.n_seen
+        self._n_seen += accumulated.n_seen
+        self.coreset_ratio_ = kept / self._n_seen
 
     def _bank_of(
         self, rows: np.ndarray, cells: np.ndarray | None, grid: Any, device: str = "cpu"

@@ -119,6 +119,7 @@ class ImageSource(Sequence[np.ndarray]):
             str(item) if isinstance(item, str | os.PathLike) else f"images[{i}]"
             for i, item in enumerate(self.items)
         ]
+        self.groups: np.ndarray | None = None  # (n,) int: images that are held back together
 
     def __len__(self) -> int:
         return len(self.items)
@@ -136,6 +137,8 @@ class ImageSource(Sequence[np.ndarray]):
         source.names = [self.names[i] for i in indices]
         if isinstance(self.ignored, list):
             source.ignored = [self.ignored[i] for i in indices]
+        if self.groups is not None:
+            source.groups = self.groups[np.asarray(indices)]
         return source
 
     def ignored_in(self, index: int) -> IgnoreMask | None:

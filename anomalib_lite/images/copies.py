@@ -19,7 +19,8 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from anomalib_lite._validation import check_int, check_number
+from anomalib_lite._validation import check_choice, check_int, check_number
+from anomalib_lite.errors import AnomalibLiteError
 from anomalib_lite.images import ImageSource
 
 __all__ = ["Copies", "find_copies"]
@@ -114,7 +115,13 @@ class Copies:
         return [np.flatnonzero(self.groups == group) for group in order if sizes[group] > 1]
 
 
-def find_copies(images: Any, *, strictness: float = 8.0, max_pixels: int = 100_000_000) -> Copies:
+def find_copies(
+    images: Any,
+    *,
+    strictness: float = 8.0,
+    max_pixels: int = 100_000_000,
+    on_error: str = "raise",
+) -> Copies:
     r"""Find images that are copies of each other, near copies, or photographs of the same part.
 
     Parameters
@@ -126,6 +133,8 @@ def find_copies(images: Any, *, strictness: float = 8.0, max_pixels: int = 100_0
         typically are; above 0. More joins fewer images.
     max_pixels : int, default=100_000_000
         Largest number of pixels of an image.
+    on_error : {"raise", "skip"}, default="raise"
+        What happens with an image that cannot be used; ``"skip"`` makes it a group of its own.
 
     Returns
     -------
@@ -135,7 +144,8 @@ def find_copies(images: Any, *, strictness: float = 8.0, max_pixels: int = 100_0
     Raises
     ------
     AnomalibLiteError
-        If there is no image, one cannot be used, or a parameter is out of range.
+        If there is no image, one cannot be used (unless ``on_error="skip"``), or a parameter is out
+        of range.
 
     Notes
     -----
@@ -180,22 +190,36 @@ def find_copies(images: Any, *, strictness: float = 8.0, max_pixels: int = 100_0
     where = "find_copies"
     strictness = check_number("strictness", strictness, where, "(0, inf)")
     max_pixels = check_int("max_pixels", max_pixels, where, low=1)
+    check_choice("on_error", on_error, ("raise", "skip"), where)
     source = ImageSource(images, max_pixels=max_pixels, where=where)
-    thumbs, aspects, distinct, of = _read(source)
+    thumbs, aspects, distinct, of = _read(source, on_error)
+    if not len(thumbs):
+        return Copies(np.arange(len(source)), np.zeros(len(source), bool), tuple(source.names), 1.0)
     pairs, threshold = _similar_pairs(thumbs, aspects, strictness)
     n = len(thumbs)
     edges = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
-    _, labels = connected_components(edges, directed=False)
-    exact = np.ones(len(source), dtype=bool)
+    n_labels, labels = connected_components(edges, directed=False)
+    exact = of >= 0
     exact[distinct] = False
-    return Copies(_by_appearance(labels[of]), exact, tuple(source.names), threshold)
+    groups = np.where(of >= 0, labels[of], n_labels + np.arange(len(of)))
+    return Copies(_by_appearance(groups), exact, tuple(source.names), threshold)
 
 
-def _read(source: ImageSource) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return thumbnails and log aspect ratios of all distinct images, their index, and whose."""
+def _read(
+    source: ImageSource, on_error: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return thumbnails and log aspect ratios of all distinct images, their index, and whose.
 
-    def look(index: int) -> tuple[bytes, np.ndarray, float]:
-        pixels = source[index]
+    The last says of each image which of the distinct ones it is; -1 if it cannot be used.
+    """
+
+    def look(index: int) -> tuple[bytes, np.ndarray, float] | None:
+        try:
+            pixels = source[index]
+        except AnomalibLiteError:
+            if on_error == "skip":
+                return None
+            raise
         height, width = pixels.shape[:2]
         digest = hashlib.sha256(f"{pixels.shape} {pixels.dtype}".encode())
         digest.update(pixels.tobytes())
@@ -207,16 +231,19 @@ def _read(source: ImageSource) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
         # In blocks, so that an image that cannot be read ends the work soon.
         for start in range(0, len(source), _BLOCK):
             block = range(start, min(start + _BLOCK, len(source)))
-            for index, (digest, thumb, aspect) in zip(
-                block, executor.map(look, block), strict=True
-            ):
+            for index, seen_in in zip(block, executor.map(look, block), strict=True):
+                if seen_in is None:
+                    of.append(-1)
+                    continue
+                digest, thumb, aspect = seen_in
                 if digest not in seen:
                     seen[digest] = len(seen)
                     thumbs.append(thumb)
                     aspects.append(aspect)
                     distinct.append(index)
                 of.append(seen[digest])
-    return np.stack(thumbs), np.array(aspects), np.array(distinct), np.array(of)
+    stacked = np.stack(thumbs) if thumbs else np.empty((0, _SIDE, _SIDE), np.float32)
+    return stacked, np.array(aspects), np.array(distinct), np.array(of)
 
 
 def _thumbnail(pixels: np.ndarray) -> np.ndarray:

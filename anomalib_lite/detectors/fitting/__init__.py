@@ -1,5 +1,10 @@
 """How a detector fits on images that may not all be in memory."""
 
+from anomalib_lite.detectors.fitting.groups import (
+    group_starts,
+    order_of_fit,
+    whole_groups,
+)
 from anomalib_lite.detectors.fitting.model import (
     Accumulator,
     EmbeddingModel,
@@ -36,8 +41,11 @@ __all__ = [
     "ShardTask",
     "distribute",
     "embed_distributed",
+    "group_starts",
     "images_within_budget",
     "iter_grids",
     "none_usable",
+    "order_of_fit",
     "refuse_budget",
+    "whole_groups",
 ]

@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator
 from anomalib_lite._validation import check_memory
 from anomalib_lite.anomaly_map import image_scores, standardize, structure
 from anomalib_lite.calibration import threshold_and_shortfall
+from anomalib_lite.detectors.fitting.groups import group_starts
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.images.augmentation import AugmentedSource
@@ -224,9 +225,22 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         self.__dict__.pop("map_threshold_", None)
         return None if self.image_score != "structure" else statistics
 
+    def _describe_statistics(self, tensors: dict[str, Any], header: dict[str, Any]) -> None:
+        """Add to what a file holds how the maps of normal images vary, if that is known."""
+        if hasattr(self, "map_statistics_"):
+            tensors["map_statistics"] = self.map_statistics_
+            header["state"]["map_threshold"] = self.map_threshold_
+
+    def _restore_statistics(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        """Take it over from a file."""
+        if self.image_score == "structure":
+            self.map_statistics_ = arrays["map_statistics"]
+            self.map_threshold_ = state.get("map_threshold")  # older files do not say
+
     def _standardize_calibration(
         self,
         scores: np.ndarray,
+        groups: np.ndarray,
         false_alarm_rate: float,
         *,
         left_out: bool,
@@ -236,7 +250,8 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
 
         The threshold of the heatmaps is that of ``image_score="max"``, from all these images. One
         half of the images teaches, the other half calibrates: an image that had a say in its own
-        standard would score too low. ``left_out`` images do both. If ``statistics`` are known, as
+        standard would score too low; nor are photographs of one part, a group (N,), in both
+        halves. ``left_out`` images do both. If ``statistics`` are known, as
         in an update, they stay: these images had no say in them, so all of them calibrate.
         """
         if self.image_score != "structure":
@@ -245,7 +260,10 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         described, peaks = scores[:, :3], scores[:, 3]
         n_taught = 0
         if statistics is None:
-            n_taught = len(scores) if left_out else len(scores) // 2
+            starts = group_starts(groups)
+            n_taught = len(scores)
+            if not left_out and len(starts):
+                n_taught = int(starts[len(starts) // 2])
             if n_taught < 2:
                 raise InvalidValueError(
                     f"{self._name}: image_score='structure' needs at least "
@@ -256,7 +274,7 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
             taught = described[:n_taught].astype(np.float64)
             spread = taught.std(axis=0, ddof=1)
             statistics = np.array([taught.mean(axis=0), spread], np.float32)
-        self.map_threshold_, _ = threshold_and_shortfall(peaks, false_alarm_rate)
+        self.map_threshold_, _ = threshold_and_shortfall(peaks, false_alarm_rate, groups=groups)
         self.map_statistics_ = statistics
         return standardize(described if left_out else described[n_taught:], statistics)
 
@@ -314,6 +332,8 @@ class ShardSource(ABC):
     n_to_fit: int | None  # of these, the images that are not held back
     in_flight = 0  # bytes of memory taken beside the embeddings of a shard
     embeddings: Embeddings = []  # noqa: RUF012  # of the images to fit on, if all are in memory
+    groups: np.ndarray | None = None  # (n,) int, of all images; None if each is its own
+    skipped: Sequence[tuple[int, str]] = ()  # those of them that could not be used
 
     @abstractmethod
     def to_fit(self, task: ShardTask) -> Iterator[ShardResult]:
@@ -322,6 +342,13 @@ class ShardSource(ABC):
     @abstractmethod
     def held_back(self, task: ShardTask) -> Iterator[ShardResult]:
         """Carry out the task on the images held back; yield the result of each shard."""
+
+    def groups_of_last(self, n: int) -> np.ndarray:
+        """Return the groups (n,) of the last images that could be used."""
+        if self.groups is None:
+            return np.arange(n)
+        usable = np.delete(self.groups, [index for index, _ in self.skipped])
+        return usable[len(usable) - n :]
 
 
 class InMemory(ShardSource):

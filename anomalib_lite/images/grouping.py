@@ -1,0 +1,166 @@
+"""Which images belong together: given by the user, told by file names, or found in the pixels."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anomalib_lite._validation import check_groups
+from anomalib_lite.errors import InvalidValueError, MissingPathError
+from anomalib_lite.images import ImageSource
+from anomalib_lite.images.copies import find_copies
+
+__all__ = ["group_ids", "groups_of_files"]
+
+_RUNS = re.compile(r"runs:(\d+)")
+_LAST_NUMBER = re.compile(r"(\d+)\D*$")
+
+
+def group_ids(source: ImageSource, groups: Any, on_error: str = "raise") -> np.ndarray:
+    """Number the groups of images from 0.
+
+    Parameters
+    ----------
+    source : ImageSource
+    groups : sequence of N whole numbers or strings, "auto", or None
+        None if each image is a group of its own.
+        ``"auto"`` finds them by :func:`~anomalib_lite.images.copies.find_copies`.
+    on_error : {"raise", "skip"}, default="raise"
+        For ``"auto"``: whether an image that cannot be used is an error, or its own group.
+
+    Returns
+    -------
+    ndarray of shape (N,), int64
+
+    Raises
+    ------
+    InvalidValueError, InvalidTypeError
+        For groups of another number or type.
+
+    Examples
+    --------
+    >>> group_ids(ImageSource(np.zeros((3, 8, 8, 3), np.uint8)), ["b", "a", "b"])
+    array([0, 1, 0])
+    """
+    if groups is None:
+        return np.arange(len(source))
+    if isinstance(groups, str) and groups == "auto":
+        found = find_copies(source.items, max_pixels=source.max_pixels, on_error=on_error)
+        return found.groups
+    return check_groups(groups, len(source), source.where)
+
+
+def groups_of_files(
+    paths: Sequence[str | os.PathLike[str]], rule: str, where: str = "groups_of_files"
+) -> list[str]:
+    """Tell by their names which files show the same part.
+
+    Parameters
+    ----------
+    paths : sequence of N paths
+    rule : str
+        - ``"folder"``: files of one folder are a group;
+        - ``"runs:100"``: files of one folder whose last numbers are at most 100 apart, each from
+          the next;
+        - ``"parts.csv:serial"``: the column ``serial`` of a CSV file, whose first column holds the
+          names of the files;
+        - anything else is a regular expression, which must be found in each file's name: files are
+          a group where its parenthesised parts are equal, or without these all that it matches.
+    where : str
+        Caller, named in errors.
+
+    Returns
+    -------
+    list of N str
+        Pass it as ``groups`` to ``fit``.
+
+    Raises
+    ------
+    MissingPathError
+        If there is no such CSV file.
+    InvalidValueError
+        If a file has no number, is not in the CSV file, or is not matched; or for a rule that is no
+        regular expression.
+
+    Examples
+    --------
+    >>> groups_of_files(["part7_top.png", "part7_side.png", "part8_top.png"], r"part(\\d+)")
+    ['7', '7', '8']
+    >>> groups_of_files(["img_001.png", "img_003.png", "img_250.png"], "runs:100")
+    ['./img 1', './img 1', './img 250']
+    """
+    files = [Path(os.fspath(path)) for path in paths]
+    if rule == "folder":
+        return [str(file.parent) for file in files]
+    if runs := _RUNS.fullmatch(rule):
+        return _by_runs(files, int(runs[1]), where)
+    table, _, column = rule.rpartition(":")
+    if table.lower().endswith(".csv"):
+        return _by_table(files, Path(table), column, where)
+    return _by_pattern(files, rule, where)
+
+
+def _by_runs(files: list[Path], gap: int, where: str) -> list[str]:
+    numbers = []
+    for file in files:
+        found = _LAST_NUMBER.search(file.stem)
+        if found is None:
+            raise InvalidValueError(
+                f"{where}: groups by runs need a number in each file name, got {file.name}. Use a "
+                "regular expression or a CSV file."
+            )
+        numbers.append((str(file.parent), file.stem[: found.start()], int(found[1])))
+    groups: dict[tuple[str, str, int], str] = {}
+    before: tuple[str, str, int] | None = None
+    for key in sorted(set(numbers)):
+        goes_on = before is not None and key[:2] == before[:2] and key[2] - before[2] <= gap
+        folder, stem, number = key
+        groups[key] = groups[before] if goes_on and before else f"{folder}/{stem} {number}"
+        before = key
+    return [groups[key] for key in numbers]
+
+
+def _by_table(files: list[Path], table: Path, column: str, where: str) -> list[str]:
+    if not table.is_file():
+        raise MissingPathError(f"{where}: there is no file {table} with the groups.")
+    with table.open(newline="", encoding="utf-8-sig") as opened:
+        rows = csv.DictReader(opened)
+        names = list(rows.fieldnames or ())
+        if column not in names:
+            raise InvalidValueError(
+                f"{where}: {table} has no column {column!r}. Its columns: {', '.join(names)}."
+            )
+        group_of = {Path(row[names[0]] or "").name: row[column] or "" for row in rows}
+    for file in files:
+        if file.name not in group_of:
+            raise InvalidValueError(
+                f"{where}: {table} does not say the group of {file.name}. Its first column, "
+                f"{names[0]!r}, must name every file."
+            )
+    return [group_of[file.name] for file in files]
+
+
+def _by_pattern(files: list[Path], pattern: str, where: str) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InvalidValueError(
+            f"{where}: groups={pattern!r} is no regular expression: {error}. It may also be "
+            "'folder', 'runs:100' or 'table.csv:column'."
+        ) from error
+    groups = []
+    for file in files:
+        found = compiled.search(file.name)
+        if found is None:
+            raise InvalidValueError(
+                f"{where}: the regular expression {pattern!r} for groups is not found in "
+                f"{file.name}. It must match the part of every name that tells the part shown."
+            )
+        groups.append(" ".join(part or "" for part in found.groups() or (found[0],)))
+    return groups

@@ -1,0 +1,307 @@
+"""Photographs of one part are held back together, so that new parts keep the rate."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from detector_fixtures import good
+from PIL import Image
+
+from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, SubspaceAD, load
+from anomalib_lite.calibration import conformal_p_values, conformal_threshold
+from anomalib_lite.cli import main
+from anomalib_lite.detectors.fitting import order_of_fit, whole_groups
+from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingPathError
+from anomalib_lite.images import ImageSource
+from anomalib_lite.images.grouping import group_ids, groups_of_files
+
+SUBSPACE: dict[str, Any] = {"n_components": 2}
+DETECTORS: list[tuple[Any, dict[str, Any]]] = [
+    (PatchCore, {}),
+    (PatchCore, {"memory_budget": "90MB"}),
+    (PatchCore, {"image_score": "structure"}),
+    (PatchCore, {"feature_dim": 4, "whiten": True}),
+    (PaDiM, {}),
+    (MahalanobisVFM, {}),
+    (SubspaceAD, SUBSPACE),
+]
+
+
+def parts(n: int, photographs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw embeddings of ``n`` parts, several photographs of each, and the part of each."""
+    rng = np.random.default_rng(seed)
+    part = rng.normal(size=(n, 1, 1, 1, 6))
+    E = part + 0.2 * rng.normal(size=(n, photographs, 3, 3, 6))
+    return E.reshape(-1, 3, 3, 6).astype(np.float32), np.repeat(np.arange(n), photographs)
+
+
+# --- Thresholds ---------------------------------------------------------------------------------
+
+
+def naive_threshold(scores: np.ndarray, groups: np.ndarray, rate: float) -> float:
+    """Return the least score up to which the scores weigh enough (Lee, Barber, Willett 2023)."""
+    sizes = Counter(groups.tolist())
+    for level in np.unique(scores):
+        up_to = sum(
+            1 / (len(sizes) + 1) / sizes[g]
+            for g, s in zip(groups.tolist(), scores, strict=True)
+            if s <= level
+        )
+        if up_to >= 1 - rate - 1e-12:
+            return float(level)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_threshold_of_groups_is_that_of_a_naive_search(rate: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups = rng.permutation(np.repeat(np.arange(12), rng.integers(1, 6, 12)))
+    scores = rng.integers(0, 30, len(groups)).astype(np.float32)  # with ties
+    expected = naive_threshold(scores, groups, rate)
+    assert conformal_threshold(scores, rate, groups=groups) == expected
+    names = [f"part {g}" for g in groups]
+    assert conformal_threshold(scores, rate, groups=names) == expected
+    # An image exceeds the threshold where its p-value is at most the rate.
+    p_values = conformal_p_values(scores, scores, groups)
+    np.testing.assert_array_equal(scores > expected, p_values <= rate + 1e-12)
+
+
+def test_groups_of_one_image_change_nothing() -> None:
+    scores = np.random.default_rng(0).normal(size=57)
+    for rate in (0.02, 0.05, 0.3):
+        assert conformal_threshold(scores, rate, groups=range(57)) == conformal_threshold(
+            scores, rate
+        )
+    new = np.linspace(-3, 3, 20)
+    np.testing.assert_array_equal(
+        conformal_p_values(new, scores, range(57)), conformal_p_values(new, scores)
+    )
+
+
+def test_with_a_confidence_one_image_of_each_group_counts() -> None:
+    scores, groups = np.arange(200.0), np.repeat(np.arange(100), 2)
+    assert conformal_threshold(scores, 0.1, confidence=0.9, groups=groups) == conformal_threshold(
+        scores[::2], 0.1, confidence=0.9
+    )
+
+
+# --- The order of fitting -------------------------------------------------------------------------
+
+
+def test_every_group_is_as_likely_to_be_held_back_whatever_its_size() -> None:
+    groups = np.repeat(np.arange(4), [1, 2, 9, 3])
+    random, last = np.random.RandomState(0), Counter[int]()
+    for _ in range(4000):
+        order = order_of_fit(random.permutation(15), groups, random)
+        assert sorted(order) == list(range(len(groups)))
+        found = groups[order]
+        assert (found[1:] != found[:-1]).sum() == 3  # each is in one piece
+        last[int(found[-1])] += 1
+    for count in last.values():
+        assert abs(count / 4000 - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 4000)
+
+
+def test_whole_groups_are_the_last_ones() -> None:
+    groups = np.array([3, 3, 1, 1, 1, 0, 2, 2])
+    assert [whole_groups(groups, most) for most in range(9)] == [0, 0, 2, 3, 3, 3, 6, 6, 8]
+
+
+# --- Detectors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cls", "parameters"), DETECTORS)
+def test_new_parts_keep_the_rate(cls: Any, parameters: dict[str, Any]) -> None:
+    """Without groups, images held back have twins among those fitted on, and score too low."""
+    rate, alarms, alarms_without = 0.2, [], []
+    for seed in range(12):
+        E, groups = parts(48, 4, seed)
+        new, _ = parts(150, 1, 1000 + seed)
+        for ids, found in ((groups, alarms), (None, alarms_without)):
+            detector = cls(false_alarm_rate=rate, random_state=seed, **parameters)
+            detector.fit_embeddings(E, groups=ids)
+            found.append(np.mean(detector.score_embeddings(new) > detector.threshold_))
+    error = np.std(alarms, ddof=1) / np.sqrt(len(alarms))
+    assert np.mean(alarms) <= rate + 4 * error
+    assert np.mean(alarms_without) > np.mean(alarms) + 0.03
+
+
+@pytest.mark.parametrize(("cls", "parameters"), DETECTORS)
+def test_groups_are_held_back_whole(cls: Any, parameters: dict[str, Any]) -> None:
+    """The scores kept are those of all photographs of some parts, by a model without these."""
+    sizes = np.random.default_rng(1).integers(1, 5, 40)
+    rng = np.random.default_rng(2)
+    E = rng.normal(size=(sizes.sum(), 3, 3, 6)).astype(np.float32)
+    groups = np.repeat(np.arange(40), sizes)
+    detector = cls(false_alarm_rate=0.2, **parameters).fit_embeddings(E, groups=groups)
+    held_back = np.unique(detector.calibration_groups_)
+    # A fifth; for "structure" half of them have taught how maps vary.
+    assert len(held_back) == (4 if parameters.get("image_score") == "structure" else 8)
+    counts = Counter(detector.calibration_groups_.tolist())
+    random = np.random.RandomState(0)
+    order = order_of_fit(random.permutation(len(E)), groups, random)
+    last = groups[order][len(E) - len(detector.calibration_groups_) :]
+    np.testing.assert_array_equal(detector.calibration_groups_, last)
+    assert all(counts[g] == sizes[g] for g in held_back)
+
+
+@pytest.mark.parametrize(("cls", "parameters"), DETECTORS)
+def test_saved_updated_and_calibrated_anew(
+    cls: Any, parameters: dict[str, Any], tmp_path: Path
+) -> None:
+    E, groups = parts(40, 3, 0)
+    detector = cls(false_alarm_rate=0.25, **parameters).fit_embeddings(E, groups=groups)
+    before = detector.calibration_groups_
+    own = conformal_threshold(detector.calibration_scores_, 0.25, groups=before)
+    assert detector.threshold_ == own
+    if parameters.get("image_score") != "structure":
+        other = conformal_threshold(detector.calibration_scores_, 0.4, groups=before)
+        assert detector.set_false_alarm_rate(0.4).threshold_ == other
+        detector.set_false_alarm_rate(0.25)
+    more, new_groups = parts(20, 3, 5)
+    detector.partial_fit_embeddings(more, groups=new_groups)
+    now = detector.calibration_groups_
+    assert len(now) == len(detector.calibration_scores_)
+    kept = len(now) > len(before)
+    assert kept == (cls is PatchCore and parameters.get("image_score") != "structure")
+    if kept:  # the groups of each call are others
+        np.testing.assert_array_equal(now[: len(before)], before)
+        assert not set(now[len(before) :]) & set(before)
+    assert set(Counter(now.tolist()).values()) == {3}
+    assert detector.threshold_ == conformal_threshold(
+        detector.calibration_scores_, 0.25, groups=now
+    )
+
+
+def test_images_that_cannot_be_used_leave_their_group(tmp_path: Path) -> None:
+    paths, groups = [], []
+    for i, image in enumerate(good(40)):
+        paths.append(tmp_path / f"part{i // 4}_{i % 4}.png")
+        groups.append(f"part {i // 4}")
+        Image.fromarray(image).save(paths[-1])
+    for i in (0, 13, 14, 39):
+        paths[i].write_bytes(b"no image")
+    for budget in (None, "500MB"):
+        detector = PatchCore(
+            image_size=32, false_alarm_rate=0.3, on_error="skip", memory_budget=budget
+        ).fit(paths, groups=groups)
+        counts = Counter(detector.calibration_groups_.tolist())
+        assert len(detector.skipped_) == 4
+        ids, random = group_ids(ImageSource(paths), groups), np.random.RandomState(0)
+        order = order_of_fit(random.permutation(40), ids, random)
+        usable = [i for i in order if i not in (0, 13, 14, 39)]
+        last = [i // 4 for i in usable[len(usable) - sum(counts.values()) :]]
+        assert detector.calibration_groups_.tolist() == last
+        full = {g: sum(i // 4 == g for i in usable) for g in counts}
+        assert counts == full
+
+
+def test_a_saved_detector_knows_its_groups(tmp_path: Path) -> None:
+    images = good(24)
+    detector = PatchCore(image_size=32, false_alarm_rate=0.2, augment="flips")
+    detector.fit(images, groups=np.repeat(np.arange(12), 2))
+    assert set(Counter(detector.calibration_groups_.tolist()).values()) == {2}
+    detector.save(tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(loaded.calibration_groups_, detector.calibration_groups_)
+    found, again = detector.detect(images), loaded.detect(images)
+    np.testing.assert_array_equal(found.p_values, again.p_values)
+    assert loaded.set_false_alarm_rate(0.3).threshold_ == (
+        detector.set_false_alarm_rate(0.3).threshold_
+    )
+    loaded.recalibrate(images[:12], groups=[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
+    expected = conformal_threshold(
+        loaded.calibration_scores_, 0.3, groups=loaded.calibration_groups_
+    )
+    assert len(set(loaded.calibration_groups_.tolist())) == 4
+    assert loaded.threshold_ == expected
+
+
+def test_auto_finds_the_photographs_of_one_part() -> None:
+    rng = np.random.default_rng(3)
+    images = [photo for photo in good(20, size=(64, 96)) for _ in range(3)]
+    noisy = [np.clip(i + rng.integers(-2, 3, i.shape), 0, 255).astype(np.uint8) for i in images]
+    detector = PatchCore(image_size=32, false_alarm_rate=0.2).fit(noisy, groups="auto")
+    assert set(Counter(detector.calibration_groups_.tolist()).values()) == {3}
+    told = PatchCore(image_size=32, false_alarm_rate=0.2).fit(
+        noisy, groups=[i // 3 for i in range(60)]
+    )
+    assert told.threshold_ == detector.threshold_
+    # A cascade takes the same word.
+    cascade = GatedCascade(
+        image_size=32, epochs=1, false_alarm_rate=0.3,
+        detector=PatchCore(image_size=32, false_alarm_rate=0.3),
+    )  # fmt: skip
+    assert cascade.fit(noisy, groups="auto").routing_.threshold > 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "says"),
+    [
+        ([1, 2], InvalidValueError, "groups must hold 12 values, one for each image, got 2"),
+        ("parts", InvalidValueError, "groups must hold 12 values, one for each image, got 'parts'"),
+        ([0.5] * 12, InvalidTypeError, "whole numbers or strings, got 0.5 at position 0"),
+    ],
+)
+def test_wrong_groups(groups: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        PatchCore(image_size=32).fit(good(12), groups=groups)
+    with pytest.raises(error, match=says):
+        PatchCore().fit_embeddings(parts(12, 1, 0)[0], groups=groups)
+
+
+def test_groups_where_they_cannot_be_held_back() -> None:
+    E, groups = parts(12, 2, 0)
+    with pytest.raises(InvalidValueError, match="groups need calibration='split'"):
+        PatchCore(calibration="leave_one_out").fit_embeddings(E, groups=groups)
+    with pytest.raises(InvalidValueError, match="groups need embeddings that can"):
+        PatchCore(memory_budget="90MB").fit_embeddings(iter(E), groups=groups)
+
+
+# --- File names and the command line --------------------------------------------------------------
+
+
+def test_rules_for_file_names(tmp_path: Path) -> None:
+    names = ["a/x1.png", "a/x2.png", "a/x9.png", "b/x2.png", "b/y3.png"]
+    assert groups_of_files(names, "folder") == ["a", "a", "a", "b", "b"]
+    found = groups_of_files(names, "runs:1")
+    assert [found.index(g) for g in found] == [0, 0, 2, 3, 4]
+    assert groups_of_files(names, r"([xy])(\d)")[:2] == ["x 1", "x 2"]
+    assert groups_of_files(names, "[xy]") == ["x", "x", "x", "x", "y"]
+    table = tmp_path / "parts.csv"
+    table.write_text("file,serial\n" + "".join(f"{Path(n).name},S{n[0]}\n" for n in names[:3]))
+    assert groups_of_files(names[:3], f"{table}:serial") == ["Sa", "Sa", "Sa"]
+    for rule, error, says in [
+        (f"{table}:colour", InvalidValueError, "no column .colour."),
+        (f"{table}:serial", InvalidValueError, "does not say the group of y3.png"),
+        ("none.csv:serial", MissingPathError, "no file none.csv"),
+        ("(", InvalidValueError, "no regular expression"),
+        ("z", InvalidValueError, "is not found in x1.png"),
+    ]:
+        with pytest.raises(error, match=says):
+            groups_of_files(names, rule)
+    with pytest.raises(InvalidValueError, match="need a number in each file name"):
+        groups_of_files(["a.png"], "runs:3")
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, fresh, model = tmp_path / "good", tmp_path / "fresh", tmp_path / "m.safetensors"
+    for directory, seed in ((folder, 0), (fresh, 1)):
+        directory.mkdir()
+        for i, image in enumerate(good(24, seed)):
+            Image.fromarray(image).save(directory / f"part{i // 2:02}_{i % 2}.png")
+    options = ["--image-size", "32", "--false-alarm-rate", "0.2"]
+    command = ["fit", str(folder), "-o", str(model), *options, "--groups", r"part(\d+)"]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "scores of 4 groups" in told
+    assert "at most 0.2 of future images of new parts, on average" in told
+    detector = load(model)
+    assert set(Counter(detector.calibration_groups_.tolist()).values()) == {2}
+    assert main(["calibrate", str(model), str(fresh), "--groups", "part(..)"]) == 0
+    assert "of 24 scores of 12 groups" in capsys.readouterr().out
+    assert len(load(model).calibration_scores_) == 24
+    assert main(["calibrate", str(model), "--groups", "part(..)"]) == 2
+    assert "--groups are those of good images" in capsys.readouterr().err
