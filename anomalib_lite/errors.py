@@ -14,6 +14,7 @@ from sklearn.exceptions import NotFittedError as _SklearnNotFittedError
 __all__ = [
     "AnomalibLiteError",
     "CalibrationWarning",
+    "CopiesWarning",
     "ImageError",
     "InvalidTypeError",
     "InvalidValueError",
@@ -91,3 +92,7 @@ class SharedImagesWarning(UserWarning):
 
 class CalibrationWarning(UserWarning):
     """There are too few normal images to guarantee the false-alarm rate that was asked for."""
+
+
+class CopiesWarning(CalibrationWarning):
+    """Images to fit on are copies of others, or show the same parts: they count as fewer."""

@@ -1,5 +1,6 @@
 """Photographs of one part are held back together, so that new parts keep the rate."""
 
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, Subspa
 from anomalib_lite.calibration import conformal_p_values, conformal_threshold
 from anomalib_lite.cli import main
 from anomalib_lite.detectors.fitting import order_of_fit, whole_groups
-from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingPathError
+from anomalib_lite.errors import (
+    CopiesWarning,
+    InvalidTypeError,
+    InvalidValueError,
+    MissingPathError,
+)
 from anomalib_lite.images import ImageSource
 from anomalib_lite.images.grouping import group_ids, groups_of_files
 
@@ -260,6 +266,55 @@ def test_groups_where_they_cannot_be_held_back() -> None:
         PatchCore(memory_budget="90MB").fit_embeddings(iter(E), groups=groups)
 
 
+# --- Copies of which nobody has said that they are copies ---------------------------------------
+
+
+@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("kind", ["arrays", "files"])
+def test_exact_copies_count_as_one(times: int, kind: str, tmp_path: Path) -> None:
+    images: list[Any] = [image for image in good(24) for _ in range(times)]
+    if kind == "files":
+        paths = [tmp_path / f"{i:03}.png" for i in range(len(images))]
+        for path, image in zip(paths, images, strict=True):
+            Image.fromarray(image).save(path)
+        images = list(paths)
+    detector = PatchCore(image_size=32, false_alarm_rate=0.2)
+    n = 24 * times
+    says = f"PatchCore: {n - 24} of {n} images have the same content as another"
+    with pytest.warns(CopiesWarning, match=says) as caught:
+        detector.fit(images)
+    assert caught[0].filename == __file__
+    assert set(Counter(detector.calibration_groups_.tolist()).values()) == {times}
+    # A copy of an image held back was not fitted on: new images are as these were.
+    assert np.mean(detector.score(good(60, seed=9)) > detector.threshold_) < 0.5
+    with pytest.warns(CopiesWarning, match=says):
+        budget = PatchCore(image_size=32, false_alarm_rate=0.2, memory_budget="300MB").fit(images)
+    np.testing.assert_array_equal(budget.calibration_groups_, detector.calibration_groups_)
+
+
+def test_near_copies_are_named() -> None:
+    rng = np.random.default_rng(0)
+    images = [photo for photo in good(16, size=(64, 96)) for _ in range(5)]
+    frames = [np.clip(i + rng.integers(-2, 3, i.shape), 0, 255).astype(np.uint8) for i in images]
+    detector = PatchCore(image_size=32, false_alarm_rate=0.2)
+    says = r"80 of 80 images look like copies.*\(images\[0\] and images\[1\]\).*groups='auto'"
+    with pytest.warns(CopiesWarning, match=says):
+        detector.fit(frames)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detector.fit(frames, groups=range(80))  # each shows another part, says the user
+        detector.fit(frames, groups="auto")
+    with pytest.warns(CopiesWarning, match="look like copies"):
+        PatchCore(image_size=32, false_alarm_rate=0.2, calibration="leave_one_out").fit(frames)
+
+
+@pytest.mark.parametrize("calibration", ["split", "leave_one_out"])
+def test_new_images_cause_no_warning(calibration: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PatchCore(image_size=32, false_alarm_rate=0.2, calibration=calibration).fit(good(40))
+
+
 # --- File names and the command line --------------------------------------------------------------
 
 
@@ -267,7 +322,9 @@ def test_rules_for_file_names(tmp_path: Path) -> None:
     names = ["a/x1.png", "a/x2.png", "a/x9.png", "b/x2.png", "b/y3.png"]
     assert groups_of_files(names, "folder") == ["a", "a", "a", "b", "b"]
     found = groups_of_files(names, "runs:1")
-    assert [found.index(g) for g in found] == [0, 0, 2, 3, 4]
+    assert [found.index(g) for g in found] == [0, 0, 2, 3, 3]
+    found = groups_of_files(["exp1_num_70.jpg", "exp4_num_90.jpg", "exp2_num_20.jpg"], "runs:20")
+    assert [found.index(g) for g in found] == [0, 0, 2]
     assert groups_of_files(names, r"([xy])(\d)")[:2] == ["x 1", "x 2"]
     assert groups_of_files(names, "[xy]") == ["x", "x", "x", "x", "y"]
     table = tmp_path / "parts.csv"

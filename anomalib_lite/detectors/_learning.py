@@ -46,12 +46,12 @@ from anomalib_lite.detectors.fitting import (
     whole_groups,
 )
 from anomalib_lite.engines import AnyBackbone, open_backbone
-from anomalib_lite.errors import CalibrationWarning, InvalidValueError
+from anomalib_lite.errors import CalibrationWarning, CopiesWarning, InvalidValueError
 from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.images.augmentation import AugmentedSource
 from anomalib_lite.images.embeddings import Embeddings, embed_all, image_size_for, take
-from anomalib_lite.images.grouping import group_ids
+from anomalib_lite.images.grouping import default_groups, group_ids
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image
 
 __all__ = ["LearningModel"]
@@ -158,6 +158,12 @@ class LearningModel(ThresholdMixin, TransformingModel):
             source = source.take(normal_indices(y, len(source), where))
         else:
             refuse_labelled(images, where, _NORMAL_ONLY)
+        if groups is None:
+            exact_alone = self.memory_budget is not None
+            found, told = default_groups(source, exact_alone=exact_alone, on_error=self.on_error)
+            if told is not None:
+                warnings.warn(f"{where}: {told}", CopiesWarning, stacklevel=4)
+            source.groups = None if self.calibration == "leave_one_out" else found
         n, leave_one_out = len(source.items), self.calibration == "leave_one_out"
         order = np.arange(n) if leave_one_out else random.permutation(n)
         if source.groups is not None:

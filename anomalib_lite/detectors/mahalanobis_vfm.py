@@ -106,7 +106,7 @@ class MahalanobisVFM(BaseDetector):
     adapter_ : Adapter or None
         The LoRA update that ``adapt`` learned; ``adapter_.history`` has the losses of each epoch.
     threshold_, calibration_scores_, calibration_groups_, n_features_, backbone_, dtype_, \
-    engine_, skipped_, \
+engine_, skipped_, \
 ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.
 

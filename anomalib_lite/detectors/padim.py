@@ -78,7 +78,7 @@ default="nearest"
     components_ : ndarray of shape (d,), int64, or (D, d), float32
         The channels kept, or the projection.
     threshold_, calibration_scores_, calibration_groups_, n_features_, backbone_, dtype_, \
-    engine_, skipped_, \
+engine_, skipped_, \
 ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.
 

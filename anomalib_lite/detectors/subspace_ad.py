@@ -61,7 +61,7 @@ default="concat"
     subspace_ : Subspace
         Mean and principal components of the normal patches.
     threshold_, calibration_scores_, calibration_groups_, n_features_, backbone_, dtype_, \
-    engine_, skipped_, \
+engine_, skipped_, \
 ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.
 

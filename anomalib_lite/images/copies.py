@@ -23,8 +23,9 @@ from anomalib_lite._validation import check_choice, check_int, check_number
 from anomalib_lite.errors import AnomalibLiteError
 from anomalib_lite.images import ImageSource
 
-__all__ = ["Copies", "find_copies"]
+__all__ = ["STRICTNESS", "Copies", "copies_in", "find_copies"]
 
+STRICTNESS = 8.0  # standard deviations, see find_copies
 _SIDE = 64  # of a thumbnail, in pixels
 _SIGMA = 3.0  # of the high-pass, in pixels of the thumbnail
 _SHIFT = 3  # largest shift between two thumbnails, in their pixels
@@ -118,7 +119,7 @@ class Copies:
 def find_copies(
     images: Any,
     *,
-    strictness: float = 8.0,
+    strictness: float = STRICTNESS,
     max_pixels: int = 100_000_000,
     on_error: str = "raise",
 ) -> Copies:
@@ -128,7 +129,7 @@ def find_copies(
     ----------
     images : images
         Anything that :class:`~anomalib_lite.images.ImageSource` takes.
-    strictness : float, default=8.0
+    strictness : float, default=8
         Standard deviations by which two images must be more alike than images of this set
         typically are; above 0. More joins fewer images.
     max_pixels : int, default=100_000_000
@@ -192,6 +193,11 @@ def find_copies(
     max_pixels = check_int("max_pixels", max_pixels, where, low=1)
     check_choice("on_error", on_error, ("raise", "skip"), where)
     source = ImageSource(images, max_pixels=max_pixels, where=where)
+    return copies_in(source, strictness, on_error)
+
+
+def copies_in(source: ImageSource, strictness: float, on_error: str) -> Copies:
+    """Find copies as :func:`find_copies` does, in images that are listed already."""
     thumbs, aspects, distinct, of = _read(source, on_error)
     if not len(thumbs):
         return Copies(np.arange(len(source)), np.zeros(len(source), bool), tuple(source.names), 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 
 from anomalib_lite._validation import check_groups
-from anomalib_lite.errors import InvalidValueError, MissingPathError
+from anomalib_lite.errors import AnomalibLiteError, InvalidValueError, MissingPathError
 from anomalib_lite.images import ImageSource
-from anomalib_lite.images.copies import find_copies
+from anomalib_lite.images.copies import STRICTNESS, copies_in
 
-__all__ = ["group_ids", "groups_of_files"]
+__all__ = ["default_groups", "group_ids", "groups_of_files"]
+
+# Photographs of one part are looked for among at most so many images: all pairs are compared.
+_MOST_COMPARED = 2000
 
 _RUNS = re.compile(r"runs:(\d+)")
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
@@ -51,9 +55,84 @@ def group_ids(source: ImageSource, groups: Any, on_error: str = "raise") -> np.n
     if groups is None:
         return np.arange(len(source))
     if isinstance(groups, str) and groups == "auto":
-        found = find_copies(source.items, max_pixels=source.max_pixels, on_error=on_error)
-        return found.groups
+        return copies_in(source, STRICTNESS, on_error).groups
     return check_groups(groups, len(source), source.where)
+
+
+def default_groups(
+    source: ImageSource, *, exact_alone: bool, on_error: str
+) -> tuple[np.ndarray | None, str | None]:
+    """Group copies of which nobody has said that they are copies.
+
+    Parameters
+    ----------
+    source : ImageSource
+        N normal images.
+    exact_alone : bool
+        Look for exact copies alone, as for more than 2,000 images.
+    on_error : {"raise", "skip"}
+
+    Returns
+    -------
+    groups : ndarray of shape (N,), int64, or None
+        Images of equal content are a group; None if there are none.
+    warning : str or None
+        What to say of these, and of images that look like copies, or like photographs of one part.
+
+    Examples
+    --------
+    >>> images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    >>> source = ImageSource([*images, images[1]])
+    >>> groups, warning = default_groups(source, exact_alone=False, on_error="raise")
+    >>> groups.tolist(), warning[:56]
+    ([0, 1, 2, 1], '1 of 4 images has the same content as another (images[3]')
+    """
+    first: dict[str, int] = {}
+    exact = np.array([first.setdefault(_content(source, i), i) for i in range(len(source))])
+    n, told = len(exact), []
+    copies = np.flatnonzero(exact != np.arange(n))
+    if len(copies):
+        told.append(
+            f"{len(copies):,} of {n:,} images {'has' if len(copies) == 1 else 'have'} the same "
+            f"content as another ({source.names[copies[0]]} and {source.names[exact[copies[0]]]}): "
+            "such images count as one"
+        )
+    if not exact_alone and n <= _MOST_COMPARED:
+        alike = copies_in(source, STRICTNESS, on_error).groups
+        distinct = np.unique(exact)
+        numbers, counts = np.unique(alike[distinct], return_counts=True)
+        near = distinct[np.isin(alike[distinct], numbers[counts > 1])]
+        if len(near):
+            pair = [i for i in near if alike[i] == alike[near[0]]][:2]
+            told.append(
+                f"{len(near):,} of {n:,} images look like copies, or like photographs of the same "
+                f"part ({' and '.join(source.names[i] for i in pair)}), and count as if each "
+                "showed another: new parts may then exceed the threshold more often than asked. "
+                "Pass groups, the part of each image, or groups='auto' to hold such images back "
+                f"together; groups=range({n}) if each shows another part"
+            )
+    groups = np.unique(exact, return_inverse=True)[1] if len(copies) else None
+    return groups, ". ".join(told) + "." if told else None
+
+
+def _content(source: ImageSource, index: int) -> str:
+    """Return a hash of a file, or of the pixels of an image that is in memory."""
+    item = source.items[index]
+    path = getattr(item, "path", item)
+    if isinstance(path, str | os.PathLike):
+        try:
+            if Path(path).is_file():  # a pipe would never end
+                with Path(path).open("rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            pass
+        return f"cannot be read: {path}"  # which the fit will say
+    try:
+        pixels = source[index]
+    except AnomalibLiteError:
+        return f"cannot be used: {index}"
+    head = f"{pixels.shape} {pixels.dtype} ".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
 def groups_of_files(
@@ -93,7 +172,7 @@ def groups_of_files(
     >>> groups_of_files(["part7_top.png", "part7_side.png", "part8_top.png"], r"part(\\d+)")
     ['7', '7', '8']
     >>> groups_of_files(["img_001.png", "img_003.png", "img_250.png"], "runs:100")
-    ['./img 1', './img 1', './img 250']
+    ['./1', './1', './250']
     """
     files = [Path(os.fspath(path)) for path in paths]
     if rule == "folder":
@@ -107,7 +186,7 @@ def groups_of_files(
 
 
 def _by_runs(files: list[Path], gap: int, where: str) -> list[str]:
-    numbers = []
+    places = []
     for file in files:
         found = _LAST_NUMBER.search(file.stem)
         if found is None:
@@ -115,15 +194,14 @@ def _by_runs(files: list[Path], gap: int, where: str) -> list[str]:
                 f"{where}: groups by runs need a number in each file name, got {file.name}. Use a "
                 "regular expression or a CSV file."
             )
-        numbers.append((str(file.parent), file.stem[: found.start()], int(found[1])))
-    groups: dict[tuple[str, str, int], str] = {}
-    before: tuple[str, str, int] | None = None
-    for key in sorted(set(numbers)):
-        goes_on = before is not None and key[:2] == before[:2] and key[2] - before[2] <= gap
-        folder, stem, number = key
-        groups[key] = groups[before] if goes_on and before else f"{folder}/{stem} {number}"
-        before = key
-    return [groups[key] for key in numbers]
+        places.append((str(file.parent), int(found[1])))
+    groups: dict[tuple[str, int], str] = {}
+    before: tuple[str, int] | None = None
+    for place in sorted(set(places)):
+        goes_on = before is not None and place[0] == before[0] and place[1] - before[1] <= gap
+        groups[place] = groups[before] if goes_on and before else "{}/{}".format(*place)
+        before = place
+    return [groups[place] for place in places]
 
 
 def _by_table(files: list[Path], table: Path, column: str, where: str) -> list[str]:
