@@ -236,7 +236,11 @@ def describe_threshold(
 
 
 def calibration_size(
-    false_alarm_rate: float, n_images: int | None = None, n_known: int = 0, purposes: int = 1
+    false_alarm_rate: float,
+    n_images: int | None = None,
+    n_known: int = 0,
+    purposes: int = 1,
+    confidence: float | None = None,
 ) -> int:
     """Number of normal images to hold back for calibration.
 
@@ -251,21 +255,25 @@ def calibration_size(
         Number of calibration scores that there are already; so many images fewer are needed.
     purposes : int, default=1
         Number of purposes that need held-back images of their own, as many each.
+    confidence : float, optional
+        As in :func:`conformal_threshold`.
 
     Returns
     -------
     int
-        For the rate, the least n with ``(n + 1) (1 - rate) <= n``: ``1 / rate - 1`` rounded up.
+        For the rate, the least n with ``(n + 1) (1 - rate) <= n``: ``1 / rate - 1`` rounded up;
+        with a confidence, that with ``(1 - rate) ** n <= 1 - confidence``.
 
     Examples
     --------
     >>> calibration_size(0.01), calibration_size(0.05)
     (99, 19)
+    >>> calibration_size(0.05, confidence=0.95)
+    59
     >>> calibration_size(0.01, 120), calibration_size(0.05, 60), calibration_size(0.05, 200)
     (60, 19, 40)
     """
-    # 1e-9: 1 / 0.01 - 1 is 99, not 100, although binary fractions make it a little more.
-    needed = purposes * max(1, math.ceil(1 / false_alarm_rate - 1 - 1e-9)) - n_known
+    needed = purposes * _least(false_alarm_rate, confidence) - n_known
     if n_images is None:
         return max(1, needed)
     return min(max(needed, n_images // 5), n_images // 2)
@@ -274,7 +282,8 @@ def calibration_size(
 def _least(false_alarm_rate: float, confidence: float | None = None) -> int:
     """Return the least number of scores that can guarantee the rate."""
     if confidence is None:
-        return calibration_size(false_alarm_rate)
+        # 1e-9: 1 / 0.01 - 1 is 99, not 100, although binary fractions make it a little more.
+        return max(1, math.ceil(1 / false_alarm_rate - 1 - 1e-9))
     return math.ceil(math.log1p(-confidence) / math.log1p(-false_alarm_rate) - 1e-9)
 
 

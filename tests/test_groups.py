@@ -308,6 +308,18 @@ def test_near_copies_are_named() -> None:
         PatchCore(image_size=32, false_alarm_rate=0.2, calibration="leave_one_out").fit(frames)
 
 
+def test_a_cascade_counts_copies_as_one() -> None:
+    cascade = GatedCascade(
+        image_size=32, epochs=1, false_alarm_rate=0.3,
+        detector=PatchCore(image_size=32, false_alarm_rate=0.3),
+    )  # fmt: skip
+    images = [image for image in good(16) for _ in range(2)]
+    with pytest.warns(CopiesWarning, match="GatedCascade: 16 of 32 images have the same") as told:
+        cascade.fit(images)
+    assert told[0].filename == __file__
+    assert len(cascade.calibration_probabilities_) == 3  # a fifth of 16, one of each
+
+
 @pytest.mark.parametrize("calibration", ["split", "leave_one_out"])
 def test_new_images_cause_no_warning(calibration: str) -> None:
     with warnings.catch_warnings():

@@ -297,3 +297,36 @@ def test_wrong_use_is_refused(
     assert main([str(model) if a == "MODEL" else a for a in arguments]) == 2
     assert text in capsys.readouterr().err
     assert model.read_bytes() == before
+
+
+# --- The confidence as a parameter ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", DETECTORS)
+def test_a_confidence_is_kept(cls: Any, tmp_path: Path) -> None:
+    """It decides how many images are held back, and holds in updates and after a file."""
+    detector = fitted(cls, 140, false_alarm_confidence=0.9)
+    assert len(detector.calibration_scores_) == 45  # log(0.1) / log(0.95) and no fewer
+    assert detector.threshold_ == detector.calibration_scores_.max()
+    detector.partial_fit_embeddings(embeddings(140, 1))
+    scores = detector.calibration_scores_
+    assert detector.threshold_ == conformal_threshold(scores, 0.05, confidence=0.9)
+    detector.save(tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
+    assert loaded.false_alarm_confidence == 0.9
+    level = conformal_threshold(scores, 0.2, confidence=0.9)
+    assert loaded.set_false_alarm_rate(0.2).threshold_ == level
+    loaded.set_false_alarm_rate(0.2, confidence=0.5)
+    assert loaded.threshold_ == conformal_threshold(scores, 0.2, confidence=0.5)
+    assert loaded.false_alarm_confidence == 0.5
+
+
+@pytest.mark.parametrize("confidence", [0, 1, "0.9"])
+def test_a_detector_refuses_what_is_no_confidence(confidence: Any) -> None:
+    with pytest.raises(InvalidValueError, match="PatchCore: false_alarm_confidence must be"):
+        fitted(false_alarm_confidence=confidence)
+
+
+def test_too_few_images_for_a_confidence() -> None:
+    with pytest.warns(CalibrationWarning, match=r"with confidence=0\.99 needs 90 .* got 50"):
+        fitted(n=100, false_alarm_confidence=0.99)

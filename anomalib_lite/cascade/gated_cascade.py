@@ -51,7 +51,7 @@ from anomalib_lite.errors import (
 )
 from anomalib_lite.images import ImageSource
 from anomalib_lite.images.embeddings import stack
-from anomalib_lite.images.grouping import group_ids
+from anomalib_lite.images.grouping import default_groups, group_ids
 
 __all__ = ["SHARED_PARAMETERS", "CascadeDetections", "GatedCascade"]
 
@@ -283,10 +283,15 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         CalibrationWarning
             If there are too few normal images for ``false_alarm_rate``, or too few anomalies for
             ``max_missed``.
+        CopiesWarning
+            Without ``groups``: if images have the same content as others, which are then held back
+            together, or look like copies or photographs of one part, which are not.
         """
         self._check_parameters()
         source = ImageSource(images, max_pixels=self.max_pixels, where=_WHERE)
         normal, anomalous = positions_by_class(images, y, len(source))
+        if groups is None:
+            groups = default_groups(source, self.on_error, stacklevel=3)
         random = check_random_state(self.random_state)
         split = draw_split(
             normal,

@@ -37,8 +37,8 @@ def add_to(commands: Any) -> None:
         "--confidence",
         type=float,
         metavar="C",
-        help="probability that this very threshold keeps the rate, such as 0.95 (default: it is "
-        "kept on average)",
+        help="probability that this very threshold keeps the rate, such as 0.95 (default: the "
+        "model's)",
     )
     add_groups(parser, "of GOOD")
     parser.add_argument(
@@ -80,9 +80,11 @@ def run(arguments: argparse.Namespace) -> None:
     output = check_file(Path(arguments.output or arguments.model))
     before, rate = detector.threshold_, arguments.false_alarm_rate
     rate = detector.false_alarm_rate if rate is None else rate
-    detector._check_calibration(rate, arguments.confidence)
+    confidence = arguments.confidence
+    confidence = detector.false_alarm_confidence if confidence is None else confidence
+    detector._check_calibration(rate, confidence)
     if arguments.images is None:
-        detector.set_false_alarm_rate(rate, confidence=arguments.confidence)
+        detector.set_false_alarm_rate(rate, confidence=confidence)
     else:
         images = ImageSource(arguments.images, max_pixels=detector.max_pixels, where="calibrate")
         found = detector._with_options(on_error=arguments.on_error, verbose=1).detect(
@@ -92,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         rule = arguments.groups
         groups = None if rule is None else read_groups(images.items, rule)
         ids = group_ids(images, groups, arguments.on_error)
-        detector._calibrate(found.scores, ids, rate, arguments.confidence)
+        detector._calibrate(found.scores, ids, rate, confidence)
     with safe_open(arguments.model, "numpy") as file:
         with_weights = any(name.startswith("backbone.") for name in file.keys())  # noqa: SIM118
         fitted = json.loads(file.metadata()["anomalib_lite"])["parameters"]
@@ -100,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = {n: fitted[n] for n in ("weights", "device", "batch_size") if n in fitted}
     detector._with_options(**options).save(output, include_backbone=with_weights)
     rests_on = describe_threshold(
-        detector.calibration_scores_, rate, arguments.confidence, detector.calibration_groups_
+        detector.calibration_scores_, rate, confidence, detector.calibration_groups_
     )
     print(f"threshold     {detector.threshold_:.6g}, before {before:.6g}: {rests_on}")
     print(f"written to    {output} ({output.stat().st_size / 1e6:.1f} MB)")

@@ -170,6 +170,8 @@ def _make_cascade(given: dict[str, Any], heatmap_model: str | None, preset: str 
     from anomalib_lite.cascade import SHARED_PARAMETERS, GatedCascade
 
     own = {CASCADE_PARAMETERS.get(n, n): given.pop(n) for n in CASCADE_OPTIONS if n in given}
+    if "false_alarm_confidence" in given:
+        raise UsageError("fit: --false-alarm-confidence is no option of --detector gated_cascade")
     if "false_alarm_rate" in given:
         own["false_alarm_rate"] = given.pop("false_alarm_rate")
     own |= {name: given[name] for name in SHARED_PARAMETERS if name in given}
@@ -231,7 +233,8 @@ def summary_lines(
     whose, level = "", detector.threshold_
     if rests_on is not None:
         groups = detector.calibration_groups_
-        about = describe_threshold(rests_on, detector.false_alarm_rate, groups=groups)
+        rate, confidence = detector.false_alarm_rate, detector.false_alarm_confidence
+        about = describe_threshold(rests_on, rate, confidence, groups)
         whose = f": {about}"
     if model is not detector:
         whose, level = " of the heatmap model", detector.routing_.threshold
@@ -256,4 +259,6 @@ def _promise(detector: Any, rate_kept: bool) -> str:
     if detector.calibration == "leave_one_out":
         return f"about {rate} of future normal images (leave-one-out: an estimate)"
     whose = "images of new parts" if grouped else "normal images"
-    return f"at most {rate} of future {whose}, on average"
+    confidence = getattr(detector, "false_alarm_confidence", None)
+    kept = "on average" if confidence is None else f"with a confidence of {confidence:g}"
+    return f"at most {rate} of future {whose}, {kept}"

@@ -118,6 +118,12 @@ FIT_OPTIONS: dict[str, Option] = {
     "index": (str, "flat", "PatchCore: flat (exact), or a FAISS index-factory string"),
     "smoothing": (float, 4.0, "smoothing of heatmaps, in pixels of the image size"),
     "false_alarm_rate": (float, 0.01, "share of future normal images called anomalous, in (0, 1)"),
+    "false_alarm_confidence": (
+        float,
+        None,
+        "probability that this very threshold keeps the rate, such as 0.95 (default: it is kept on "
+        "average)",
+    ),
     "calibration": (str, "split", "split or leave_one_out"),
     "device": (str, "auto", "auto, cpu, cuda or mps"),
     "dtype": (str, "auto", "auto, float32, bfloat16 or float16"),

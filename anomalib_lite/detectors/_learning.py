@@ -46,7 +46,7 @@ from anomalib_lite.detectors.fitting import (
     whole_groups,
 )
 from anomalib_lite.engines import AnyBackbone, open_backbone
-from anomalib_lite.errors import CalibrationWarning, CopiesWarning, InvalidValueError
+from anomalib_lite.errors import CalibrationWarning, InvalidValueError
 from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.images.augmentation import AugmentedSource
@@ -159,10 +159,9 @@ class LearningModel(ThresholdMixin, TransformingModel):
         else:
             refuse_labelled(images, where, _NORMAL_ONLY)
         if groups is None:
-            exact_alone = self.memory_budget is not None
-            found, told = default_groups(source, exact_alone=exact_alone, on_error=self.on_error)
-            if told is not None:
-                warnings.warn(f"{where}: {told}", CopiesWarning, stacklevel=4)
+            # At the user's line: above a public method, its _fit_images and this one.
+            bounded = self.memory_budget is not None
+            found = default_groups(source, self.on_error, exact_alone=bounded, stacklevel=5)
             source.groups = None if self.calibration == "leave_one_out" else found
         n, leave_one_out = len(source.items), self.calibration == "leave_one_out"
         order = np.arange(n) if leave_one_out else random.permutation(n)
@@ -270,7 +269,9 @@ class LearningModel(ThresholdMixin, TransformingModel):
             n_known = len(np.unique(self.calibration_groups_))
         starts = None if groups is None else group_starts(groups)
         n_groups = n if starts is None else len(starts)
-        wanted = calibration_size(self.false_alarm_rate, n_groups, n_known, purposes)
+        wanted = calibration_size(
+            self.false_alarm_rate, n_groups, n_known, purposes, self.false_alarm_confidence
+        )
         if starts is None or groups is None:
             return wanted
         return len(groups) - int(np.append(starts, len(groups))[len(starts) - wanted])
@@ -328,16 +329,13 @@ class LearningModel(ThresholdMixin, TransformingModel):
         known = self.calibration_groups_ if update and joins else np.empty(0, np.int64)
         new = shards.groups_of_last(len(found) - len(known))
         groups = np.concatenate([known, new + known.max(initial=-1) + 1])
+        promise = self.false_alarm_rate, self.false_alarm_confidence
         fresh.calibration_scores_ = model._standardize_calibration(
-            found,
-            groups,
-            self.false_alarm_rate,
-            left_out=self.calibration == "leave_one_out",
-            statistics=statistics,
+            found, groups, *promise, self.calibration == "leave_one_out", statistics
         )
         fresh.calibration_groups_ = groups[len(groups) - len(fresh.calibration_scores_) :]
         calibrated, shortfall = threshold_and_shortfall(
-            fresh.calibration_scores_, self.false_alarm_rate, groups=fresh.calibration_groups_
+            fresh.calibration_scores_, *promise, fresh.calibration_groups_
         )
         if fresh._take_threshold(calibrated) and shortfall is not None:
             # At the user's line: above a public method and its _fit_...

@@ -22,6 +22,7 @@ class ThresholdMixin:
     calibration_scores_: np.ndarray
     calibration_groups_: np.ndarray
     false_alarm_rate: float
+    false_alarm_confidence: float | None
     image_score: str
 
     def set_false_alarm_rate(
@@ -36,9 +37,8 @@ class ThresholdMixin:
             :meth:`partial_fit` go on with it.
         confidence : float, optional
             Probability, in (0, 1), that the rate of this very threshold is at most
-            ``false_alarm_rate``; by default its mean over draws of the images is. See
-            :func:`~anomalib_lite.calibration.conformal_threshold`. It is not kept: after
-            :meth:`partial_fit` the rate holds on average, until this is called again.
+            ``false_alarm_rate``; by default that of the detector, ``false_alarm_confidence``, which
+            it replaces. See :func:`~anomalib_lite.calibration.conformal_threshold`.
 
         Returns
         -------
@@ -69,6 +69,7 @@ class ThresholdMixin:
         """
         self._check_has_threshold()
         scores, groups = self.calibration_scores_, self.calibration_groups_
+        confidence = self.false_alarm_confidence if confidence is None else confidence
         return self._calibrate(scores, groups, false_alarm_rate, confidence)
 
     def recalibrate(
@@ -137,6 +138,7 @@ class ThresholdMixin:
         """
         self._check_has_threshold()
         rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
+        confidence = self.false_alarm_confidence if confidence is None else confidence
         self._check_calibration(rate, confidence)
         where = type(self).__name__
         refuse_labelled(images, where, "recalibrate takes normal images only.")
@@ -161,7 +163,7 @@ class ThresholdMixin:
         if shortfall is not None:
             warnings.warn(shortfall, CalibrationWarning, stacklevel=3)
         self.calibration_scores_, self.calibration_groups_ = scores, groups
-        self.false_alarm_rate = float(rate)
+        self.false_alarm_rate, self.false_alarm_confidence = float(rate), confidence
         self.threshold_ = self.calibrated_threshold_ = threshold
         return self
 

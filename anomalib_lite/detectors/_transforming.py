@@ -53,6 +53,7 @@ class TransformingModel(EmbeddingModel):
     whiten_shrinkage: float = 0.07
     normalize: bool = False
     false_alarm_rate: float
+    false_alarm_confidence: float | None
     n_jobs: Any
     backbone_: AnyBackbone
     transform_: EmbeddingTransform | None = None  # None: embeddings stay as they are

@@ -451,6 +451,8 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
         check_choice("fusion", self.fusion, self._fusions, where)
         self._check_transform()
         check_choice("calibration", self.calibration, CALIBRATIONS, where)
+        if self.false_alarm_confidence is not None:
+            check_number("false_alarm_confidence", self.false_alarm_confidence, where, "(0, 1)")
         check_number("smoothing", self.smoothing, where, "[0, 1000]")
         if self.n_jobs is not None and self.n_jobs != -1:
             check_int("n_jobs", self.n_jobs, where, low=1)

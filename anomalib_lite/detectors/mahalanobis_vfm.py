@@ -43,7 +43,8 @@ class MahalanobisVFM(BaseDetector):
     ----------
     backbone : str or torch.nn.Module, default="efficientnet_lite0"
         As in :class:`~anomalib_lite.PatchCore`; so are ``weights``, ``layers``,
-        ``image_size``, ``smoothing``, ``false_alarm_rate``, ``device``, ``dtype``, ``engine``,
+        ``image_size``, ``smoothing``, ``false_alarm_rate``, ``false_alarm_confidence``,
+        ``device``, ``dtype``, ``engine``,
         ``batch_size``, ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``. For a
         foundation model: ``"vit_base_patch14_dinov2.lvd142m"``, with ``weights`` if there is
         no network.
@@ -165,6 +166,7 @@ ignore_mask_, map_statistics_
         image_score: str = "max",
         smoothing: float = 4.0,
         false_alarm_rate: float = 0.01,
+        false_alarm_confidence: float | None = None,
         calibration: str = "split",
         device: str = "auto",
         dtype: str = "auto",
@@ -202,6 +204,7 @@ ignore_mask_, map_statistics_
         self.image_score = image_score
         self.smoothing = smoothing
         self.false_alarm_rate = false_alarm_rate
+        self.false_alarm_confidence = false_alarm_confidence
         self.calibration = calibration
         self.device = device
         self.dtype = dtype

@@ -34,7 +34,8 @@ class PaDiM(BaseDetector):
     ----------
     backbone : str or torch.nn.Module, default="efficientnet_lite0"
         As in :class:`~anomalib_lite.PatchCore`; so are ``weights``, ``image_size``,
-        ``smoothing``, ``false_alarm_rate``, ``device``, ``dtype``, ``engine``, ``batch_size``,
+        ``smoothing``, ``false_alarm_rate``, ``false_alarm_confidence``,
+        ``device``, ``dtype``, ``engine``, ``batch_size``,
         ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``.
     layers : sequence of str or int, optional
         Layers to use; by default those of stride 4, 8 and 16.
@@ -137,6 +138,7 @@ ignore_mask_, map_statistics_
         image_score: str = "smoothed",
         smoothing: float = 4.0,
         false_alarm_rate: float = 0.01,
+        false_alarm_confidence: float | None = None,
         calibration: str = "split",
         device: str = "auto",
         dtype: str = "auto",
@@ -166,6 +168,7 @@ ignore_mask_, map_statistics_
         self.image_score = image_score
         self.smoothing = smoothing
         self.false_alarm_rate = false_alarm_rate
+        self.false_alarm_confidence = false_alarm_confidence
         self.calibration = calibration
         self.device = device
         self.dtype = dtype

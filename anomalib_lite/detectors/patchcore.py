@@ -143,6 +143,12 @@ default="max"
         Standard deviation of the Gaussian that smooths heatmaps, in pixels of ``image_size``.
     false_alarm_rate : float, default=0.01
         Share of future normal images that may be called anomalous, in (0, 1).
+    false_alarm_confidence : float, optional
+        Probability, in (0, 1), that the rate of this very threshold is at most
+        ``false_alarm_rate``, over draws of the images held back, of which it needs more. By
+        default the mean over draws is; see
+        :func:`~anomalib_lite.calibration.conformal_threshold`. An estimate with
+        ``"leave_one_out"``.
     calibration : {"split", "leave_one_out"}, default="split"
         ``"split"`` holds images back (as many as the rate needs, a fifth to half of all) and takes
         the threshold from their scores, with a finite-sample guarantee. Then it adds their patches
@@ -301,6 +307,7 @@ default="max"
         ef_search: int | None = None,
         smoothing: float = 4.0,
         false_alarm_rate: float = 0.01,
+        false_alarm_confidence: float | None = None,
         calibration: str = "split",
         device: str = "auto",
         dtype: str = "auto",
@@ -339,6 +346,7 @@ default="max"
         self.ef_search = ef_search
         self.smoothing = smoothing
         self.false_alarm_rate = false_alarm_rate
+        self.false_alarm_confidence = false_alarm_confidence
         self.calibration = calibration
         self.device = device
         self.dtype = dtype

@@ -28,7 +28,8 @@ class SubspaceAD(BaseDetector):
     ----------
     backbone : str or torch.nn.Module, default="efficientnet_lite0"
         As in :class:`~anomalib_lite.PatchCore`; so are ``weights``, ``layers``, ``image_size``,
-        ``smoothing``, ``false_alarm_rate``, ``device``, ``dtype``, ``engine``, ``batch_size``,
+        ``smoothing``, ``false_alarm_rate``, ``false_alarm_confidence``,
+        ``device``, ``dtype``, ``engine``, ``batch_size``,
         ``n_jobs``, ``on_error``, ``max_pixels`` and ``verbose``. In the paper:
         ``"vit_giant_patch14_reg4_dinov2.lvd142m"`` with ``image_size=672``.
     fusion : {"concat", "single", "mean", "nearest", "weighted", "adaptive", "per_layer"}, \
@@ -110,6 +111,7 @@ ignore_mask_, map_statistics_
         image_score: str = "top1%",
         smoothing: float = 4.0,
         false_alarm_rate: float = 0.01,
+        false_alarm_confidence: float | None = None,
         calibration: str = "split",
         device: str = "auto",
         dtype: str = "auto",
@@ -138,6 +140,7 @@ ignore_mask_, map_statistics_
         self.image_score = image_score
         self.smoothing = smoothing
         self.false_alarm_rate = false_alarm_rate
+        self.false_alarm_confidence = false_alarm_confidence
         self.calibration = calibration
         self.device = device
         self.dtype = dtype

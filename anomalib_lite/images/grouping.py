@@ -6,6 +6,7 @@ import csv
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ from typing import Any
 import numpy as np
 
 from anomalib_lite._validation import check_groups
-from anomalib_lite.errors import AnomalibLiteError, InvalidValueError, MissingPathError
+from anomalib_lite.errors import (
+    AnomalibLiteError,
+    CopiesWarning,
+    InvalidValueError,
+    MissingPathError,
+)
 from anomalib_lite.images import ImageSource
 from anomalib_lite.images.copies import STRICTNESS, copies_in
 
@@ -60,32 +66,40 @@ def group_ids(source: ImageSource, groups: Any, on_error: str = "raise") -> np.n
 
 
 def default_groups(
-    source: ImageSource, *, exact_alone: bool, on_error: str
-) -> tuple[np.ndarray | None, str | None]:
+    source: ImageSource, on_error: str, *, exact_alone: bool = False, stacklevel: int = 2
+) -> np.ndarray | None:
     """Group copies of which nobody has said that they are copies.
 
     Parameters
     ----------
     source : ImageSource
         N normal images.
-    exact_alone : bool
-        Look for exact copies alone, as for more than 2,000 images.
     on_error : {"raise", "skip"}
+    exact_alone : bool, default=False
+        Look for exact copies alone, as for more than 2,000 images.
+    stacklevel : int, default=2
+        Of the warning.
 
     Returns
     -------
-    groups : ndarray of shape (N,), int64, or None
+    ndarray of shape (N,), int64, or None
         Images of equal content are a group; None if there are none.
-    warning : str or None
-        What to say of these, and of images that look like copies, or like photographs of one part.
+
+    Warns
+    -----
+    CopiesWarning
+        Of these, and of images that look like copies, or like photographs of one part.
 
     Examples
     --------
     >>> images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     >>> source = ImageSource([*images, images[1]])
-    >>> groups, warning = default_groups(source, exact_alone=False, on_error="raise")
-    >>> groups.tolist(), warning[:56]
-    ([0, 1, 2, 1], '1 of 4 images has the same content as another (images[3]')
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     default_groups(source, on_error="raise")
+    array([0, 1, 2, 1])
+    >>> str(caught[0].message)[:57]
+    'ImageSource: 1 of 4 images has the same content as anothe'
     """
     first: dict[str, int] = {}
     exact = np.array([first.setdefault(_content(source, i), i) for i in range(len(source))])
@@ -111,8 +125,10 @@ def default_groups(
                 "Pass groups, the part of each image, or groups='auto' to hold such images back "
                 f"together; groups=range({n}) if each shows another part"
             )
-    groups = np.unique(exact, return_inverse=True)[1] if len(copies) else None
-    return groups, ". ".join(told) + "." if told else None
+    if told:
+        text = f"{source.where}: {'. '.join(told)}."
+        warnings.warn(text, CopiesWarning, stacklevel=stacklevel)
+    return np.unique(exact, return_inverse=True)[1] if len(copies) else None
 
 
 def _content(source: ImageSource, index: int) -> str:

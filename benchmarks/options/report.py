@@ -1,4 +1,4 @@
-"""Tables and the front of rows that are kept, such as those of docs/options.
+"""Tables and the front of rows that are kept, as docs/options.md shows them.
 
 python benchmarks/options/report.py docs/options/rows.csv options
 python benchmarks/options/report.py docs/options/rows.csv front front.png times.jsonl
@@ -6,8 +6,10 @@ python benchmarks/options/report.py docs/options/rows.csv front front.png times.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -25,16 +27,50 @@ def read(path: str, name: str) -> pd.DataFrame:
     return rows.assign(category=names.str.replace("^elpv_", "elpv/", regex=True))
 
 
+def as_markdown(found: pd.DataFrame, groups: list[str]) -> str:
+    """Return a table of text: one line for each option."""
+    timed = [name for name in found if name.startswith("ms, ") and name != "ms, ratio"]
+    head = ["", *(name.replace("solar ", "") for name in groups), "**mean**"]
+    head += ["pixel AUROC tiles, papers", "AUPRO tiles, papers", "found", "stopped", "rows"]
+    head += ["ms " + ", ".join(n.removeprefix("ms, ").split()[-1] for n in timed)] if timed else []
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for option, row in found.iterrows():
+        spread = "" if math.isnan(row["spread"]) else f" ± {row['spread']:.3f}"
+        cells = [
+            str(option),
+            *(f"{row[name]:.3f}" for name in groups),
+            f"{row['mean']:.3f}{spread}",
+        ]
+        for name in ("pixel_auroc", "aupro"):
+            cells.append(", ".join(f"{row[f'{name}, {g}']:.3f}" for g in ("tiles", "papers")))
+        cells += [f"{row['detection_rate']:.3f}", f"{row['false_alarm_rate']:.3f}"]
+        cells.append("" if math.isnan(row["bank_rows"]) else f"{row['bank_rows']:,.0f}")
+        cells += [", ".join(_time(row[name]) for name in timed)] if timed else []
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _time(ms: Any) -> str:
+    return "" if math.isnan(ms) else f"{ms:.1f}" if ms < 10 else f"{ms:.0f}"
+
+
+def table_of(path: str, name: str) -> str:
+    """Return the table of one study as text."""
+    study, rows = open_study(HERE / f"{name}.yaml"), read(path, name)
+    found = study.module.tables(rows, study.config)["table"]
+    return as_markdown(found, [group for group in study.module.GROUPS if group in found])
+
+
 def main(path: str, name: str, picture: str = "", times: str = "") -> None:
     """Print the table, or draw the front."""
-    study, rows = open_study(HERE / f"{name}.yaml"), read(path, name)
-    if picture:
-        tests, timed = study.module.split(rows)
-        timed = read(times, name) if times else timed
-        baseline = study.config.baseline
-        study.module.draw_front(study.module.complete(tests), timed, baseline, Path(picture))
+    if not picture:
+        print(table_of(path, name))
         return
-    print(study.module.tables(rows, study.config)["table"].to_markdown(floatfmt=".3f"))
+    study, rows = open_study(HERE / f"{name}.yaml"), read(path, name)
+    tests, timed = study.module.split(rows)
+    timed = read(times, name) if times else timed
+    baseline = study.config.baseline
+    study.module.draw_front(study.module.complete(tests), timed, baseline, Path(picture))
 
 
 if __name__ == "__main__":

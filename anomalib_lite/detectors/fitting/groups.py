@@ -30,7 +30,7 @@ def order_of_fit(
     --------
     >>> groups = np.array([0, 0, 1, 2, 2, 2])
     >>> groups[order_of_fit(np.arange(6), groups, np.random.RandomState(0))].tolist()
-    [1, 2, 2, 2, 0, 0]
+    [2, 2, 2, 1, 0, 0]
     """
     places = random.permutation(groups.max() + 1)
     return order[np.argsort(places[groups[order]], kind="stable")]

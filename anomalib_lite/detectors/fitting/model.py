@@ -242,7 +242,7 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         scores: np.ndarray,
         groups: np.ndarray,
         false_alarm_rate: float,
-        *,
+        confidence: float | None,
         left_out: bool,
         statistics: np.ndarray | None = None,
     ) -> np.ndarray:
@@ -274,7 +274,9 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
             taught = described[:n_taught].astype(np.float64)
             spread = taught.std(axis=0, ddof=1)
             statistics = np.array([taught.mean(axis=0), spread], np.float32)
-        self.map_threshold_, _ = threshold_and_shortfall(peaks, false_alarm_rate, groups=groups)
+        self.map_threshold_, _ = threshold_and_shortfall(
+            peaks, false_alarm_rate, confidence, groups
+        )
         self.map_statistics_ = statistics
         return standardize(described if left_out else described[n_taught:], statistics)
 
