@@ -116,3 +116,6 @@ def test_rows_that_are_kept_give_their_table(name: str) -> None:
     table = study.module.tables(rows, study.config)["table"]
     assert set(table.index) <= set(study.config.options)
     assert table["mean"].between(0.7, 1).all()
+    if name == "options":  # and the page shows it
+        page = (ROOT / "docs/options.md").read_text()
+        assert report.table_of(str(ROOT / "docs/options/rows.csv"), name) in page
