@@ -225,7 +225,32 @@ def test_a_killed_process_gives_equal_rows(tmp_path: Path) -> None:
         file_.write('{"case": "torn, as by a pow')
     run_studies([file], out, resume=True)
     run_studies([file], tmp_path / "whole")
-    assert rows_of(out / "dice") == rows_of(tmp_path / "whole/dice")
+    # The first rows come from another process. It may have been given another number of cores, as
+    # by OMP_NUM_THREADS or its affinity; each row says how many there were when it was made.
+    resumed, whole = (rows_of(folder) for folder in (out / "dice", tmp_path / "whole/dice"))
+    for row in (*resumed, *whole):
+        assert row.pop("cores") >= 1
+    assert resumed == whole
+
+
+def test_each_row_says_how_many_cores_there_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, out, there = open_study(write_study(tmp_path)), tmp_path / "out", [100]
+    monkeypatch.setattr("anomalib_lite.studies._provenance.n_cores", lambda: there[-1])
+    monkeypatch.setattr(study.module, "pause", lambda case: there.append(there[-1] + 1))
+    run_studies([study], out)
+    # Each of the 12 cases has two rows, before the number changes.
+    assert [row["cores"] for row in rows_of(out / "dice")] == [100 + i // 2 for i in range(24)]
+
+
+def test_rows_hold_what_json_can(tmp_path: Path) -> None:
+    results = Results(tmp_path, {"code": "1"}, resume=False)
+    row = {"n": np.int64(3), "x": np.float32(0.5), "none": np.nan, "on": np.bool_(True)}
+    results.append("a", [row | {"high": np.inf, "path": Path("a/b"), "deep": [np.int64(4)]}])
+    [found] = results.read()
+    expected = {"n": 3, "x": 0.5, "none": None, "on": True, "high": None, "path": "a/b"}
+    assert found == expected | {"deep": [4], "case": "a", "case_rows": 1}
 
 
 def test_rows_of_half_a_case_are_cut_off(tmp_path: Path) -> None:

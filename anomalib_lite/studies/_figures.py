@@ -10,8 +10,17 @@ import numpy as np
 
 from anomalib_lite._files import replacing
 from anomalib_lite.studies._extra import import_extra
+from anomalib_lite.studies._sources import short_name
 
-__all__ = ["COLORS", "MARKERS", "draw_bars", "draw_matrix", "new_figure", "save_figure"]
+__all__ = [
+    "COLORS",
+    "MARKERS",
+    "draw_bars",
+    "draw_categories",
+    "draw_matrix",
+    "new_figure",
+    "save_figure",
+]
 
 # Okabe and Ito's colours, told apart with any colour vision; yellow is too light for lines.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#7F7F7F")
@@ -92,6 +101,45 @@ def draw_bars(
     panel.set(title=title, ylabel=label)
     panel.axhline(0, color="black", linewidth=0.8)
     panel.grid(axis="y", alpha=0.3)
+
+
+def draw_categories(
+    panel: Any, rows: Any, compared: str, names: Sequence[str], *, title: str
+) -> None:
+    """Draw the image AUROC of each category: a mark for each of what is compared.
+
+    Parameters
+    ----------
+    panel : Axes
+    rows : DataFrame
+        Has the columns ``category``, ``image_auroc`` and ``compared``; means are drawn.
+    compared : str
+        Column of what is compared.
+    names : sequence of str
+        Its values in order; one without rows has no mark.
+    title : str
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> names = {"method": ["a", "a", "b"], "category": ["textile", "visa/pcb1", "textile"]}
+    >>> rows = pd.DataFrame(names | {"image_auroc": [0.9, 0.8, 0.7]})
+    >>> figure, [[panel]] = new_figure(1, 1, (4, 3))
+    >>> draw_categories(panel, rows, "method", ["a", "b", "c"], title="All")
+    >>> [line.get_label() for line in panel.lines]
+    ['a', 'b']
+    """
+    grid = rows.pivot_table(index="category", columns=compared, values="image_auroc", sort=False)
+    for i, name in enumerate(names):
+        if name in grid:
+            place = np.arange(len(grid)) + 0.6 * ((i + 0.5) / len(names) - 0.5)
+            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+            panel.plot(place, grid[name], marker, color=color, label=name, markersize=5)
+    short = [short_name(name) for name in grid.index]
+    panel.set_xticks(range(len(grid)), short, rotation=45, ha="right", fontsize=8)
+    panel.set(title=title, ylabel="image AUROC")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def draw_matrix(

@@ -25,9 +25,10 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-@cache
 def surroundings() -> dict[str, Any]:
-    """Return version, commit, machine and torch's version, the same for all rows of a process.
+    """Return version, commit, machine, cores and torch's version, as they are now.
+
+    The number of cores may change while a process runs, as by ``OMP_NUM_THREADS``.
 
     >>> sorted(surroundings())
     ['commit', 'cores', 'machine', 'torch', 'version']

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from anomalib_lite.errors import InvalidValueError, OutputError
 
 __all__ = ["Results", "case_id"]
 
+_JSON = (str, int, list, tuple, dict, type(None))  # a bool is an int
 _WORDS = {
     "configuration": "the configuration",
     "study": "the Python file of the study",
@@ -80,9 +82,14 @@ class Results:
         self.finished = self._cut_to_finished()
 
     def append(self, case: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write all rows of a case at once, and hand them to the disk."""
+        """Write all rows of a case at once, and hand them to the disk.
+
+        Numbers of numpy become Python's, NaN and infinities null, and what JSON cannot hold, such
+        as a path, its text.
+        """
         head = {"case": case, "case_rows": len(rows)}
-        lines = "".join(json.dumps(dict(row) | head, default=_plain) + "\n" for row in rows)
+        plain = [{key: _plain(value) for key, value in row.items()} | head for row in rows]
+        lines = "".join(json.dumps(row, default=_plain) + "\n" for row in plain)
         with writing(self.rows_file), self.rows_file.open("ab") as file:
             file.write(lines.encode())
             file.flush()
@@ -162,5 +169,9 @@ def case_id(case: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Turn numbers of numpy and the like into what JSON holds."""
-    return value.item() if isinstance(value, np.generic) else str(value)
+    """Return what JSON can hold: Python's numbers, None for NaN and infinities, or text."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, _JSON) else str(value)

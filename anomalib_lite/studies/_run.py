@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import time
 import warnings
@@ -12,8 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from anomalib_lite.datasets import Dataset, Sample
 from anomalib_lite.engines import open_backbone, opening_backbones
@@ -164,7 +161,7 @@ class Run:
                 about = {**of_backbones(self._opened), **surroundings(), "timestamp": now()}
                 whole = {"seed": None, **self._case, **row}
                 whole |= {key: value for key, value in about.items() if whole.get(key) is None}
-                self._rows.append({key: _plain(value) for key, value in whole.items()})
+                self._rows.append(whole)
 
     def without_cache(self) -> AbstractContextManager[None]:
         """Return a context in which every embedding is computed, as where times are measured."""
@@ -327,10 +324,3 @@ class Run:
 
 def _drawn(category: str, seed: int) -> str:
     return f"{category}, seed {seed}"
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold: Python's numbers, and None for NaN."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -263,6 +263,7 @@ class _Stderr(logging.Handler):
     """Prints lines above the bar, without tracebacks, which the file has."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print the level and the message of a record as one line."""
         tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
 
 

@@ -6,15 +6,13 @@ from typing import Any, Literal
 
 from anomalib_lite import PatchCore, SubspaceAD
 from anomalib_lite.studies import (
-    COLORS,
-    MARKERS,
     NetworkConfig,
     StudyConfig,
     category_names,
     draw_bars,
+    draw_categories,
     new_figure,
     save_figure,
-    short_name,
     summarize,
 )
 
@@ -120,7 +118,7 @@ def find_gaps(table: Any) -> Any:
 
 
 def draw(table: Any, folder: Any, config: Config) -> None:
-    """Draw in-domain, cross-domain, each category and the gap."""
+    """Draw in-domain, cross-domain, the gap and each category."""
     gaps = find_gaps(table)
     names = [name for name in config.backbones if name in set(table["backbone"])]
     means = gaps.groupby("backbone").mean().reindex(names)
@@ -129,32 +127,18 @@ def draw(table: Any, folder: Any, config: Config) -> None:
     for panel, column, title in (
         (panels[0, 0], "in_domain", "In-domain: categories that it was fitted on"),
         (panels[0, 1], "cross_domain", "Cross-domain: data sets that it has not seen"),
-        (panels[1, 1], "gap", "Generalisation gap: in-domain less cross-domain"),
+        (panels[1, 0], "gap", "Generalisation gap: in-domain less cross-domain"),
     ):
         label = "difference of image AUROC" if column == "gap" else "image AUROC, mean"
         draw_bars(panel, names, means[column], spreads[column], title=title, label=label)
         if column != "gap":
             panel.axhline(0.5, color="black", linestyle=":", linewidth=1)
-    draw_categories(panels[1, 0], table[table["setting"] == "own"], names)
+    own = table[table["setting"] == "own"]
+    title = "Each category by a detector of its own"
+    draw_categories(panels[1, 1], own, "backbone", names, title=title)
     seeds = table["seed"].nunique()
     figure.suptitle(
         "In-domain, cross-domain and gap: one detector, fitted on all in-domain categories. "
         f"Lines: deviation of {seeds} seeds."
     )
     save_figure(figure, folder / "backbone_comparison.png")
-
-
-def draw_categories(panel: Any, own: Any, names: list[str]) -> None:
-    """Draw a mark for each backbone and category."""
-    grid = own.pivot_table(index="category", columns="backbone", values="image_auroc", sort=False)
-    for i, name in enumerate(names):
-        if name in grid:
-            place = [x + 0.12 * (i - (len(names) - 1) / 2) for x in range(len(grid))]
-            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-            panel.plot(place, grid[name], marker, color=color, label=name, markersize=5)
-    panel.set_xticks(
-        range(len(grid)), map(short_name, grid.index), rotation=45, ha="right", fontsize=8
-    )
-    panel.set(title="Each category by a detector of its own", ylabel="image AUROC")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, loc="best")

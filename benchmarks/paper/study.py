@@ -12,16 +12,14 @@ from anomalib_lite.detectors.presets import PRESETS
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.evaluation import evaluate
 from anomalib_lite.studies import (
-    COLORS,
-    MARKERS,
     NetworkConfig,
     StudyConfig,
     StudyModel,
     category_names,
     draw_bars,
+    draw_categories,
     new_figure,
     save_figure,
-    short_name,
     summarize,
 )
 
@@ -192,24 +190,10 @@ def draw(table: Any, folder: Any, config: Config) -> None:
             style = {"color": "white", "markeredgecolor": "black", "markeredgewidth": 1.5}
             panel.plot(place, published, "D", label="reported", **style)
             panel.legend(loc="lower right")
-    draw_categories(panels[1, 1], table, names)
+    draw_categories(panels[1, 1], table, "method", names, title="Each category, measured")
     seeds = table["seed"].nunique()
     categories = table["category"].nunique()
     figure.suptitle(
         f"Presets by the protocols of the papers: {categories} categories, seeds: {seeds}"
     )
     save_figure(figure, folder / "paper_comparison.png")
-
-
-def draw_categories(panel: Any, table: Any, names: list[str]) -> None:
-    """Draw a mark for each method and category."""
-    grid = table.pivot_table(index="category", columns="method", values="image_auroc", sort=False)
-    for i, name in enumerate(names):
-        place = [x + 0.6 * ((i + 0.5) / len(names) - 0.5) for x in range(len(grid))]
-        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-        panel.plot(place, grid[name], marker, color=color, label=name, markersize=5)
-    short = [short_name(name) for name in grid.index]
-    panel.set_xticks(range(len(grid)), short, rotation=45, ha="right", fontsize=9)
-    panel.set(title="Each category, measured", ylabel="image AUROC")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

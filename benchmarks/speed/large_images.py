@@ -26,6 +26,9 @@ from scipy.ndimage import gaussian_filter, label
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from anomalib_lite import PatchCore  # noqa: E402
+from anomalib_lite.evaluation import peak_memory  # noqa: E402
+
 SCRATCH = (3, 40)  # pixels
 
 
@@ -39,18 +42,10 @@ def surface(height: int, width: int, seed: int) -> np.ndarray:
     return np.clip(120 + 40 * fine + 40 * coarse + light, 0, 255).astype(np.uint8)
 
 
-def peak_mb() -> float:
-    """Return the largest memory of this process since the last reset, in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise SystemExit("needs /proc/self/status")
-
-
 def reset_peak() -> float:
-    """Start the measurement of a peak; return the memory in use now, in MB."""
+    """Start the measurement of a peak; return the memory in use now, in MiB. Linux only."""
     Path("/proc/self/clear_refs").write_text("5")
-    return peak_mb()
+    return peak_memory()
 
 
 def main() -> None:
@@ -62,8 +57,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--memory-budget", default="750MB")
     args = parser.parse_args()
-
-    from anomalib_lite import PatchCore
 
     height, width = args.size
     with tempfile.TemporaryDirectory() as folder:
@@ -85,10 +78,10 @@ def main() -> None:
             more |= {"memory_budget": args.memory_budget}
         idle, began = reset_peak(), time.perf_counter()
         detector = PatchCore(**more).fit(paths[:-1])
-        fit_mb, fit_s = peak_mb() - idle, time.perf_counter() - began
+        fit_mib, fit_s = peak_memory() - idle, time.perf_counter() - began
         idle, began = reset_peak(), time.perf_counter()
         found = detector.detect(paths[-1:])
-        detect_mb, detect_s = peak_mb() - idle, time.perf_counter() - began
+        detect_mib, detect_s = peak_memory() - idle, time.perf_counter() - began
     heatmap = found.maps[0]
     outlined, n_regions = label(heatmap > detector.threshold_)
     own = set(np.unique(outlined[y - 8 : y + 11, x - 8 : x + 48])) - {0}
@@ -104,8 +97,8 @@ def main() -> None:
                 "scratch_outlined": bool(own),
                 "peak_in_scratch": bool(abs(peak[0] - y) < 12 and -12 < peak[1] - x < 52),
                 "other_regions": n_regions - len(own),
-                "fit_mb_above_idle": round(fit_mb),
-                "detect_mb_above_idle": round(detect_mb),
+                "fit_mb_above_idle": round(fit_mib * 2**20 / 1e6),
+                "detect_mb_above_idle": round(detect_mib * 2**20 / 1e6),
                 "fit_s": round(fit_s, 1),
                 "detect_s": round(detect_s, 1),
             }
