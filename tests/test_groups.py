@@ -355,6 +355,21 @@ def test_rules_for_file_names(tmp_path: Path) -> None:
         groups_of_files(["a.png"], "runs:3")
 
 
+def test_the_command_line_promises_nothing_about_copies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    for i, image in enumerate(good(20, size=(64, 96))):
+        for k in range(2):
+            frame = np.clip(image + rng.integers(-2, 3, image.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(frame).save(tmp_path / f"{i}_{k}.png")
+    command = ["fit", str(tmp_path), "-o", str(tmp_path / "m.safetensors"), "--image-size", "32"]
+    assert main([*command, "--false-alarm-rate", "0.2"]) == 0
+    told = capsys.readouterr()
+    assert "40 of 40 images look like copies" in told.err
+    assert "the rate of 0.2 asked for is not guaranteed, see the warning" in told.out
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, fresh, model = tmp_path / "good", tmp_path / "fresh", tmp_path / "m.safetensors"
     for directory, seed in ((folder, 0), (fresh, 1)):

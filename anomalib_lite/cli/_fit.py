@@ -122,7 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
     detector._with_options(verbose=0).save(model, include_backbone=arguments.include_backbone)
     print_skipped([reason for _, reason in detector.skipped_])
     n_images = len(source) if y is None else len(y)
-    rate_kept = not any("false_alarm_rate=" in message for message in shown)
+    doubts = "false_alarm_rate=", "look like copies"
+    rate_kept = not any(doubt in message for message in shown for doubt in doubts)
     for title, text in summary_lines(detector, n_images, seconds, rate_kept=rate_kept):
         print(f"{title:<14}{text}")
     print(f"written to    {model} ({model.stat().st_size / 1e6:.1f} MB)")
