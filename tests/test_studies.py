@@ -21,7 +21,7 @@ from anomalib_lite.errors import InvalidValueError, MissingPathError, OutputErro
 for package in ("pandas", "pydantic", "yaml", "tabulate", "matplotlib"):
     pytest.importorskip(package, reason="needs the extra benchmarks")
 
-from anomalib_lite.studies import open_study, run_studies  # noqa: E402
+from anomalib_lite.studies import open_study, run_studies, summarize  # noqa: E402
 from anomalib_lite.studies._results import Results  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +142,46 @@ def test_rows_tables_and_the_summary(tmp_path: Path) -> None:
     assert experiment["seconds"] > 0
     [log] = out.glob("experiments_run_*.log")
     assert "dice: 12/12 die=blue, throw=2, seed=1" in log.read_text()
+
+
+def test_half_a_study_is_summarised_over_the_categories_that_all_have() -> None:
+    import pandas as pd
+
+    # "a" is better wherever both are measured; it alone has the hard category, without masks.
+    cases = [
+        *((name, 0, category) for name in "ab" for category in ("easy", "plain")),
+        *(("a", 0, "hard"), ("a", 1, "easy"), ("a", 1, "plain"), ("b", 1, "easy")),
+    ]
+    scores = {"easy": 0.9, "plain": 0.7, "hard": 0.2}
+    rows = pd.DataFrame(cases, columns=["method", "seed", "category"])
+    better = (rows["method"] == "a") * 0.06 + rows["seed"] * 0.02
+    rows["auroc"] = rows["category"].map(scores) + better
+    rows["aupro"] = rows["auroc"].where(rows["category"] == "plain")
+    rows["f1"] = rows["auroc"].where(rows["method"] == "b")
+    table = summarize(rows, "method", ["auroc", "aupro", "f1"])
+    assert table.index.tolist() == ["a", "b"]
+    assert table["rank"].tolist() == [1, 2]
+    assert table["auroc"].tolist() == pytest.approx([0.87, 0.805])
+    assert table["aupro"].tolist() == pytest.approx([0.77, 0.7])
+    assert table["categories"].tolist() == [2, 2]
+    assert table["measured"].tolist() == [3, 2]
+    assert table["aupro_categories"].tolist() == [1, 1]
+    # Without any value of "a", those of "b" are over its own categories.
+    assert np.isnan(table.loc["a", "f1"])
+    assert table.loc["b", "f1"] == pytest.approx(0.805)
+    # Of "b", one seed alone has both categories.
+    assert table.loc["a", "auroc_spread"] == pytest.approx(np.std([0.86, 0.88], ddof=1))
+    assert np.isnan(table.loc["b", "auroc_spread"])
+
+
+def test_nothing_is_compared_without_a_category_in_common() -> None:
+    import pandas as pd
+
+    rows = pd.DataFrame({"method": ["a", "b"], "category": ["x", "y"], "seed": 0, "auroc": 0.9})
+    table = summarize(rows, "method", ["auroc"])
+    assert table[["auroc", "rank"]].isna().all(axis=None)
+    assert table["categories"].tolist() == [0, 0]
+    assert table["measured"].tolist() == [1, 1]
 
 
 def test_reported_values_have_a_table_of_their_own(tmp_path: Path) -> None:

@@ -47,13 +47,17 @@ def summarize(
         categories of means over the seeds) and ``<metric>_spread`` (standard deviation over the
         seeds of the mean over the categories; NaN for one seed); ``rank`` (mean over the
         categories of the rank by the first metric, 1 is best, ties share) with ``rank_low`` and
-        ``rank_high``, its 95 % interval by the bootstrap over categories; ``categories`` and
-        ``seeds``, their numbers. A missing value is NaN, and never counts as 0.
+        ``rank_high``, its 95 % interval by the bootstrap over categories; ``categories``, the
+        number that means and ranks are taken over; ``measured`` and ``seeds``, the numbers of
+        categories and seeds that each has. A metric that fewer categories have, as where some lack
+        masks, has their number in ``<metric>_categories``. A missing value is NaN, and never
+        counts as 0.
 
     Notes
     -----
-    Ranks are taken on the categories that all of the compared have, so that none is ranked by the
-    luck of what is missing.
+    Means and ranks are taken over the categories that all of the compared have, so that none
+    gains by what is missing, as when half a study has run. One without any value of a metric is
+    not counted among them. Spreads are taken over the seeds that have all these categories.
 
     Examples
     --------
@@ -64,28 +68,42 @@ def summarize(
     {'a': {'auroc': 0.95, 'rank': 1.0}, 'b': {'auroc': 0.65, 'rank': 2.0}}
     """
     pandas = import_extra("pandas")
-    columns: dict[str, Any] = {}
-    for metric in metrics:
-        values = pandas.to_numeric(rows[metric])
-        named = rows.assign(**{metric: values})
-        each = named.groupby([compared, over], sort=False)[metric].mean()
-        columns[metric] = each.groupby(compared, sort=False).mean()
-        of_seed = named.groupby([compared, "seed", over], sort=False)[metric].mean()
-        of_seed = of_seed.groupby([compared, "seed"], sort=False).mean()
-        columns[f"{metric}_spread"] = of_seed.groupby(compared, sort=False).std()
-    table = pandas.DataFrame(columns)
-    table = table.join(_ranks(rows, compared, metrics[0], over, random_state))
     groups = rows.groupby(compared, sort=False)
-    table["categories"], table["seeds"] = groups[over].nunique(), groups["seed"].nunique()
+    table = pandas.DataFrame(index=groups.size().index)
+    grids = {metric: _common_means(rows, compared, metric, over) for metric in metrics}
+    first = grids[metrics[0]]
+    for metric, grid in grids.items():
+        table[metric] = grid.mean()
+        table[f"{metric}_spread"] = _spreads(rows, compared, metric, over, grid.index)
+        if len(grid) != len(first):
+            table[f"{metric}_categories"] = len(grid)
+    table = table.join(_ranks(first, random_state))
+    table["categories"], table["measured"] = len(first), groups[over].nunique()
+    table["seeds"] = groups["seed"].nunique()
     return table.sort_values("rank", kind="stable")
 
 
-def _ranks(rows: Any, compared: str, metric: str, over: str, random_state: int) -> Any:
-    """Return rank, rank_low and rank_high of each."""
+def _common_means(rows: Any, compared: str, metric: str, over: str) -> Any:
+    """Return the means (categories, compared), of the categories that all of the compared have."""
+    grid = _means(rows, metric, over, compared)
+    return grid.dropna(axis="columns", how="all").dropna()
+
+
+def _spreads(rows: Any, compared: str, metric: str, over: str, categories: Any) -> Any:
+    """Return the deviation over the seeds of the mean over these categories."""
+    of_seed = _means(rows, metric, [compared, "seed"], over).reindex(columns=categories)
+    return of_seed.dropna().mean(axis="columns").groupby(level=compared, sort=False).std()
+
+
+def _means(rows: Any, metric: str, index: str | list[str], columns: str) -> Any:
+    """Return the means of a metric as a grid; NaN where there is none."""
+    values = rows.assign(value=import_extra("pandas").to_numeric(rows[metric]))
+    return values.pivot_table(index=index, columns=columns, values="value")
+
+
+def _ranks(grid: Any, random_state: int) -> Any:
+    """Return rank, rank_low and rank_high of each column of means (categories, compared)."""
     pandas = import_extra("pandas")
-    values = rows.assign(value=pandas.to_numeric(rows[metric]))
-    grid = values.pivot_table(index=over, columns=compared, values="value", aggfunc="mean")
-    grid = grid.dropna()
     if grid.empty:
         return pandas.DataFrame(columns=["rank", "rank_low", "rank_high"], dtype=float)
     ranks = grid.rank(axis=1, ascending=False)
