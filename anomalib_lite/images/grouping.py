@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from anomalib_lite._validation import check_groups
 from anomalib_lite.errors import (
@@ -76,7 +77,8 @@ def default_groups(
         N normal images.
     on_error : {"raise", "skip"}
     exact_alone : bool, default=False
-        Look for exact copies alone, as for more than 2,000 images.
+        Look for exact copies alone, as for more than 2,000 images, or where some are objects that
+        make their pixels when they are asked.
     stacklevel : int, default=2
         Of the warning.
 
@@ -111,7 +113,7 @@ def default_groups(
             f"content as another ({source.names[copies[0]]} and {source.names[exact[copies[0]]]}): "
             "such images count as one"
         )
-    if not exact_alone and n <= _MOST_COMPARED:
+    if not exact_alone and n <= _MOST_COMPARED and all(map(_is_at_hand, source.items)):
         alike = copies_in(source, STRICTNESS, on_error).groups
         distinct = np.unique(exact)
         numbers, counts = np.unique(alike[distinct], return_counts=True)
@@ -131,9 +133,21 @@ def default_groups(
     return np.unique(exact, return_inverse=True)[1] if len(copies) else None
 
 
+def _is_at_hand(item: Any) -> bool:
+    """Tell whether an image may be read twice: a file, or pixels in memory, but no other object.
+
+    Such an object may compute or fetch its pixels each time that it is asked for them.
+    """
+    kinds = (str, os.PathLike, np.ndarray, Image.Image)
+    has_file = isinstance(getattr(item, "path", None), str | os.PathLike)
+    return isinstance(item, kinds) or has_file or type(item).__module__.startswith("torch")
+
+
 def _content(source: ImageSource, index: int) -> str:
     """Return a hash of a file, or of the pixels of an image that is in memory."""
     item = source.items[index]
+    if not _is_at_hand(item):
+        return f"not looked at: {index}"
     path = getattr(item, "path", item)
     if isinstance(path, str | os.PathLike):
         try:
