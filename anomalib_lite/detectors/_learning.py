@@ -116,11 +116,11 @@ class LearningModel(ThresholdMixin, TransformingModel):
         groups = in_order.groups
         if groups is not None:
             groups = np.delete(groups, [index for index, _ in skipped])
-        n_held_back = self._n_to_hold_back(len(in_order) - len(skipped), groups, update)
+        n_held_back = self._n_to_hold_back(len(order) - len(skipped), groups, update)
         if isinstance(in_order, AugmentedSource):
             n_held_back = in_order.n_held_back(skipped)
         if transform is not None and not update:  # images that it was learned from are fitted on
-            n_held_back = min(n_held_back, len(in_order) - len(skipped) - transform.n_images_)
+            n_held_back = min(n_held_back, len(order) - len(skipped) - transform.n_images_)
         if groups is not None:
             n_held_back = whole_groups(groups, n_held_back)
         images_alone = extractor, in_order, n_held_back, skipped, distributor
