@@ -45,6 +45,7 @@ class TransformingModel(EmbeddingModel):
     calibration_scores_: np.ndarray
     calibration_groups_: np.ndarray
     # For detectors that do not have all of these parameters.
+    false_alarm_confidence: float | None = None
     fusion: str = "concat"
     layer_weights: Sequence[float] | None = None
     feature_dim: int | None = None
@@ -53,7 +54,6 @@ class TransformingModel(EmbeddingModel):
     whiten_shrinkage: float = 0.07
     normalize: bool = False
     false_alarm_rate: float
-    false_alarm_confidence: float | None
     n_jobs: Any
     backbone_: AnyBackbone
     transform_: EmbeddingTransform | None = None  # None: embeddings stay as they are

@@ -156,7 +156,7 @@ def _content(source: ImageSource, index: int) -> str:
                     return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:
             pass
-        return f"cannot be read: {path}"  # which the fit will say
+        return f"cannot be read: {index}"  # which the fit will say
     try:
         pixels = source[index]
     except AnomalibLiteError:
