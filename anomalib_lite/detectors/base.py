@@ -216,7 +216,7 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
         CopiesWarning
             Without ``groups``: if images have the same content as others, which are then held back
             together, or if they look like copies or photographs of one part (looked for among at
-            most 2,000 images, and not with ``memory_budget``), which are not.
+            most 2,000 images, and not with ``memory_budget`` or ``n_jobs``), which are not.
         """
         self._check_parameters()
         return self._fit_images(images, y, ignore_mask, groups)

@@ -136,11 +136,14 @@ def default_groups(
 def _is_at_hand(item: Any) -> bool:
     """Tell whether an image may be read twice: a file, or pixels in memory, but no other object.
 
-    Such an object may compute or fetch its pixels each time that it is asked for them.
+    Such an object may compute or fetch its pixels each time that it is asked for them, and what a
+    pipe gave is gone.
     """
-    kinds = (str, os.PathLike, np.ndarray, Image.Image)
-    has_file = isinstance(getattr(item, "path", None), str | os.PathLike)
-    return isinstance(item, kinds) or has_file or type(item).__module__.startswith("torch")
+    path = getattr(item, "path", item)
+    if isinstance(path, str | os.PathLike):
+        return Path(path).is_file() or not Path(path).exists()
+    in_memory = isinstance(item, np.ndarray | Image.Image)
+    return in_memory or type(item).__module__.startswith("torch")
 
 
 def _content(source: ImageSource, index: int) -> str:
@@ -151,7 +154,7 @@ def _content(source: ImageSource, index: int) -> str:
     path = getattr(item, "path", item)
     if isinstance(path, str | os.PathLike):
         try:
-            if Path(path).is_file():  # a pipe would never end
+            if Path(path).is_file():
                 with Path(path).open("rb") as file:
                     return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:
