@@ -529,11 +529,15 @@ def cluster() -> Iterator[Any]:
     """Two workers, each a process."""
     distributed = pytest.importorskip("distributed", reason="needs dask[distributed]")
     options = {"threads_per_worker": 1, "dashboard_address": None, "silence_logs": 50}
+    before = dict(os.environ)
     with (
         distributed.LocalCluster(n_workers=2, **options) as local,
         distributed.Client(local) as client,
     ):
         yield client
+    # It leaves OMP_NUM_THREADS=1 behind, which tests that follow would obey.
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.filterwarnings("ignore")
