@@ -223,6 +223,9 @@ def check_groups(groups: Any, n: int, where: str) -> np.ndarray:
             f"{where}: groups must hold {n} values, one for each image, got "
             f"{len(given) if isinstance(given, list) else given!r}."
         )
+    if isinstance(groups, np.ndarray) and groups.dtype.kind in "iu":  # often, and fast
+        _, first, numbers_by_value = np.unique(groups, return_index=True, return_inverse=True)
+        return np.asarray(np.argsort(np.argsort(first))[numbers_by_value], np.int64)
     numbers: dict[Any, int] = {}
     for i, value in enumerate(given):
         if not isinstance(value, str | int | np.integer):

@@ -135,7 +135,8 @@ def threshold_and_shortfall(
 
 def _in_order(scores: Any, groups: Any, confidence: float | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the scores that count, ascending, and the share of its group that each one is."""
-    found = np.asarray(list(scores), dtype=np.float32)
+    given = scores if isinstance(scores, np.ndarray) else list(scores)
+    found = np.asarray(given, dtype=np.float32)
     ids = check_groups(groups, len(found), "conformal_threshold")
     if confidence is not None:  # which is known for independent scores: one of each group
         found = found[np.unique(ids, return_index=True)[1]]
