@@ -258,6 +258,22 @@ def test_wrong_groups(groups: Any, error: type[Exception], says: str) -> None:
         PatchCore().fit_embeddings(parts(12, 1, 0)[0], groups=groups)
 
 
+def test_groups_are_numbered_alike_in_a_list_and_an_array() -> None:
+    for seed in range(20):
+        groups = np.random.default_rng(seed).integers(-3, 5, 17)
+        source = ImageSource(np.zeros((17, 8, 8, 3), np.uint8))
+        ids = group_ids(source, groups)
+        np.testing.assert_array_equal(ids, group_ids(source, groups.tolist()))
+        assert ids.tolist() == [list(dict.fromkeys(groups.tolist())).index(g) for g in groups]
+
+
+def test_recalibrate_refuses_groups_before_it_scores() -> None:
+    detector = PatchCore(image_size=32, false_alarm_rate=0.3).fit(good(12))
+    images = [*good(3), "gone.png"]
+    with pytest.raises(InvalidValueError, match="groups must hold 4 values"):
+        detector.recalibrate(images, groups=[0, 1])
+
+
 def test_groups_where_they_cannot_be_held_back() -> None:
     E, groups = parts(12, 2, 0)
     with pytest.raises(InvalidValueError, match="groups need calibration='split'"):

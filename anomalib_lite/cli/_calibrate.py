@@ -87,13 +87,13 @@ def run(arguments: argparse.Namespace) -> None:
         detector.set_false_alarm_rate(rate, confidence=confidence)
     else:
         images = ImageSource(arguments.images, max_pixels=detector.max_pixels, where="calibrate")
+        rule = arguments.groups
+        groups = None if rule is None else read_groups(images.items, rule)
+        ids = group_ids(images, groups, arguments.on_error)
         found = detector._with_options(on_error=arguments.on_error, verbose=1).detect(
             images, maps=False
         )
         print_skipped([reason for _, reason in found.skipped])
-        rule = arguments.groups
-        groups = None if rule is None else read_groups(images.items, rule)
-        ids = group_ids(images, groups, arguments.on_error)
         detector._calibrate(found.scores, ids, rate, confidence)
     with safe_open(arguments.model, "numpy") as file:
         with_weights = any(name.startswith("backbone.") for name in file.keys())  # noqa: SIM118

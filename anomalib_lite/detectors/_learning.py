@@ -160,8 +160,8 @@ class LearningModel(ThresholdMixin, TransformingModel):
             refuse_labelled(images, where, _NORMAL_ONLY)
         if groups is None:
             # At the user's line: above a public method, its _fit_images and this one.
-            elsewhere = self.memory_budget is not None or self.n_jobs is not None
-            found = default_groups(source, self.on_error, exact_alone=elsewhere, stacklevel=5)
+            exact_alone = self.memory_budget is not None or self.n_jobs is not None
+            found = default_groups(source, self.on_error, exact_alone=exact_alone, stacklevel=5)
             source.groups = None if self.calibration == "leave_one_out" else found
         n, leave_one_out = len(source.items), self.calibration == "leave_one_out"
         order = np.arange(n) if leave_one_out else random.permutation(n)

@@ -10,6 +10,7 @@ import numpy as np
 from anomalib_lite._validation import check_groups, check_number, refuse_labelled
 from anomalib_lite.calibration import threshold_and_shortfall
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
+from anomalib_lite.images import ImageSource
 
 __all__ = ["ThresholdMixin"]
 
@@ -142,9 +143,12 @@ class ThresholdMixin:
         self._check_calibration(rate, confidence)
         where = type(self).__name__
         refuse_labelled(images, where, "recalibrate takes normal images only.")
+        ids = None
+        if groups is not None:  # before any image is scored
+            ids = check_groups(groups, len(ImageSource(images, where=where).items), where)
         detect: Any = self.detect  # type: ignore[attr-defined]
         scores = detect(images, maps=False, ignore_mask=ignore_mask).scores
-        ids = check_groups(groups, len(scores), where)
+        ids = np.arange(len(scores)) if ids is None else ids
         return self._calibrate(scores, ids, rate, confidence)
 
     def _calibrate(

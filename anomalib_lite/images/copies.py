@@ -237,11 +237,11 @@ def _read(
         # In blocks, so that an image that cannot be read ends the work soon.
         for start in range(0, len(source), _BLOCK):
             block = range(start, min(start + _BLOCK, len(source)))
-            for index, seen_in in zip(block, executor.map(look, block), strict=True):
-                if seen_in is None:
+            for index, looked_at in zip(block, executor.map(look, block), strict=True):
+                if looked_at is None:
                     of.append(-1)
                     continue
-                digest, thumb, aspect = seen_in
+                digest, thumb, aspect = looked_at
                 if digest not in seen:
                     seen[digest] = len(seen)
                     thumbs.append(thumb)
