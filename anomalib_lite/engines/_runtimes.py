@@ -22,7 +22,7 @@ _MOST_OWN_GRAPHS = 4
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 # What OpenVINO calls the instructions for a type. Without those for bfloat16, it computes in it all
-# the same where there is AVX-512, three times slower than in float32.
+# the same where there is AVX-512, but more slowly than in float32.
 _UNITS = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 
 
