@@ -39,6 +39,7 @@ from anomalib_lite.detectors.fitting import (
     ShardTask,
     distribute,
     embed_distributed,
+    folds_of,
     group_starts,
     iter_grids,
     none_usable,
@@ -49,17 +50,21 @@ from anomalib_lite.engines import AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError
 from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.images import Extractor, ImageSource
-from anomalib_lite.images.augmentation import AugmentedSource
+from anomalib_lite.images.augmentation import AugmentedSource, n_versions
 from anomalib_lite.images.embeddings import Embeddings, embed_all, image_size_for, take
 from anomalib_lite.images.grouping import default_groups, group_ids
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image
 
-__all__ = ["LearningModel"]
+__all__ = ["MOST_TO_LEAVE_OUT", "N_FOLDS", "LearningModel"]
 
 _NORMAL_ONLY = (
     "fit takes normal images only. Use dataset.train, or pass y=[sample.label for sample in "
     "samples]."
 )
+# Parts of the images that are left out in turn, with calibration="cross".
+N_FOLDS = 10
+# Most images for which "auto" does so: their embeddings are in memory meanwhile.
+MOST_TO_LEAVE_OUT = 500
 # Fitted attributes that are of images, and not of embeddings.
 _FITTED_ON_IMAGES = ("adapter_", "backbone_", "dtype_", "engine_", "ignore_mask_", "skipped_")
 
@@ -74,6 +79,8 @@ class LearningModel(ThresholdMixin, TransformingModel):
     overlap: int = 0
     image_size: Any
     on_error: str
+    calibration: str
+    calibration_: str
     max_pixels: int
     verbose: int
     image_size_: int | tuple[int, int]
@@ -158,13 +165,14 @@ class LearningModel(ThresholdMixin, TransformingModel):
             source = source.take(normal_indices(y, len(source), where))
         else:
             refuse_labelled(images, where, _NORMAL_ONLY)
+        self._calibrates_by = self._way_to_calibrate(len(source.items), update)
         if groups is None:
             # At the user's line: above a public method, its _fit_images and this one.
             exact_alone = self.memory_budget is not None or self.n_jobs is not None
             found = default_groups(source, self.on_error, exact_alone=exact_alone, stacklevel=5)
-            source.groups = None if self.calibration == "leave_one_out" else found
-        n, leave_one_out = len(source.items), self.calibration == "leave_one_out"
-        order = np.arange(n) if leave_one_out else random.permutation(n)
+            source.groups = None if self._in_given_order() else found
+        n = len(source.items)
+        order = np.arange(n) if self._in_given_order() else random.permutation(n)
         if source.groups is not None:
             order = order_of_fit(order, source.groups, random)
         return source.take(order), order, one_for_all
@@ -189,11 +197,11 @@ class LearningModel(ThresholdMixin, TransformingModel):
         if not update:
             self._check_fit_on_embeddings()
         where, random = type(self).__name__, check_random_state(self.random_state)
-        leave_one_out = self.calibration == "leave_one_out"
-        in_shards, n_features = self._fits_in_shards(), self.n_features_ if update else None
         by_number = isinstance(E, list | tuple) or getattr(E, "ndim", 0) > 0
         one_by_one = isinstance(E, Iterable) and not by_number and not hasattr(E, "ndim")
-        stream = one_by_one and in_shards and not leave_one_out
+        self._calibrates_by = self._way_to_calibrate(len(E) if by_number else None, update)
+        in_shards, n_features = self._fits_in_shards(), self.n_features_ if update else None
+        stream = one_by_one and in_shards and self._calibrates_by == "split"
         indexed = by_number and in_shards and len(E) > 0
         transform = self.transform_ if update else None
         if transform is not None:
@@ -212,7 +220,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
             n_held_back = self._n_to_hold_back(n, None, update)
             shards = EmbeddingStream(E, n_held_back, random, n_features, where, transform)
         else:
-            order = np.arange(n) if leave_one_out else random.permutation(n)
+            order = np.arange(n) if self._in_given_order() else random.permutation(n)
             if ids is not None:
                 order = order_of_fit(order, ids, random)
                 ids = ids[order]
@@ -251,6 +259,27 @@ class LearningModel(ThresholdMixin, TransformingModel):
 
     # --- Fitting and calibrating ------------------------------------------------------------------
 
+    def _way_to_calibrate(self, n: int | None, update: bool) -> str:
+        """Return what ``calibration`` stands for: ``n`` images, None if they come only once."""
+        if update:
+            return self.calibration_
+        if self.calibration != "auto":
+            return self.calibration
+        many = n is None or n > MOST_TO_LEAVE_OUT
+        return "split" if many or self._cannot_cross() is not None else "cross"
+
+    def _in_given_order(self) -> bool:
+        """Whether images are fitted on in the order given: each is left out by itself."""
+        return self._calibrates_by == "leave_one_out"
+
+    def _cannot_cross(self) -> str | None:
+        """Return why folds of images cannot be left out, as the end of a sentence; else None."""
+        if self.memory_budget is not None:
+            return "keeps the embeddings of all images, which no memory_budget bounds"
+        if self.false_alarm_confidence is not None:
+            return "has scores that depend on each other, for which no confidence is known"
+        return None
+
     def _n_to_hold_back(
         self, n: int | None, groups: np.ndarray | None, update: bool = False
     ) -> int:
@@ -260,7 +289,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
         ``update`` scores that stay count. For "structure" others are held back to learn how maps
         vary, unless that is known from before the update.
         """
-        if self.calibration == "leave_one_out":
+        if self._calibrates_by != "split":
             return 0
         known = update and hasattr(self.layer_models_ or self, "map_statistics_")
         purposes = 2 if self.image_score == "structure" and not known else 1
@@ -280,8 +309,8 @@ class LearningModel(ThresholdMixin, TransformingModel):
         """Raise InvalidValueError if whole groups of ``n`` images cannot be held back."""
         if self.calibration == "leave_one_out":
             raise InvalidValueError(
-                f"{type(self).__name__}: groups need calibration='split': to leave one image of a "
-                "group out leaves the others in. Set it, or groups=None."
+                f"{type(self).__name__}: groups need calibration='split' or 'cross': to leave one "
+                "image of a group out leaves the others in. Set one of these, or groups=None."
             )
         if n is None:
             raise InvalidValueError(
@@ -305,6 +334,8 @@ class LearningModel(ThresholdMixin, TransformingModel):
         joins = model._scores_are_monotone()  # so do the images held back, in the end
         n_images = shards.n_images if joins else shards.n_to_fit
         empty = model._make_accumulator(shards.shape, n_images, shards.in_flight, random)
+        left_out, copies = self._calibrates_by != "split", n_versions(self.augment)
+        empty.keeps_images = left_out
         removed = model._remove_calibration_patches() if update else None
         statistics = model._take_statistics() if update else None
         # Fit on the images that are not held back.
@@ -314,25 +345,28 @@ class LearningModel(ThresholdMixin, TransformingModel):
             del result  # and its memory, before the next
         fitted = model._fit_accumulated(accumulated, random)
         # Calibrate with scores of images that were not fitted on.
-        scores: list[Any]
+        # Those of images fitted on before stay if they can only have fallen since, or nearly so.
+        stay = update and (joins or left_out) and self.image_score != "structure"
+        scores: list[Any] = [self.calibration_scores_] if stay else []
         accumulated = copy.copy(empty)
-        if self.calibration == "leave_one_out":
-            scores = [model._score_left_out(shards.embeddings, fitted)]
-        else:  # if scores can only fall, old ones are at least as large as they would be now
-            scores = [self.calibration_scores_] if update and joins else []
+        if left_out:
+            folding = partial(self._fold, shards, copies)
+            scores.append(model._score_left_out(shards.embeddings, fitted, folding, copies))
+        else:
             for result in shards.held_back(ShardTask(empty if joins else None, model, score=True)):
                 scores.append(result.scores)
                 if joins:
                     accumulated.merge(result.accumulated)
                 del result
         found = np.concatenate(scores or [np.empty(0, np.float32)])
-        known = self.calibration_groups_ if update and joins else np.empty(0, np.int64)
-        new = shards.groups_of_last(len(found) - len(known))
+        known = self.calibration_groups_ if stay else np.empty(0, np.int64)
+        new = shards.groups_of_last(len(found) - len(known), copies if left_out else 1)
         groups = np.concatenate([known, new + known.max(initial=-1) + 1])
         promise = self.false_alarm_rate, self.false_alarm_confidence
         fresh.calibration_scores_ = model._standardize_calibration(
-            found, groups, *promise, self.calibration == "leave_one_out", statistics
+            found, groups, *promise, left_out, statistics
         )
+        fresh.calibration_ = self._calibrates_by
         fresh.calibration_groups_ = groups[len(groups) - len(fresh.calibration_scores_) :]
         calibrated, shortfall = threshold_and_shortfall(
             fresh.calibration_scores_, *promise, fresh.calibration_groups_
@@ -344,6 +378,11 @@ class LearningModel(ThresholdMixin, TransformingModel):
         if joins:
             model._add_calibration_patches(removed, accumulated, random)
         self.__dict__ = fresh.__dict__  # nothing of an earlier fit is left
+
+    def _fold(self, shards: ShardSource, copies: int, n: int) -> np.ndarray:
+        """Return the folds (n,) of the images of a fit, ascending: one for each, or a few."""
+        groups = shards.groups_of_last(n, copies)
+        return folds_of(groups, n if self._in_given_order() else N_FOLDS)
 
     def _copy_to_fit(
         self, n_features: int, update: bool, transform: EmbeddingTransform | None

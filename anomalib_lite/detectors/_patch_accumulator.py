@@ -60,6 +60,9 @@ class PatchAccumulator(Accumulator):
         Patches that are kept.
     cells : ndarray of shape (n,), int32, or None
         Where they lie.
+    owners : ndarray of shape (n,), int32
+        Positions of the images that they are of; none unless ``keeps_images``, which is for no
+        budget of memory.
     sample : PatchSample or None
         Patches of the first images.
     thinned : bool
@@ -95,6 +98,7 @@ class PatchAccumulator(Accumulator):
     ) -> None:
         self.rows = np.empty((0, n_features), np.float32)
         self.grid, self.cells = grid, None if grid is None else np.empty(0, np.int32)
+        self.owners = np.empty(0, np.int32)
         self.samples: bool = samples
         self.sample: PatchSample | None = None
         self.n_seen, self.radius = 0, 0.0
@@ -118,6 +122,10 @@ class PatchAccumulator(Accumulator):
         shard.seed = (self.seed + position) % 2**32  # each shard has draws of its own
         if self.grid is not None:
             shard.cells = patch_cells(E, self.grid)
+        if self.keeps_images:
+            patches = [np.count_nonzero(~np.isnan(image[..., 0])) for image in E]
+            images = np.arange(position, position + len(E), dtype=np.int32)
+            shard.owners = np.repeat(images, patches)
         if self.samples:
             shard.sample = PatchSample.of(E, position, self.normalize)
         if self.thinned:
@@ -145,6 +153,7 @@ class PatchAccumulator(Accumulator):
             self.rows = np.concatenate([self.rows, rows]) if len(self.rows) else rows
         if self.cells is not None and cells is not None:
             self.cells = np.concatenate([self.cells, cells])
+        self.owners = np.concatenate([self.owners, other.owners])
         if other.sample is not None:
             self.sample = other.sample if not self.sample else self.sample.merged_with(other.sample)
         self.n_seen += other.n_seen

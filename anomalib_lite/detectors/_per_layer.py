@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from anomalib_lite._validation import check_memory
-from anomalib_lite.detectors.fitting import Accumulator, EmbeddingModel
+from anomalib_lite.detectors.fitting import Accumulator, EmbeddingModel, Folding, LeftOut
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images.embeddings import Embeddings
 from anomalib_lite.model_file import select
@@ -140,14 +140,32 @@ class LayerModels(EmbeddingModel):
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         both = zip(self.models_, self.layers, strict=True)
         found = [model._score_patches(np.take(E, at, axis=-1)) for model, at in both]
-        maps = [patches for patches, _ in found]
+        return self._mean(found, np.isnan(E[..., 0]))
+
+    def _mean(self, found: Sequence[Any], ignored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Average the patch scores of the layers, and score the images by them."""
+        maps = [patches for patches, *_ in found]
         patch_scores = np.asarray(np.mean(maps, axis=0, dtype=np.float32))
         weight = np.float32(getattr(self.detector, "global_weight", 0))
-        scores = self._score_maps(patch_scores, np.isnan(E[..., 0]))
+        scores = self._score_maps(patch_scores, ignored)
         if weight > 0:
-            whole = np.mean([whole for _, whole in found], axis=0, dtype=np.float32)
+            whole = np.mean([whole for _, whole, *_ in found], axis=0, dtype=np.float32)
             scores = weight * whole + (1 - weight) * scores
         return patch_scores, scores
+
+    def _left_out(
+        self, E: Embeddings, fitted: Any, folding: Folding, copies: int
+    ) -> Iterator[LeftOut | None]:
+        layers = [
+            model._left_out(_of_layer(E, at), own, folding, copies)
+            for model, at, own in zip(self.models_, self.layers, fitted, strict=True)
+        ]
+        for found in zip(*layers, strict=True):
+            if any(layer is None for layer in found):
+                yield None
+                return
+            ignored = found[0][2]
+            yield *self._mean(found, ignored), ignored
 
     def _scores_are_monotone(self) -> bool:
         return bool(self.detector._scores_are_monotone())
@@ -192,6 +210,13 @@ class LayerModels(EmbeddingModel):
         self.models_ = models
 
 
+def _of_layer(E: Embeddings, at: np.ndarray) -> Embeddings:
+    """Return the features of one layer, whose positions are given."""
+    if isinstance(E, np.ndarray):
+        return np.take(E, at, axis=-1)
+    return [np.take(grid, at, axis=-1) for grid in E]
+
+
 class LayerAccumulator(Accumulator):
     """An accumulator for each layer.
 
@@ -212,14 +237,9 @@ class LayerAccumulator(Accumulator):
         """Return an accumulator of the shard, each layer by itself."""
         shard, parts = copy.copy(self), []
         for i, (part, at) in enumerate(zip(self.parts, self.layers, strict=True)):
-            own: Embeddings
-            if isinstance(E, np.ndarray):
-                own = np.take(E, at, axis=-1)
-            else:
-                own = [np.take(grid, at, axis=-1) for grid in E]
-            known = None if existing is None else existing[i]
+            own, known = _of_layer(E, at), None if existing is None else existing[i]
             part = copy.copy(part)
-            part.files = self.files
+            part.files, part.keeps_images = self.files, self.keeps_images
             parts.append(part.accumulate(own, position, known))
         shard.parts = parts
         return shard

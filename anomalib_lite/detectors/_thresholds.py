@@ -22,6 +22,8 @@ class ThresholdMixin:
     calibrated_threshold_: float
     calibration_scores_: np.ndarray
     calibration_groups_: np.ndarray
+    calibration: str
+    calibration_: str
     false_alarm_rate: float
     false_alarm_confidence: float | None
     image_score: str
@@ -197,6 +199,7 @@ class ThresholdMixin:
 
     def _describe_threshold(self, tensors: dict[str, Any], header: dict[str, Any]) -> None:
         """Add to what a file holds what the threshold rests on."""
+        header["state"]["calibration"] = self.calibration_
         tensors["calibration_scores"], groups = self.calibration_scores_, self.calibration_groups_
         if len(np.unique(groups)) < len(groups):
             tensors["calibration_groups"] = groups
@@ -205,6 +208,8 @@ class ThresholdMixin:
 
     def _restore_threshold(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Take it over from a file that the threshold itself was read from."""
+        way = self.calibration if self.calibration != "auto" else "split"
+        self.calibration_ = str(state.get("calibration", way))  # older files do not say
         self.calibration_scores_ = scores = arrays["calibration_scores"]
         self.calibration_groups_ = arrays.get("calibration_groups", np.arange(len(scores)))
         if self.calibration_groups_.shape != scores.shape:

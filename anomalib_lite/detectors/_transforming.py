@@ -78,12 +78,11 @@ class TransformingModel(EmbeddingModel):
                 f"{where}: layer_weights must be a list of numbers, one a layer, got "
                 f"{self.layer_weights!r}. fusion='adaptive' learns them."
             )
-        for name, refused in (("calibration", "leave_one_out"), ("image_score", "reweighted")):
-            if self.fusion == "per_layer" and getattr(self, name) == refused:
-                raise InvalidValueError(
-                    f"{where}: {name}={refused!r} needs one model, and fusion='per_layer' has one "
-                    f"for each layer. Set another {name}, or fusion='concat'."
-                )
+        if self.fusion == "per_layer" and self.image_score == "reweighted":
+            raise InvalidValueError(
+                f"{where}: image_score='reweighted' needs one model, and fusion='per_layer' has "
+                "one for each layer. Set another image_score, or fusion='concat'."
+            )
 
     def _check_same_transform(self) -> None:
         """Raise if a parameter of the map has changed since it was learned."""
@@ -170,7 +169,7 @@ class TransformingModel(EmbeddingModel):
         Images held back for calibration are not among them: their scores must be those of images
         that nothing was learned from.
         """
-        if self.calibration == "leave_one_out":  # in the order given: from all of it
+        if self._calibrates_by == "leave_one_out":  # in the order given: from all of it
             sample = np.linspace(0, n - 1, min(n, self._most_images())).astype(np.int64)
             return np.concatenate([sample, np.setdiff1d(np.arange(n), sample)])
         return np.arange(n - self._n_to_hold_back(n, groups))

@@ -34,7 +34,7 @@ from anomalib_lite.images.ignore_mask import per_image, read_ignore_mask
 
 __all__ = ["BaseDetector", "DetectorMixin"]
 
-CALIBRATIONS = ("split", "leave_one_out")
+CALIBRATIONS = ("auto", "split", "cross", "leave_one_out")
 
 
 class DetectorMixin(SavedDetector):
@@ -463,12 +463,16 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
                     f"{where}: calibration='leave_one_out' keeps the embeddings of all images, "
                     "which no memory_budget bounds. Use calibration='split'."
                 )
+        if self.calibration == "cross" and (reason := self._cannot_cross()):
+            raise InvalidValueError(
+                f"{where}: calibration='cross' {reason}. Use calibration='split'."
+            )
 
     def _check_update(self) -> None:
         """Raise if a parameter cannot be used, or if the calibration allows no update."""
         self._check_parameters()
         self._check_same_transform()
-        if self.calibration == "leave_one_out":
+        if self.calibration_ == "leave_one_out":
             raise InvalidValueError(
                 f"{type(self).__name__}: partial_fit needs calibration='split': to leave one out, "
                 "the embeddings of all images would have to be kept. Fit again on all of them."

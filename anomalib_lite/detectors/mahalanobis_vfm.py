@@ -270,6 +270,11 @@ ignore_mask_, map_statistics_
                 "which no memory_budget bounds. Use adapt=None, or no memory_budget."
             )
 
+    def _cannot_cross(self) -> str | None:
+        if self.adapt is not None:
+            return "leaves out images that the adapter of adapt='lora' has learned from"
+        return super()._cannot_cross()
+
     def _check_fit_on_embeddings(self) -> None:
         super()._check_fit_on_embeddings()
         if self.augment is not None:
@@ -323,7 +328,7 @@ ignore_mask_, map_statistics_
         self.adapter_ = backbone.adapter
 
     def _fits_in_shards(self) -> bool:
-        return self.calibration != "leave_one_out"
+        return self._calibrates_by == "split"
 
     def _make_accumulator(
         self,
@@ -374,38 +379,30 @@ ignore_mask_, map_statistics_
             ) from error
         self.patches_, self.images_ = patches, images
 
-    def _score_patches(
-        self, E: np.ndarray, gaussians: tuple[Gaussian, Gaussian] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        patches, images = gaussians or (self.patches_, self.images_)
+    def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         X, G = split_patches_and_image(E, bool(self.normalize))
         unit = X.shape[1] ** -0.5
         ignored = np.isnan(E[..., 0])
         patch_scores = np.zeros(E.shape[:3], np.float32)
-        patch_scores[~ignored] = patches.mahalanobis(X) * unit
+        patch_scores[~ignored] = self.patches_.mahalanobis(X) * unit
         if self.attention_guided:
             patch_scores = np.where(ignored, np.float32(0), patch_scores * E[..., -1])
-        whole = np.asarray(images.mahalanobis(G) * unit, np.float32)
+        whole = np.asarray(self.images_.mahalanobis(G) * unit, np.float32)
         weight = np.float32(self.global_weight)
         scores = self._score_maps(patch_scores, ignored)
         return patch_scores, scores if weight == 0 else weight * whole + (1 - weight) * scores
 
-    def _score_left_out(self, E: Embeddings, fitted: None) -> np.ndarray:
-        copies = n_versions(self.augment)  # are left out together with their image
-        if len(E) < 4 * copies:
-            return np.empty(0, np.float32)
+    def _without(self, own: Embeddings, first: int, fitted: None) -> Self | None:
         patches, images = self.patches_.moments_, self.images_.moments_
         n_features = len(patches.mean)
         empty = MomentsAccumulator(Moments(n_features), Moments(n_features), bool(self.normalize))
-        scores = []
-        for i in range(0, len(E), copies):
-            own = empty.accumulate(E[i : i + copies], i)
-            others = (
-                Gaussian(self.shrinkage).fit_moments(patches.without(own.patches)),
-                Gaussian(self.shrinkage).fit_moments(images.without(own.images)),
-            )
-            scores.append(self._score_patches(E[i][None], others)[1])
-        return np.concatenate(scores)
+        left_out = empty.accumulate(own, first)
+        if images.n - left_out.images.n < 3 * n_versions(self.augment):
+            return None
+        rest = copy.copy(self)
+        rest.patches_ = Gaussian(self.shrinkage).fit_moments(patches.without(left_out.patches))
+        rest.images_ = Gaussian(self.shrinkage).fit_moments(images.without(left_out.images))
+        return rest
 
     def _summary_lines(self) -> list[tuple[str, str]]:
         patches, images = self.patches_.moments_.n, self.images_.moments_.n

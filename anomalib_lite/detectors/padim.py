@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,13 +12,15 @@ import numpy as np
 from anomalib_lite._validation import check_choice, check_int, check_number
 from anomalib_lite.anomaly_map import check_image_score
 from anomalib_lite.detectors.base import BaseDetector
-from anomalib_lite.detectors.fitting import Accumulator, images_within_budget
+from anomalib_lite.detectors.fitting import Accumulator, Folding, LeftOut, images_within_budget
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import GaussianGrid
 from anomalib_lite.images.embeddings import Embeddings
 
 __all__ = ["PaDiM"]
 
+# Gaussians without factors, reduced embeddings, and which patches are ignored (n, h, w).
+LeavesOut = tuple[GaussianGrid, list[np.ndarray], np.ndarray]
 REDUCTIONS = ("random", "semi_orthogonal")
 # Images whose embeddings are in memory at a time, if no budget says how many.
 _SHARD_IMAGES = 32
@@ -219,8 +221,7 @@ ignore_mask_, map_statistics_
                 lower="n_components, ",
             )
         grid = known.shape[:2] if known else (height, width)
-        keep = self.calibration == "leave_one_out"
-        return GridAccumulator(grid, components, float(self.ridge), at_once, known, keep)
+        return GridAccumulator(grid, components, float(self.ridge), at_once, known)
 
     def _draw_components(self, n_features: int, random: np.random.RandomState) -> np.ndarray:
         """Draw the channels to keep, or the projection."""
@@ -234,8 +235,8 @@ ignore_mask_, map_statistics_
 
     def _fit_accumulated(
         self, accumulated: GridAccumulator, random: np.random.RandomState
-    ) -> np.ndarray:
-        """Take over the Gaussians; return the scores of the images left out, one at a time."""
+    ) -> LeavesOut | None:
+        """Take over the Gaussians; return them before they had factors, and what was kept."""
         gaussians = accumulated.gaussians
         assert gaussians is not None
         if gaussians.n < 2:
@@ -245,15 +246,11 @@ ignore_mask_, map_statistics_
             )
         self.gaussians_, self.components_ = gaussians, accumulated.components
         self._channels = accumulated.channels
-        left_out = np.empty(0, np.float32)
-        # With one other image alone there would be no covariance. Factors come after this.
-        if accumulated.kept is not None and gaussians.n > 2:
-            distances = gaussians.leave_one_out(accumulated.kept)
-            ignored = np.concatenate(accumulated.kept_ignored)
-            distances[ignored] = 0
-            left_out = self._score_maps(distances, ignored)
-        gaussians.factorize()
-        return left_out
+        before = copy.deepcopy(gaussians) if accumulated.kept else None
+        gaussians.factorize()  # which overwrites the scatters
+        if before is None:
+            return None
+        return before, accumulated.kept, np.concatenate(accumulated.kept_ignored)
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _check_grid(E.shape[1:3], self.gaussians_.shape[:2])
@@ -261,8 +258,23 @@ ignore_mask_, map_statistics_
         patch_scores[ignored := np.isnan(E[..., 0])] = 0
         return patch_scores, self._score_maps(patch_scores, ignored)
 
-    def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
-        return fitted
+    def _left_out(
+        self, E: Embeddings, fitted: LeavesOut, folding: Folding, copies: int
+    ) -> Iterator[LeftOut | None]:
+        gaussians, kept, ignored = fitted
+        folds = folding(len(ignored))
+        sizes = np.bincount(folds)
+        if gaussians.n - sizes.max(initial=0) < 2:  # one other image alone has no covariance
+            yield None
+            return
+        if (sizes == 1).all():
+            distances = gaussians.leave_one_out(kept)
+        else:
+            ends = np.cumsum(sizes)
+            folded = (_between(kept, end - n, end) for n, end in zip(sizes, ends, strict=True))
+            distances = np.concatenate([gaussians.without(x).mahalanobis(x) for x in folded])
+        distances[ignored] = 0
+        yield distances, self._score_maps(distances, ignored), ignored
 
     def _summary_lines(self) -> list[tuple[str, str]]:
         height, width, length = self.gaussians_.shape
@@ -300,8 +312,11 @@ class GridAccumulator(Accumulator):
         Number of images whose embeddings are in memory at a time.
     known : GaussianGrid or None
         Moments of the images that were fitted on before.
-    keep : bool
-        Whether all reduced embeddings are kept as well.
+
+    Attributes
+    ----------
+    kept : list of ndarray (n, h, w, d), float32
+        All reduced embeddings; none unless ``keeps_images``.
     """
 
     def __init__(
@@ -311,14 +326,13 @@ class GridAccumulator(Accumulator):
         ridge: float,
         images_per_shard: int,
         known: GaussianGrid | None,
-        keep: bool,
     ) -> None:
         self.grid, self.components, self.ridge = grid, components, ridge
         self.channels = _channels_of(components)
         self.images_per_shard = images_per_shard
         self.gaussians = known
         self._owns_gaussians = False  # those known may still be needed as they are
-        self.kept: list[np.ndarray] | None = [] if keep else None
+        self.kept: list[np.ndarray] = []
         self.kept_ignored: list[np.ndarray] = []  # which patches of those kept are ignored
         self.E = np.empty((0, *grid, components.shape[-1]), np.float32)
 
@@ -328,7 +342,7 @@ class GridAccumulator(Accumulator):
             _check_grid(one.shape[:2], self.grid)
         shard = copy.copy(self)
         shard.E = _reduced(np.asarray(E), self.components)
-        if self.kept is not None:
+        if self.keeps_images:
             shard.kept_ignored = [np.isnan(np.stack([one[..., 0] for one in E]))]
         return shard
 
@@ -339,11 +353,18 @@ class GridAccumulator(Accumulator):
             self.gaussians = copy.deepcopy(self.gaussians) if self.gaussians else new
             self._owns_gaussians = True
         assert self.gaussians is not None
-        if self.kept is not None:
+        if other.keeps_images:
             self.kept = [*self.kept, other.E]
             self.kept_ignored = [*self.kept_ignored, *other.kept_ignored]
         for start in range(0, len(other.E), _SHARD_IMAGES):
             self.gaussians.add(other.E[start : start + _SHARD_IMAGES])
+
+
+def _between(blocks: list[np.ndarray], begin: int, end: int) -> np.ndarray:
+    """Return images ``begin`` to ``end`` of those that are in blocks (n, h, w, d)."""
+    starts = np.cumsum([0, *map(len, blocks[:-1])])
+    both = zip(blocks, starts, strict=True)
+    return np.concatenate([x[max(0, begin - at) : max(0, end - at)] for x, at in both])
 
 
 def _channels_of(components: np.ndarray) -> np.ndarray | None:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -37,7 +37,7 @@ from anomalib_lite.detectors._reweighting import SUPPORT_SIZE, reweight_by_bank
 from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.fusion import unit_rows
-from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
+from anomalib_lite.images.augmentation import check_augment, refuse_augment
 from anomalib_lite.images.embeddings import Embeddings
 from anomalib_lite.images.tiling import check_tiles
 from anomalib_lite.memory_bank import check_index, serialize
@@ -392,6 +392,11 @@ default="max"
                 f"got {self.index!r}. Use calibration='split'."
             )
 
+    def _cannot_cross(self) -> str | None:
+        if self.index != "flat":
+            return f"needs index='flat', got {self.index!r}"
+        return super()._cannot_cross()
+
     def _check_fit_on_embeddings(self) -> None:
         super()._check_fit_on_embeddings()
         if self.augment is not None:
@@ -456,7 +461,7 @@ default="max"
     def _fit_accumulated(
         self, accumulated: PatchAccumulator, random: np.random.RandomState
     ) -> np.ndarray | None:
-        """Add a coreset of the patches to the bank; return which of them were kept, if known."""
+        """Add a coreset of the patches to the bank; return the image of each, if that was kept."""
         bank = getattr(self, "memory_bank_", None)
         device, kept = device_of(self.device, "PatchCore"), None
         if getattr(self, "coreset_ratio_", None) is None or accumulated.size is None:
@@ -486,9 +491,10 @@ default="max"
             by_cell = np.argsort(cells, kind="stable")  # rows that are searched together
             rows, cells = rows[by_cell], cells[by_cell]
             kept = None if kept is None else kept[by_cell]
+        owners = accumulated.owners[kept] if len(accumulated.owners) else None
         if bank is not None:
             self._extend(rows, radius, cells)
-            return kept
+            return owners
         kept_by = f"coreset_size={self.coreset_size}"
         if self.coreset_ratio is not None:
             kept_by = f"coreset_ratio={self.coreset_ratio:g}"
@@ -502,7 +508,7 @@ default="max"
         self.memory_bank_ = self._bank_of(rows, cells, accumulated.grid, device)
         self.memory_bank_.covering_radius_ = radius
         self.n_absorbed_ = 0
-        return kept
+        return owners
 
     def _count_more(self, accumulated: PatchAccumulator) -> None:
         """Take note of the share kept of all patches that have come, before and now.
@@ -540,14 +546,11 @@ default="max"
     def _existing_patches(self) -> np.ndarray | None:
         return self.memory_bank_.embeddings_ if self.coreset == "greedy" else None
 
-    def _score_patches(
-        self, E: np.ndarray, bank: PatchBank | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         other = any(getattr(self, name) != then for name, then in self._made_with.items())
         if other or (self.fusion == "per_layer") != (self.layer_models_ is not None):
             self._check_bank()  # which says what is wrong
-        bank = self.memory_bank_ if bank is None else bank
-        rows = E.reshape(-1, E.shape[-1])
+        bank, rows = self.memory_bank_, E.reshape(-1, E.shape[-1])
         if self.normalize:
             rows = unit_rows(rows)
         ignored, k = np.isnan(rows[:, 0]), self.n_neighbors
@@ -573,18 +576,16 @@ default="max"
             scores = reweight_by_bank(scores, rows[worst], neighbors[worst, 0], bank)
         return patch_scores, scores
 
-    def _score_left_out(self, E: Embeddings, fitted: np.ndarray) -> np.ndarray:
-        patches = [np.count_nonzero(~np.isnan(grid[..., 0])) for grid in E]
-        copies = n_versions(self.augment)  # are left out together with their image
-        images = np.repeat(np.arange(len(E)) // copies, patches)[fitted]  # of each row of the bank
-        whole, scores = self.memory_bank_, []
-        for i in range(len(E) // copies):
-            others = whole.taken(images != i)
-            if len(others.embeddings_) < self.n_neighbors:
-                return np.empty(0, np.float32)  # no bank without this image
-            bank = self._bank_of(others.embeddings_, others.cells_, whole.grid)
-            scores.append(self._score_patches(E[i * copies][None], bank)[1])
-        return np.concatenate(scores)
+    def _without(self, own: Embeddings, first: int, fitted: np.ndarray) -> Self | None:
+        whole = self.memory_bank_
+        others = np.ones(len(whole.embeddings_), bool)
+        # The last rows are those of this fit; an update leaves the others where they are.
+        others[len(others) - len(fitted) :] = (fitted < first) | (fitted >= first + len(own))
+        if np.count_nonzero(others) < self.n_neighbors:
+            return None
+        left, rest = whole.taken(others), copy.copy(self)
+        rest.memory_bank_ = self._bank_of(left.embeddings_, left.cells_, whole.grid)
+        return rest
 
     def _scores_are_monotone(self) -> bool:
         # With more patches in the bank every exact distance stays or falls, so no score of a

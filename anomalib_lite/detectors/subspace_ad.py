@@ -14,7 +14,7 @@ from anomalib_lite.detectors.base import BaseDetector
 from anomalib_lite.detectors.fitting import Accumulator, images_within_budget
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.gaussian import Moments
-from anomalib_lite.images.augmentation import check_augment, n_versions, refuse_augment
+from anomalib_lite.images.augmentation import check_augment, refuse_augment
 from anomalib_lite.images.embeddings import Embeddings, patch_rows
 from anomalib_lite.subspace import Subspace, check_components
 
@@ -166,7 +166,7 @@ ignore_mask_, map_statistics_
             refuse_augment("SubspaceAD", self.augment)
 
     def _fits_in_shards(self) -> bool:
-        return self.calibration != "leave_one_out"
+        return self._calibrates_by == "split"
 
     def _make_accumulator(
         self,
@@ -207,25 +207,21 @@ ignore_mask_, map_statistics_
             )
         return subspace
 
-    def _score_patches(
-        self, E: np.ndarray, subspace: Subspace | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        subspace = subspace or self.subspace_
+    def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ignored = np.isnan(E[..., 0])
         patch_scores = np.zeros(E.shape[:3], np.float32)
-        patch_scores[~ignored] = subspace.sq_residual(patch_rows(E))
+        patch_scores[~ignored] = self.subspace_.sq_residual(patch_rows(E))
         return patch_scores, self._score_maps(patch_scores, ignored)
 
-    def _score_left_out(self, E: Embeddings, fitted: None) -> np.ndarray:
-        copies = n_versions(self.augment)  # are left out together with their image
-        if len(E) < 2 * copies:
-            return np.empty(0, np.float32)
-        moments, scores = self.subspace_.moments_, []
-        for i in range(0, len(E), copies):
-            own = Moments(len(moments.mean))
-            own.add(patch_rows(E[i : i + copies]))
-            scores.append(self._score_patches(E[i][None], self._find(moments.without(own)))[1])
-        return np.concatenate(scores)
+    def _without(self, own: Embeddings, first: int, fitted: None) -> Self | None:
+        all_images = self.subspace_.moments_
+        left_out = Moments(len(all_images.mean))
+        left_out.add(patch_rows(own))
+        if left_out.n == all_images.n:
+            return None
+        rest = copy.copy(self)
+        rest.subspace_ = self._find(all_images.without(left_out))
+        return rest
 
     def _summary_lines(self) -> list[tuple[str, str]]:
         k, n = self.subspace_.n_components_, self.subspace_.n_samples_seen_

@@ -7,7 +7,7 @@ They are fitted from running moments. Distances use Cholesky factors, as in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -133,6 +133,36 @@ class GaussianGrid:
 
         self._in_blocks(work)
         return np.ascontiguousarray(out.T).reshape(-1, *self.shape[:2])
+
+    def without(self, E: np.ndarray) -> Self:
+        """Return factorized Gaussians of all images but these, which were added; 2 must remain.
+
+        The embeddings are (B, h, w, D) float32. Call it before :meth:`factorize`.
+
+        Notes
+        -----
+        With B of n images left out, whose mean is m' and whose scatter about it is S', the scatter
+        of the others about their mean m is that of all minus
+        ``S' + B n / (n - B) (m' - mean)(m' - mean)^T``, where ``mean`` is that of all.
+        """
+        scatter, n, n_left_out = self._scatters(), self.n, len(E)
+        x = E.reshape(n_left_out, *self.mean.shape)
+        rest = type(self)(self.shape, self.ridge)
+        rest.n, factors = n - n_left_out, rest._scatters()
+
+        def work(block: slice) -> None:
+            mean = x[:, block].mean(axis=0)
+            step = self.mean[block] - mean
+            y = np.empty((len(mean), n_left_out + 1, self.shape[2]), np.float32)
+            np.subtract(x[:, block].transpose(1, 0, 2), mean[:, None], out=y[:, :-1])
+            np.multiply(step, np.float32((n_left_out * n / rest.n) ** 0.5), out=y[:, -1])
+            rest.mean[block] = self.mean[block] + step * np.float32(n_left_out / rest.n)
+            others = scatter[block] - y.transpose(0, 2, 1) @ y
+            factors[block] = self._factors(others, max(rest.n - 1, 1))
+
+        self._in_blocks(work)
+        rest.whitening, rest._scatter = factors, None
+        return rest
 
     def packed(self) -> np.ndarray:
         """Return W without the zeros above its diagonals: (P, D (D + 1) / 2), float32."""

@@ -1,6 +1,7 @@
 """How a detector fits on images that may not all be in memory."""
 
 from anomalib_lite.detectors.fitting.groups import (
+    folds_of,
     group_starts,
     order_of_fit,
     whole_groups,
@@ -8,7 +9,9 @@ from anomalib_lite.detectors.fitting.groups import (
 from anomalib_lite.detectors.fitting.model import (
     Accumulator,
     EmbeddingModel,
+    Folding,
     InMemory,
+    LeftOut,
     ShardResult,
     ShardSource,
     ShardTask,
@@ -33,14 +36,17 @@ __all__ = [
     "EmbeddingModel",
     "CountedEmbeddings",
     "EmbeddingStream",
+    "Folding",
     "ImageShards",
     "InMemory",
     "Indexed",
+    "LeftOut",
     "ShardResult",
     "ShardSource",
     "ShardTask",
     "distribute",
     "embed_distributed",
+    "folds_of",
     "group_starts",
     "images_within_budget",
     "iter_grids",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["group_starts", "order_of_fit", "whole_groups"]
+__all__ = ["folds_of", "group_starts", "order_of_fit", "whole_groups"]
 
 
 def order_of_fit(
@@ -53,3 +53,17 @@ def whole_groups(groups: np.ndarray, most: int) -> int:
     """
     sizes = len(groups) - np.append(group_starts(groups), len(groups))
     return int(sizes[sizes <= most].max())
+
+
+def folds_of(groups: np.ndarray, n_folds: int) -> np.ndarray:
+    """Return the fold of each image (n,), int64: whole groups, about as many of them in each.
+
+    ``groups`` (n,) follow each other. If there are fewer than ``n_folds``, each is a fold.
+
+    >>> folds_of(np.array([1, 2, 2, 2, 0, 0]), 2).tolist()
+    [0, 1, 1, 1, 1, 1]
+    """
+    starts = group_starts(groups)
+    sizes = np.diff(np.append(starts, len(groups)))
+    n = min(n_folds, len(starts))
+    return np.repeat(np.arange(len(starts)) * n // max(1, len(starts)), sizes)

@@ -6,8 +6,9 @@ import copy
 import math
 import sys
 from abc import ABC, ABCMeta, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn, Self
 
 import numpy as np
@@ -25,13 +26,21 @@ from anomalib_lite.images.embeddings import Embeddings, contiguous
 __all__ = [
     "Accumulator",
     "EmbeddingModel",
+    "Folding",
     "InMemory",
+    "LeftOut",
     "ShardResult",
     "ShardSource",
     "ShardTask",
     "images_within_budget",
     "refuse_budget",
 ]
+
+
+# Number of images, without copies -> their folds (n,), ascending.
+Folding = Callable[[int], np.ndarray]
+# Scores of patches (b, h, w) and of images (b,), and which patches are ignored (b, h, w).
+LeftOut = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Accumulator(ABC):
@@ -44,6 +53,7 @@ class Accumulator(ABC):
 
     images_per_shard: int = sys.maxsize  # images whose embeddings are in memory at a time
     channels: np.ndarray | None = None  # channels of the embeddings that are used; None for all
+    keeps_images: bool = False  # whether to keep of each what leaving it out will need
     files: range = range(0)  # numbers of the shard's images, and of those that could not be used
 
     @abstractmethod
@@ -72,7 +82,8 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
     patches, and its state. It may supply the others.
     """
 
-    calibration: str
+    # "split", "cross" or "leave_one_out": what ``calibration`` stands for in the present fit.
+    _calibrates_by: str = "split"
     image_score: str = "max"
     false_alarm_rate: float
     augment: Any = None
@@ -112,7 +123,7 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
     def _fit_accumulated(self, accumulated: Any, random: np.random.RandomState) -> Any:
         """Fit on the accumulated embeddings; in an update, also on those of earlier fits.
 
-        Return what :meth:`_score_left_out` needs, if anything.
+        Return what :meth:`_left_out` needs, if anything.
         """
 
     @abstractmethod
@@ -133,15 +144,62 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         """Whether ``fit`` works shard by shard, so that embeddings are never all in memory."""
         return self.memory_budget is not None
 
-    def _score_left_out(self, E: Embeddings, fitted: Any) -> np.ndarray:
-        """Score each image of the fit by a model without that image; return (N,), float32.
+    def _without(self, own: Embeddings, first: int, fitted: Any) -> Self | None:
+        """Return a model of all images of the fit but ``own``; None if too few are left.
 
-        ``fitted`` is what :meth:`_fit_accumulated` returned.
+        The first of them has position ``first``; ``fitted`` is what :meth:`_fit_accumulated`
+        returned.
         """
         raise InvalidValueError(
-            f"{type(self).__name__}: this detector cannot leave one image out. Use "
+            f"{type(self).__name__}: this detector cannot leave images out. Use "
             "calibration='split'."
         )
+
+    def _left_out(
+        self, E: Embeddings, fitted: Any, folding: Folding, copies: int
+    ) -> Iterator[LeftOut | None]:
+        """Score the images of each fold by a model without that fold, some at a time.
+
+        Parameters
+        ----------
+        E : Embeddings
+            All images of the fit, each with its copies behind it.
+        fitted
+            What :meth:`_fit_accumulated` returned.
+        folding : callable
+            Takes the number of images, without copies, and returns their folds (n,), ascending.
+        copies : int
+            Number of versions of each image. They are left out together, and the first is scored.
+
+        Yields
+        ------
+        (patch_scores, scores, ignored) or None
+            Arrays (b, h, w) float32, (b,) float32 and (b, h, w) bool; None if too few images are
+            left without a fold.
+        """
+        folds = folding(len(E) // copies)
+        for begin, end in pairwise([*group_starts(folds), len(folds)]):
+            own = E[begin * copies : end * copies]
+            rest = self._without(own, int(begin) * copies, fitted)
+            if rest is None:
+                yield None
+                return
+            originals = own[::copies]
+            step = self.batch_size if isinstance(own, np.ndarray) else 1
+            for i in range(0, len(originals), step):
+                some = np.ascontiguousarray(originals[i : i + step])
+                yield *rest._score_patches(some), np.isnan(some[..., 0])
+
+    def _score_left_out(
+        self, E: Embeddings, fitted: Any, folding: Folding, copies: int
+    ) -> np.ndarray:
+        """Score images as :meth:`_left_out`; return (N,), float32, or none if too few are left."""
+        scores = []
+        for found in self._left_out(E, fitted, folding, copies):
+            if found is None:
+                return np.empty(0, np.float32)
+            scores.append(found[1])
+        return np.concatenate(scores or [np.empty(0, np.float32)])
 
     def _scores_are_monotone(self) -> bool:
         """Whether fitting on more images can only lower scores.
@@ -345,12 +403,12 @@ class ShardSource(ABC):
     def held_back(self, task: ShardTask) -> Iterator[ShardResult]:
         """Carry out the task on the images held back; yield the result of each shard."""
 
-    def groups_of_last(self, n: int) -> np.ndarray:
-        """Return the groups (n,) of the last images that could be used."""
+    def groups_of_last(self, n: int, copies: int = 1) -> np.ndarray:
+        """Return the groups (n,) of the last images that could be used, each with its copies."""
         if self.groups is None:
             return np.arange(n)
         usable = np.delete(self.groups, [index for index, _ in self.skipped])
-        return usable[len(usable) - n :]
+        return usable[len(usable) - n * copies :: copies]
 
 
 class InMemory(ShardSource):
