@@ -214,7 +214,6 @@ def test_the_attention_goes_with_each_layer() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"calibration": "leave_one_out"}, "calibration='leave_one_out' needs one model"),
         ({"layer_weights": (1.0, 2.0)}, "layer_weights go with fusion='weighted'"),
         ({"feature_dim": 5}, "feature_dim=5 is more than the 4"),
     ],

@@ -50,8 +50,12 @@ def measure(config: Config, run: Any) -> Any:
     """Yield, for each rate, the share of defects found and of good images stopped."""
     for case in run.cases(
         {
-            **{"category": category, "n_train": n, "odd": odd, "seed": seed},
-            **{"detector": name, "calibration": calibration},
+            "category": category,
+            "n_train": n,
+            "odd": odd,
+            "seed": seed,
+            "detector": name,
+            "calibration": calibration,
         }
         for seed in run.seeds
         for category in run.categories

@@ -26,7 +26,7 @@ class Config(StudyConfig):
     """Keys of the YAML file; README.md says what they mean."""
 
     detectors: list[str] = Field(default_factory=lambda: list(DETECTORS))
-    calibrations: list[Literal["split", "leave_one_out"]]
+    calibrations: list[Literal["split", "cross", "leave_one_out"]]
     photographs: list[int]
     rates: list[float]
     after: list[Literal["fit", "partial_fit", "recalibrate", "confidence"]]
@@ -58,7 +58,7 @@ def measure(config: Config, run: Any) -> Any:
 
 def is_offered(calibration: str, photographs: int, what: str) -> bool:
     """Tell whether the detectors offer this; leaving one out has no groups and no update."""
-    return calibration == "split" or (photographs == 1 and what == "fit")
+    return calibration != "leave_one_out" or (photographs == 1 and what == "fit")
 
 
 def one_draw(case: dict[str, Any], config: Config, seed: int) -> float:
