@@ -186,9 +186,7 @@ class TestFit:
         options = ["--heatmap-model", name, "--calibration", "split"]
         assert make_detector(parse(*CASCADE, *options)).detector.calibration == "split"
 
-    @pytest.mark.parametrize(
-        "options", ["--fusion per_layer", "--memory-budget 2GB", "--fusion per_layer --t-low 0.2"]
-    )
+    @pytest.mark.parametrize("options", ["--memory-budget 2GB", "--memory-budget 2GB --t-low 0.2"])
     @pytest.mark.parametrize("name", ["padim", "mahalanobis_vfm", "subspace_ad", "patchcore"])
     def test_images_are_held_back_where_none_can_be_left_out(self, name: str, options: str) -> None:
         made = make_detector(parse(*CASCADE, "--heatmap-model", name, *options.split()))

@@ -251,15 +251,19 @@ def summary_lines(
     ]
 
 
+_HOW = {"cross": "cross-calibrated", "leave_one_out": "leave-one-out"}
+
+
 def _promise(detector: Any, rate_kept: bool) -> str:
     groups = getattr(detector, "calibration_groups_", ())
     grouped = len(set(groups)) < len(groups)
     rate = f"{detector.false_alarm_rate:.3g}"
     if not rate_kept:
         return f"the rate of {rate} asked for is not guaranteed, see the warning"
-    if detector.calibration == "leave_one_out":
-        return f"about {rate} of future normal images (leave-one-out: an estimate)"
     whose = "images of new parts" if grouped else "normal images"
+    way = getattr(detector, "calibration_", "split")
+    if way != "split":
+        return f"about {rate} of future {whose} ({_HOW[way]}: an estimate)"
     confidence = getattr(detector, "false_alarm_confidence", None)
     kept = "on average" if confidence is None else f"with a confidence of {confidence:g}"
     return f"at most {rate} of future {whose}, {kept}"

@@ -124,7 +124,7 @@ FIT_OPTIONS: dict[str, Option] = {
         "probability that this very threshold keeps the rate, such as 0.95 (default: it is kept on "
         "average)",
     ),
-    "calibration": (str, "split", "split or leave_one_out"),
+    "calibration": (str, "split", "split, cross, leave_one_out, or auto: cross for few images"),
     "device": (str, "auto", "auto, cpu, cuda or mps"),
     "dtype": (str, "auto", "auto, float32, bfloat16 or float16"),
     "engine": (str, "auto", "auto, torch, openvino or onnxruntime"),

@@ -50,7 +50,7 @@ from anomalib_lite.engines import AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError
 from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.images import Extractor, ImageSource
-from anomalib_lite.images.augmentation import AugmentedSource, n_versions
+from anomalib_lite.images.augmentation import AugmentedSource
 from anomalib_lite.images.embeddings import Embeddings, embed_all, image_size_for, take
 from anomalib_lite.images.grouping import default_groups, group_ids
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image
@@ -132,7 +132,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
             n_held_back = whole_groups(groups, n_held_back)
         images_alone = extractor, in_order, n_held_back, skipped, distributor
         shards: ShardSource = ImageShards(*images_alone) if E is None else InMemory(E, n_held_back)
-        shards.groups, shards.skipped = in_order.groups, skipped
+        shards.groups, shards.skipped, shards.copies = in_order.groups, skipped, in_order.n_versions
         self._fit_shards(shards, random, update, transform)
         self._take_backbone(backbone)
         self.ignore_mask_, self.image_size_ = one_for_all, size
@@ -170,9 +170,9 @@ class LearningModel(ThresholdMixin, TransformingModel):
             # At the user's line: above a public method, its _fit_images and this one.
             exact_alone = self.memory_budget is not None or self.n_jobs is not None
             found = default_groups(source, self.on_error, exact_alone=exact_alone, stacklevel=5)
-            source.groups = None if self._in_given_order() else found
-        n = len(source.items)
-        order = np.arange(n) if self._in_given_order() else random.permutation(n)
+            source.groups = None if self._calibrates_by == "leave_one_out" else found
+        n, in_order = len(source.items), self._calibrates_by == "leave_one_out"
+        order = np.arange(n) if in_order else random.permutation(n)
         if source.groups is not None:
             order = order_of_fit(order, source.groups, random)
         return source.take(order), order, one_for_all
@@ -220,7 +220,8 @@ class LearningModel(ThresholdMixin, TransformingModel):
             n_held_back = self._n_to_hold_back(n, None, update)
             shards = EmbeddingStream(E, n_held_back, random, n_features, where, transform)
         else:
-            order = np.arange(n) if self._in_given_order() else random.permutation(n)
+            in_order = self._calibrates_by == "leave_one_out"
+            order = np.arange(n) if in_order else random.permutation(n)
             if ids is not None:
                 order = order_of_fit(order, ids, random)
                 ids = ids[order]
@@ -267,10 +268,6 @@ class LearningModel(ThresholdMixin, TransformingModel):
             return self.calibration
         many = n is None or n > MOST_TO_LEAVE_OUT
         return "split" if many or self._cannot_cross() is not None else "cross"
-
-    def _in_given_order(self) -> bool:
-        """Whether images are fitted on in the order given: each is left out by itself."""
-        return self._calibrates_by == "leave_one_out"
 
     def _cannot_cross(self) -> str | None:
         """Return why folds of images cannot be left out, as the end of a sentence; else None."""
@@ -334,7 +331,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
         joins = model._scores_are_monotone()  # so do the images held back, in the end
         n_images = shards.n_images if joins else shards.n_to_fit
         empty = model._make_accumulator(shards.shape, n_images, shards.in_flight, random)
-        left_out, copies = self._calibrates_by != "split", n_versions(self.augment)
+        left_out, copies = self._calibrates_by != "split", shards.copies
         empty.keeps_images = left_out
         removed = model._remove_calibration_patches() if update else None
         statistics = model._take_statistics() if update else None
@@ -382,7 +379,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
     def _fold(self, shards: ShardSource, copies: int, n: int) -> np.ndarray:
         """Return the folds (n,) of the images of a fit, ascending: one for each, or a few."""
         groups = shards.groups_of_last(n, copies)
-        return folds_of(groups, n if self._in_given_order() else N_FOLDS)
+        return folds_of(groups, N_FOLDS if self._calibrates_by == "cross" else n)
 
     def _copy_to_fit(
         self, n_features: int, update: bool, transform: EmbeddingTransform | None

@@ -48,9 +48,10 @@ class SavedDetector(ABC):
         JSON: ``format_version``, ``library_version``, ``detector`` (class name), ``parameters``
         (every constructor argument), ``backbone`` (layers, stride, mean and deviation of the
         pixels, number type, engine, SHA-256 of the weights, and ``adapter`` if there is one; null
-        after ``fit_embeddings``) and ``state`` (``threshold``, ``calibrated_threshold`` if that is
-        another, ``image_size``, which is ``image_size_``, if the parameter is another, for
-        ``image_score="structure"`` ``map_threshold``, and the rest). Its tensors are
+        after ``fit_embeddings``) and ``state`` (``threshold``, ``calibration``, which is
+        ``calibration_``, ``calibrated_threshold`` if that is another, ``image_size``, which is
+        ``image_size_``, if the parameter is another, for ``image_score="structure"``
+        ``map_threshold``, and the rest). Its tensors are
         ``calibration_scores`` (n,), ``calibration_groups`` (n,) if some are of one part,
         ``map_statistics`` (2, 3) for ``image_score="structure"``, and
         the detector's arrays: for PatchCore ``embeddings`` (M, D)

@@ -262,6 +262,9 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
         images *fitted* on, without any that were held back. Their scores are added to
         ``calibration_scores_``, the threshold is computed again, and their patches are added.
 
+        After a fit with ``calibration="cross"`` nothing is held back: parts of the new images are
+        left out, as in :meth:`fit`, and their scores are added to the earlier ones.
+
         Scores of earlier images are kept if more images can only lower scores. Such a score is
         then at least as large as the image's score would be now, so the guarantee of :meth:`fit`
         holds for old and new images that are exchangeable. If scores may also rise (an

@@ -93,7 +93,7 @@ class MahalanobisVFM(BaseDetector):
         How the patch scores of an image become one; see :class:`~anomalib_lite.PatchCore`.
         ``"structure"`` counts in standard deviations and not in distances, so it needs
         ``global_weight=0``.
-    calibration : {"split", "leave_one_out"}, default="split"
+    calibration : {"auto", "split", "cross", "leave_one_out"}, default="split"
         As in :class:`~anomalib_lite.PaDiM`.
     memory_budget : int or str, optional
         As in :class:`~anomalib_lite.PaDiM`.

@@ -62,15 +62,18 @@ default="nearest"
         How the patch scores of an image become one: the largest after smoothing over neighbours
         (a Gaussian of one patch, which is the paper's 4 pixels at stride 4); or another way of
         :class:`~anomalib_lite.PatchCore`.
-    calibration : {"split", "leave_one_out"}, default="split"
+    calibration : {"auto", "split", "cross", "leave_one_out"}, default="split"
         ``"split"`` holds images back (as many as the rate needs, a fifth to half of all) and
         takes the threshold from their scores, with a finite-sample guarantee; they are not
-        fitted on. ``"leave_one_out"`` fits on all images and scores each as if it had been left
-        out; it keeps the reduced embeddings of all until then, and its rate is only approximate.
+        fitted on. ``"cross"`` fits on all images, and scores each of ten parts of them (whole
+        groups) by Gaussians of the others; ``"leave_one_out"`` does so with each image by itself.
+        Both keep the reduced embeddings of all images until then, and less is known of their rates;
+        see docs/calibration.md. ``"auto"`` is ``"cross"`` for at most 500 images, where no other
+        parameter forbids it, else ``"split"``.
     memory_budget : int or str, optional
         Most memory that :meth:`fit` may take above the idle process, such as "2GB". Embeddings
         are never kept anyway, so this only bounds how many images are processed at a time. Not
-        with ``calibration="leave_one_out"``.
+        with ``calibration="cross"`` or ``"leave_one_out"``.
     random_state : int, RandomState or None, default=0
         Seed of the channels and of the choice of calibration images.
 
@@ -80,7 +83,8 @@ default="nearest"
         Mean and covariance of each position.
     components_ : ndarray of shape (d,), int64, or (D, d), float32
         The channels kept, or the projection.
-    threshold_, calibration_scores_, calibration_groups_, n_features_, backbone_, dtype_, \
+    threshold_, calibration_, calibration_scores_, calibration_groups_, n_features_, backbone_, \
+dtype_, \
 engine_, skipped_, \
 ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.

@@ -148,14 +148,17 @@ default="max"
         ``false_alarm_rate``, over draws of the images held back, of which it needs more. By
         default the mean over draws is; see
         :func:`~anomalib_lite.calibration.conformal_threshold`. An estimate with
-        ``"leave_one_out"``.
-    calibration : {"split", "leave_one_out"}, default="split"
+        ``"leave_one_out"``, and not with ``"cross"``.
+    calibration : {"auto", "split", "cross", "leave_one_out"}, default="split"
         ``"split"`` holds images back (as many as the rate needs, a fifth to half of all) and takes
         the threshold from their scores, with a finite-sample guarantee. Then it adds their patches
         to the bank if that can only lower scores (any coreset, ``index="flat"``, not
-        ``"reweighted"`` or ``"structure"``), which keeps the guarantee. ``"leave_one_out"`` holds
-        nothing back and scores each image against the bank without its own patches: the threshold
-        is tighter, and its rate only approximate.
+        ``"reweighted"`` or ``"structure"``), which keeps the guarantee. ``"cross"`` holds nothing
+        back: it scores each of ten parts of the images (whole groups) against the bank without the
+        patches of that part, so the threshold rests on all images. ``"leave_one_out"`` does so with
+        each image by itself. What is known of their rates is less; see docs/calibration.md.
+        ``"auto"`` is ``"cross"`` for at most 500 images, where no other parameter forbids it, else
+        ``"split"``.
     device : {"auto", "cpu", "cuda", "mps"}, default="auto"
         Device of the backbone and of the search.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
@@ -169,7 +172,7 @@ default="max"
         Most memory that :meth:`fit` may take above the idle process, in bytes or as "512MB",
         "2GB" or "1GiB", for any number of images. If not all patches fit, the images are taken in
         shards, and a coreset of the patches of each shard is kept; see Notes. Not with
-        ``calibration="leave_one_out"``.
+        ``calibration="cross"`` or ``"leave_one_out"``.
     n_jobs : int, optional
         Number of workers that embed the images of :meth:`fit`, through joblib: processes of this
         machine (-1: one a core), or a cluster set by ``joblib.parallel_config("dask")`` and the
@@ -193,6 +196,8 @@ default="max"
         :meth:`partial_fit`.
     calibrated_threshold_ : float
         The threshold that the calibration gave.
+    calibration_ : {"split", "cross", "leave_one_out"}
+        How it did so; :meth:`partial_fit` goes on with it.
     map_threshold_ : float
         With ``image_score="structure"`` alone: the threshold in the units of the heatmaps, which
         are distances and no standard deviations.

@@ -49,7 +49,7 @@ default="concat"
     image_score : {"max", "top<p>%", "top<p>% pixels", "smoothed", "structure"}, default="top1%"
         How the patch scores of an image become one; see :class:`~anomalib_lite.PatchCore`. The
         paper has ``"top1% pixels"``.
-    calibration : {"split", "leave_one_out"}, default="split"
+    calibration : {"auto", "split", "cross", "leave_one_out"}, default="split"
         As in :class:`~anomalib_lite.PaDiM`. ``"leave_one_out"`` finds the components anew for each
         image.
     memory_budget : int or str, optional

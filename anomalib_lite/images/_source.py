@@ -107,6 +107,8 @@ class ImageSource(Sequence[np.ndarray]):
     (5, (32, 48, 3), 'images[4]')
     """
 
+    n_versions = 1  # images here for each that was given; AugmentedSource has more
+
     def __init__(
         self, images: Any, *, max_pixels: int = 100_000_000, where: str = "ImageSource"
     ) -> None:

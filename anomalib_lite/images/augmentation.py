@@ -77,6 +77,8 @@ class AugmentedSource(ImageSource):
     ----------
     origins : ndarray of shape (n,), int64
         Position in ``images`` of what each image here was made of.
+    n_versions : int
+        Number of images here for each that gets copies.
 
     Notes
     -----
@@ -103,7 +105,7 @@ class AugmentedSource(ImageSource):
         )
         vars(self).update(vars(images.take(self.origins)))
         self.changes = versions * n_copied + [None] * n_held_back
-        self._n_held_back = n_held_back
+        self.n_versions, self._n_held_back = len(versions), n_held_back
 
     def take(self, indices: Sequence[int] | np.ndarray) -> ImageSource:
         """Return the source of the images at these positions; they keep their names."""

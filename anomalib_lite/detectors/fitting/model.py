@@ -393,6 +393,7 @@ class ShardSource(ABC):
     in_flight = 0  # bytes of memory taken beside the embeddings of a shard
     embeddings: Embeddings = []  # noqa: RUF012  # of the images to fit on, if all are in memory
     groups: np.ndarray | None = None  # (n,) int, of all images; None if each is its own
+    copies = 1  # of each image to fit on, with itself
     skipped: Sequence[tuple[int, str]] = ()  # those of them that could not be used
 
     @abstractmethod
