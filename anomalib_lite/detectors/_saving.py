@@ -49,9 +49,9 @@ class SavedDetector(ABC):
         (every constructor argument), ``backbone`` (layers, stride, mean and deviation of the
         pixels, number type, engine, SHA-256 of the weights, and ``adapter`` if there is one; null
         after ``fit_embeddings``) and ``state`` (``threshold``, ``calibration``, which is
-        ``calibration_``, ``calibrated_threshold`` if that is another, ``image_size``, which is
-        ``image_size_``, if the parameter is another, for ``image_score="structure"``
-        ``map_threshold``, and the rest). Its tensors are
+        ``calibration_``, if the parameter is another, ``calibrated_threshold`` if that is another,
+        ``image_size``, which is ``image_size_``, if the parameter is another, for
+        ``image_score="structure"`` ``map_threshold``, and the rest). Its tensors are
         ``calibration_scores`` (n,), ``calibration_groups`` (n,) if some are of one part,
         ``map_statistics`` (2, 3) for ``image_score="structure"``, and
         the detector's arrays: for PatchCore ``embeddings`` (M, D)

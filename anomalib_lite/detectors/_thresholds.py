@@ -199,7 +199,8 @@ class ThresholdMixin:
 
     def _describe_threshold(self, tensors: dict[str, Any], header: dict[str, Any]) -> None:
         """Add to what a file holds what the threshold rests on."""
-        header["state"]["calibration"] = self.calibration_
+        if self.calibration_ != self.calibration:  # which is "auto", or was changed since
+            header["state"]["calibration"] = self.calibration_
         tensors["calibration_scores"], groups = self.calibration_scores_, self.calibration_groups_
         if len(np.unique(groups)) < len(groups):
             tensors["calibration_groups"] = groups
@@ -208,8 +209,7 @@ class ThresholdMixin:
 
     def _restore_threshold(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Take it over from a file that the threshold itself was read from."""
-        way = self.calibration if self.calibration != "auto" else "split"
-        self.calibration_ = str(state.get("calibration", way))  # older files do not say
+        self.calibration_ = str(state.get("calibration", self.calibration))
         self.calibration_scores_ = scores = arrays["calibration_scores"]
         self.calibration_groups_ = arrays.get("calibration_groups", np.arange(len(scores)))
         if self.calibration_groups_.shape != scores.shape:
