@@ -202,6 +202,27 @@ class TestFit:
         assert re.search(r"images +23 in ", out)
         assert re.fullmatch(r"skipped: .*005\.jpg cannot be read: .*\n", err)
 
+    def test_the_oddest_images_are_named_and_can_be_left_out(
+        self, wall: Path, refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path, odd = tmp_path / "m", tmp_path / "odd.txt"
+        command = ["fit", wall / "train/good", "-o", path, *FAST, "--exclude", odd]
+        assert cli.main(list(map(str, command[:-2]))) == 0
+        [told] = re.findall(r"oddest +(.*): are these good\?", capsys.readouterr().out)
+        detector = load(path)
+        order = np.argsort(-detector.calibration_scores_)[:3]
+        named = [Path(detector.calibration_names_[i]).name for i in order]
+        assert [name.split(" ")[0] for name in told.split(", ")] == named
+        odd.write_text(f"{named[0]}\n\n{wall / 'train/good' / named[1]}\n")
+        assert cli.main(list(map(str, command))) == 0
+        assert re.search(r"images +22 in ", capsys.readouterr().out)
+        odd.write_text("no.png\n")
+        assert f"no.png in {odd} is the name of none of the 24 images" in refused(*command)
+        odd.write_text("\n".join(sorted(p.name for p in (wall / "train/good").iterdir())))
+        assert "names all images. Leave some" in refused(*command)
+        odd.unlink()
+        assert f"--exclude: {odd} cannot be read" in refused(*command)
+
     @pytest.mark.parametrize("kind", ["cut", "text", "empty", "1x1"])
     def test_an_unreadable_image_is_named(
         self, broken: dict[str, Path], kind: str, refused: Refused, tmp_path: Path

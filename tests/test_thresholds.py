@@ -1,5 +1,6 @@
 """Another rate, other good images, a threshold of one's own, p-values: without a new fit."""
 
+import copy
 import csv
 import warnings
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from detector_fixtures import PLAIN, Small, good
 from PIL import Image
 from scipy import stats
 
@@ -330,3 +332,50 @@ def test_a_detector_refuses_what_is_no_confidence(confidence: Any) -> None:
 def test_too_few_images_for_a_confidence() -> None:
     with pytest.warns(CalibrationWarning, match=r"with confidence=0\.99 needs 90 .* got 50"):
         fitted(n=100, false_alarm_confidence=0.99)
+
+
+# --- Names of the images that the threshold rests on ----------------------------------------------
+
+
+@pytest.mark.parametrize("calibration", ["split", "cross", "leave_one_out"])
+def test_the_oddest_image_is_named(calibration: str, tmp_path: Path) -> None:
+    photos = good(24)
+    for i, photo in enumerate(photos):
+        Image.fromarray(photo).save(tmp_path / f"{i:02}.png")
+    paths = sorted(tmp_path.glob("*.png"))
+    detector = PatchCore(
+        Small(), coreset_ratio=1.0, calibration=calibration, **PLAIN | {"image_size": (48, 80)}
+    )  # fmt: skip
+    detector.set_params(false_alarm_rate=0.2).fit(paths)
+    names = detector.calibration_names_
+    assert len(set(names)) == len(names) == len(detector.calibration_scores_)
+    assert set(names) <= set(map(str, paths))
+    oddest = names[int(np.argmax(detector.calibration_scores_))]
+    marked = photos[int(Path(oddest).stem)].copy()
+    marked[10:30, 20:50] = 250  # it stays the oddest, by far
+    Image.fromarray(marked).save(oddest)
+    again = detector.fit(paths)
+    assert again.calibration_names_[int(np.argmax(again.calibration_scores_))] == oddest
+
+
+def test_names_after_updates(tmp_path: Path) -> None:
+    detector = PatchCore(image_size=48, false_alarm_rate=0.2).fit(good(20))
+    first = detector.calibration_names_
+    assert {name[:7] for name in first} == {"images["}
+    more = copy.copy(detector).partial_fit(good(6, seed=3))
+    assert more.calibration_names_[: len(first)] == first
+    assert len(more.calibration_names_) == len(more.calibration_scores_)
+    detector.recalibrate(good(5, seed=4))
+    assert detector.calibration_names_ == [f"images[{i}]" for i in range(5)]
+    detector.save(tmp_path / "model.safetensors")
+    assert load(tmp_path / "model.safetensors").calibration_names_ == detector.calibration_names_
+
+
+def test_names_of_embeddings() -> None:
+    E = np.random.default_rng(0).normal(size=(20, 3, 3, 4)).astype(np.float32)
+    E[7] *= 9
+    detector = PatchCore(coreset_ratio=1.0, false_alarm_rate=0.2, calibration="cross")
+    detector.fit_embeddings(E)
+    assert detector.calibration_names_[detector.calibration_scores_.argmax()] == "embeddings[7]"
+    once = PatchCore(coreset_ratio=0.5, false_alarm_rate=0.2, memory_budget="1GB")
+    assert set(once.fit_embeddings(iter(E)).calibration_names_) == {""}

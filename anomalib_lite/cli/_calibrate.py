@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
             images, maps=False
         )
         print_skipped([reason for _, reason in found.skipped])
-        detector._calibrate(found.scores, ids, rate, confidence)
+        detector._calibrate(found.scores, ids, found.names, rate, confidence)
     with safe_open(arguments.model, "numpy") as file:
         with_weights = any(name.startswith("backbone.") for name in file.keys())  # noqa: SIM118
         fitted = json.loads(file.metadata()["anomalib_lite"])["parameters"]

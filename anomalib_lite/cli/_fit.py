@@ -66,6 +66,11 @@ def add_to(commands: Any) -> None:
         help="regions to ignore: an image, not black there, or JSON with polygons",
     )
     add_groups(parser, "images")
+    parser.add_argument(
+        "--exclude",
+        metavar="FILE",
+        help="text file with names of images to leave out, one a line, such as odd ones",
+    )
     _add_parameters(parser)
     parser.add_argument(
         "--include-backbone", action="store_true", help="put the network's weights into the file"
@@ -103,6 +108,9 @@ def run(arguments: argparse.Namespace) -> None:
     # Checked before the import of torch, which takes seconds, and the fit, which takes minutes.
     normal = _training_images(arguments)
     source = ImageSource(normal, where="fit")
+    if arguments.exclude is not None:
+        normal = without(source, Path(arguments.exclude))
+        source = ImageSource(normal, where="fit")
     images, y = normal_and_anomalous(normal, arguments.anomalous or ())
     model = check_file(Path(arguments.output))
 
@@ -216,6 +224,31 @@ def normal_and_anomalous(normal: Any, directories: Sequence[str]) -> tuple[Any, 
     return [*good, *bad], [0] * len(good) + [1] * len(bad)
 
 
+def without(source: Any, listed: Path) -> list[Any]:
+    """Return the images whose names are not in a text file, where each is a line of its own.
+
+    A name is the image's path, or the name of its file alone. UsageError for a name that is that of
+    no image, or if none is left.
+    """
+    from anomalib_lite.errors import MissingPathError
+
+    try:
+        lines = listed.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise MissingPathError(f"fit: --exclude: {listed} cannot be read: {error}.") from error
+    wanted = {line.strip() for line in lines if line.strip()}
+    named = {name for item in source.items for name in (str(item), Path(item).name)}
+    if unknown := sorted(wanted - named):
+        raise UsageError(
+            f"fit: --exclude: {unknown[0]} in {listed} is the name of none of the "
+            f"{len(source.items)} images. Give their paths, or the names of their files"
+        )
+    left = [item for item in source.items if not {str(item), Path(item).name} & wanted]
+    if not left:
+        raise UsageError(f"fit: --exclude: {listed} names all images. Leave some to fit on")
+    return left
+
+
 def read_groups(files: Sequence[Any], rule: str) -> Any:
     """Return the groups of files that ``--groups`` asks for."""
     from anomalib_lite.images.grouping import groups_of_files
@@ -247,8 +280,20 @@ def summary_lines(
         ("images", used),
         *detector._learner()._summary_lines(),
         ("threshold", f"{level:.6g}{whose}"),
+        *_oddest(detector),
         ("false alarms", _promise(detector, rate_kept)),
     ]
+
+
+def _oddest(detector: Any) -> list[tuple[str, str]]:
+    """Name the good images with the largest scores among those that the threshold rests on."""
+    names = getattr(detector, "calibration_names_", [])
+    if not any(names):
+        return []
+    scores = detector.calibration_scores_
+    oddest = sorted(range(len(names)), key=lambda i: -scores[i])[:3]
+    told = ", ".join(f"{Path(names[i]).name} ({scores[i]:.4g})" for i in oddest)
+    return [("oddest", f"{told}: are these good?")]
 
 
 _HOW = {"cross": "cross-calibrated", "leave_one_out": "leave-one-out"}

@@ -133,6 +133,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
         images_alone = extractor, in_order, n_held_back, skipped, distributor
         shards: ShardSource = ImageShards(*images_alone) if E is None else InMemory(E, n_held_back)
         shards.groups, shards.skipped, shards.copies = in_order.groups, skipped, in_order.n_versions
+        shards.names = in_order.names
         self._fit_shards(shards, random, update, transform)
         self._take_backbone(backbone)
         self.ignore_mask_, self.image_size_ = one_for_all, size
@@ -233,7 +234,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
             else:
                 E = E if transform is None else transform_all(E, transform)
                 shards = InMemory(take(E, order), n_held_back)
-            shards.groups = ids
+            shards.groups, shards.names = ids, [f"embeddings[{i}]" for i in order]
         self._fit_shards(shards, random, update, transform)
         if not update:
             for fitted_on_images in _FITTED_ON_IMAGES:
@@ -357,14 +358,18 @@ class LearningModel(ThresholdMixin, TransformingModel):
                 del result
         found = np.concatenate(scores or [np.empty(0, np.float32)])
         known = self.calibration_groups_ if stay else np.empty(0, np.int64)
-        new = shards.groups_of_last(len(found) - len(known), copies if left_out else 1)
-        groups = np.concatenate([known, new + known.max(initial=-1) + 1])
+        of_last = len(found) - len(known), copies if left_out else 1
+        groups = np.concatenate(
+            [known, shards.groups_of_last(*of_last) + known.max(initial=-1) + 1]
+        )
+        names = [*(self.calibration_names_ if stay else []), *shards.names_of_last(*of_last)]
         promise = self.false_alarm_rate, self.false_alarm_confidence
         fresh.calibration_scores_ = model._standardize_calibration(
             found, groups, *promise, left_out, statistics
         )
         fresh.calibration_ = self._calibrates_by
-        fresh.calibration_groups_ = groups[len(groups) - len(fresh.calibration_scores_) :]
+        first = len(groups) - len(fresh.calibration_scores_)  # "structure" learned from others
+        fresh.calibration_groups_, fresh.calibration_names_ = groups[first:], names[first:]
         calibrated, shortfall = threshold_and_shortfall(
             fresh.calibration_scores_, *promise, fresh.calibration_groups_
         )

@@ -50,6 +50,7 @@ class SavedDetector(ABC):
         pixels, number type, engine, SHA-256 of the weights, and ``adapter`` if there is one; null
         after ``fit_embeddings``) and ``state`` (``threshold``, ``calibration``, which is
         ``calibration_``, if the parameter is another, ``calibrated_threshold`` if that is another,
+        ``calibration_names``,
         ``image_size``, which is ``image_size_``, if the parameter is another, for
         ``image_score="structure"`` ``map_threshold``, and the rest). Its tensors are
         ``calibration_scores`` (n,), ``calibration_groups`` (n,) if some are of one part,

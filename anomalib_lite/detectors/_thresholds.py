@@ -22,6 +22,7 @@ class ThresholdMixin:
     calibrated_threshold_: float
     calibration_scores_: np.ndarray
     calibration_groups_: np.ndarray
+    calibration_names_: list[str]
     calibration: str
     calibration_: str
     false_alarm_rate: float
@@ -73,7 +74,8 @@ class ThresholdMixin:
         self._check_has_threshold()
         scores, groups = self.calibration_scores_, self.calibration_groups_
         confidence = self.false_alarm_confidence if confidence is None else confidence
-        return self._calibrate(scores, groups, false_alarm_rate, confidence)
+        names = self.calibration_names_
+        return self._calibrate(scores, groups, names, false_alarm_rate, confidence)
 
     def recalibrate(
         self,
@@ -149,17 +151,23 @@ class ThresholdMixin:
         if groups is not None:  # before any image is scored
             ids = check_groups(groups, len(ImageSource(images, where=where).items), where)
         detect: Any = self.detect  # type: ignore[attr-defined]
-        scores = detect(images, maps=False, ignore_mask=ignore_mask).scores
-        ids = np.arange(len(scores)) if ids is None else ids
-        return self._calibrate(scores, ids, rate, confidence)
+        found = detect(images, maps=False, ignore_mask=ignore_mask)
+        ids = np.arange(len(found.scores)) if ids is None else ids
+        return self._calibrate(found.scores, ids, found.names, rate, confidence)
 
     def _calibrate(
-        self, scores: np.ndarray, groups: np.ndarray, rate: float, confidence: float | None
+        self,
+        scores: np.ndarray,
+        groups: np.ndarray,
+        names: list[str],
+        rate: float,
+        confidence: float | None,
     ) -> Self:
         """Set the threshold from the scores of normal images; NaN is one that was skipped."""
         self._check_calibration(rate, confidence)
         usable = ~np.isnan(scores)
         scores, groups = scores[usable], groups[usable]
+        names = [name for name, use in zip(names, usable, strict=True) if use]
         if not len(scores):
             raise InvalidValueError(
                 f"{type(self).__name__}: a threshold needs at least one image that can be used, "
@@ -169,6 +177,7 @@ class ThresholdMixin:
         if shortfall is not None:
             warnings.warn(shortfall, CalibrationWarning, stacklevel=3)
         self.calibration_scores_, self.calibration_groups_ = scores, groups
+        self.calibration_names_ = names
         self.false_alarm_rate, self.false_alarm_confidence = float(rate), confidence
         self.threshold_ = self.calibrated_threshold_ = threshold
         return self
@@ -204,6 +213,8 @@ class ThresholdMixin:
         tensors["calibration_scores"], groups = self.calibration_scores_, self.calibration_groups_
         if len(np.unique(groups)) < len(groups):
             tensors["calibration_groups"] = groups
+        if any(self.calibration_names_):
+            header["state"]["calibration_names"] = self.calibration_names_
         if self.calibrated_threshold_ != self.threshold_:  # the user has set another
             header["state"]["calibrated_threshold"] = self.calibrated_threshold_
 
@@ -214,4 +225,9 @@ class ThresholdMixin:
         self.calibration_groups_ = arrays.get("calibration_groups", np.arange(len(scores)))
         if self.calibration_groups_.shape != scores.shape:
             raise ValueError(f"calibration_groups are not those of {len(scores)} scores")
+        self.calibration_names_ = [
+            str(n) for n in state.get("calibration_names", [""] * len(scores))
+        ]
+        if len(self.calibration_names_) != len(scores):
+            raise ValueError(f"calibration_names are not those of {len(scores)} scores")
         self.calibrated_threshold_ = float(state.get("calibrated_threshold", self.threshold_))

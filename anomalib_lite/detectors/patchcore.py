@@ -204,6 +204,9 @@ default="max"
     calibration_scores_ : ndarray of shape (n,), float32
         Scores of the normal images that the threshold was taken from; see
         :meth:`set_false_alarm_rate`.
+    calibration_names_ : list of n str
+        Path, ``images[i]`` or ``embeddings[i]`` of each of them; empty where it is not known. Those
+        with the largest scores are the oddest of the good images.
     calibration_groups_ : ndarray of shape (n,), int64
         The group of each of them, such as the part that it shows.
     n_features_ : int

@@ -80,7 +80,8 @@ def one_draw(case: dict[str, Any], config: Config, seed: int) -> float:
             E, groups = draw_parts(n_parts, photographs, random)
             ids = np.arange(len(E)) if groups is None else groups
             confidence = config.confidence if what == "confidence" else None
-            detector._calibrate(detector.score_embeddings(E), ids, rate, confidence)
+            scores, names = detector.score_embeddings(E), [""] * len(E)
+            detector._calibrate(scores, ids, names, rate, confidence)
         new, _ = draw_parts(config.new_images, 1, random)
         return float(np.mean(detector.score_embeddings(new) > detector.threshold_))
 

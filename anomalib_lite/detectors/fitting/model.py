@@ -393,6 +393,7 @@ class ShardSource(ABC):
     in_flight = 0  # bytes of memory taken beside the embeddings of a shard
     embeddings: Embeddings = []  # noqa: RUF012  # of the images to fit on, if all are in memory
     groups: np.ndarray | None = None  # (n,) int, of all images; None if each is its own
+    names: Sequence[str] | None = None  # of all images; None if they are not known
     copies = 1  # of each image to fit on, with itself
     skipped: Sequence[tuple[int, str]] = ()  # those of them that could not be used
 
@@ -406,9 +407,14 @@ class ShardSource(ABC):
 
     def groups_of_last(self, n: int, copies: int = 1) -> np.ndarray:
         """Return the groups (n,) of the last images that could be used, each with its copies."""
-        if self.groups is None:
-            return np.arange(n)
-        usable = np.delete(self.groups, [index for index, _ in self.skipped])
+        return np.arange(n) if self.groups is None else self._of_last(self.groups, n, copies)
+
+    def names_of_last(self, n: int, copies: int = 1) -> list[str]:
+        """Return the names of these images; empty ones if they are not known."""
+        return [""] * n if self.names is None else self._of_last(self.names, n, copies).tolist()
+
+    def _of_last(self, values: Any, n: int, copies: int) -> np.ndarray:
+        usable = np.delete(np.asarray(values), [index for index, _ in self.skipped])
         return usable[len(usable) - n * copies :: copies]
 
 
