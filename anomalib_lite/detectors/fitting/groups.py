@@ -61,7 +61,7 @@ def folds_of(groups: np.ndarray, n_folds: int) -> np.ndarray:
     ``groups`` (n,) follow each other. If there are fewer than ``n_folds``, each is a fold.
 
     >>> folds_of(np.array([1, 2, 2, 2, 0, 0]), 2).tolist()
-    [0, 1, 1, 1, 1, 1]
+    [0, 0, 0, 0, 1, 1]
     """
     starts = group_starts(groups)
     sizes = np.diff(np.append(starts, len(groups)))
