@@ -38,6 +38,21 @@ detectors:
   small: {{parameters: {{image_size: 32, coreset_size: 500}}}}
 """
 
+POWER = f"""
+study: {FOLDER}/power.py
+name: power
+categories: [magnetic_tile]
+seeds: [0, 1]
+sizes: [24, 5000]
+odd: [0.0, 0.25]
+rates: [0.1, 0.3]
+calibrations: [cross, split]
+max_defects: 10
+least_good: 20
+detectors:
+  small: {{detector: SubspaceAD, parameters: {{image_size: 32}}}}
+"""
+
 
 def run(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **instead: Any) -> Any:
     file = tmp_path / "study.yaml"
@@ -96,3 +111,34 @@ def test_new_parts_of_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     mean = rows["false_alarm_rate"].groupby("groups").mean()
     assert mean["none"] > mean["name"]
     assert (rows["recall"].between(0, 1)).all()
+
+
+def test_power_of_the_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    home = tmp_path / "magnetic_tile"
+    for kind, n in (("train/good", 30), ("test/good", 30), ("test/hole", 16)):
+        (home / kind).mkdir(parents=True)
+        for i in range(n):
+            photo = rng.integers(60, 200, (64, 96), dtype=np.uint8)
+            if kind == "test/hole":
+                photo[20:50, 30:80] = 0
+            Image.fromarray(photo).save(home / kind / f"{i:02}.png")
+    rows = (
+        run(POWER, tmp_path, monkeypatch)
+        .set_index(["calibration", "odd", "rate", "seed"])
+        .sort_index()
+    )
+    assert len(rows) == 2 * 2 * 2 * 2  # there are not 5,000 images
+    assert (rows["n_good"] == 36 + 6 * (rows.index.get_level_values("odd") > 0)).all()
+    assert (rows["n_defects"] == 10).all()
+    assert (rows.loc["cross", "n_scores"] == 24).all()
+    assert (rows.loc["split", "n_scores"] == 9).all()  # as many as 0.1 needs, or a fifth of 24
+    clean = rows.xs(0.0, level="odd")
+    assert (clean["image_auroc"] == 1).all()  # the holes are plain
+    assert (clean["found_at_rate"] == 1).all()
+    assert (clean["false_alarm_rate"] < 0.5).all()
+    # Defects among the images to fit on raise the threshold.
+    found = rows["false_alarm_rate"].groupby(["odd"]).mean()
+    assert found[0.25] < found[0.0]
+    table = pd.read_csv(tmp_path / "out/power/table.csv")
+    assert set(table.columns) >= {"power", "standard_error", "draws", "categories"}

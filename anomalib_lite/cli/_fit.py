@@ -60,20 +60,25 @@ def add_to(commands: Any) -> None:
         metavar="NAME",
         help="parameters under a name, such as fast or accurate; other options have precedence",
     )
+    _add_what_to_leave_out(parser)
+    add_groups(parser, "images")
+    _add_parameters(parser)
+    parser.add_argument(
+        "--include-backbone", action="store_true", help="put the network's weights into the file"
+    )
+
+
+def _add_what_to_leave_out(parser: argparse.ArgumentParser) -> None:
+    """Add the options that leave out regions and images."""
     parser.add_argument(
         "--ignore-mask",
         metavar="FILE",
         help="regions to ignore: an image, not black there, or JSON with polygons",
     )
-    add_groups(parser, "images")
     parser.add_argument(
         "--exclude",
         metavar="FILE",
         help="text file with names of images to leave out, one a line, such as odd ones",
-    )
-    _add_parameters(parser)
-    parser.add_argument(
-        "--include-backbone", action="store_true", help="put the network's weights into the file"
     )
 
 

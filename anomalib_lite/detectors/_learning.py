@@ -138,8 +138,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
         self._take_backbone(backbone)
         self.ignore_mask_, self.image_size_ = one_for_all, size
         left_out = sorted({(order[i], in_order.names[i], reason) for i, reason in skipped})
-        before = self.skipped_ if update else []
-        self.skipped_ = [*before, *((name, reason) for _, name, reason in left_out)]
+        self.skipped_ = (self.skipped_ if update else []) + [entry[1:] for entry in left_out]
         return self
 
     def _normal_images(
@@ -356,30 +355,41 @@ class LearningModel(ThresholdMixin, TransformingModel):
                 if joins:
                     accumulated.merge(result.accumulated)
                 del result
-        found = np.concatenate(scores or [np.empty(0, np.float32)])
-        known = self.calibration_groups_ if stay else np.empty(0, np.int64)
-        of_last = len(found) - len(known), copies if left_out else 1
-        groups = np.concatenate(
-            [known, shards.groups_of_last(*of_last) + known.max(initial=-1) + 1]
-        )
-        names = [*(self.calibration_names_ if stay else []), *shards.names_of_last(*of_last)]
-        promise = self.false_alarm_rate, self.false_alarm_confidence
-        fresh.calibration_scores_ = model._standardize_calibration(
-            found, groups, *promise, left_out, statistics
-        )
-        fresh.calibration_ = self._calibrates_by
-        first = len(groups) - len(fresh.calibration_scores_)  # "structure" learned from others
-        fresh.calibration_groups_, fresh.calibration_names_ = groups[first:], names[first:]
-        calibrated, shortfall = threshold_and_shortfall(
-            fresh.calibration_scores_, *promise, fresh.calibration_groups_
-        )
-        if fresh._take_threshold(calibrated) and shortfall is not None:
-            # At the user's line: above a public method and its _fit_...
-            warnings.warn(shortfall, CalibrationWarning, stacklevel=4)
+        fresh._calibrate_by(scores, shards, stay, model, statistics)
         # Add the images held back to the model, if that can only lower scores.
         if joins:
             model._add_calibration_patches(removed, accumulated, random)
         self.__dict__ = fresh.__dict__  # nothing of an earlier fit is left
+
+    def _calibrate_by(
+        self,
+        scores: list[np.ndarray],
+        shards: ShardSource,
+        stay: bool,
+        model: EmbeddingModel,
+        statistics: np.ndarray | None,
+    ) -> None:
+        """Take the threshold from scores: those from before if they stay, and those of shards."""
+        found = np.concatenate(scores or [np.empty(0, np.float32)])
+        left_out = self._calibrates_by != "split"
+        known = self.calibration_groups_ if stay else np.empty(0, np.int64)
+        of_last = len(found) - len(known), shards.copies if left_out else 1
+        new = shards.groups_of_last(*of_last) + known.max(initial=-1) + 1
+        groups = np.concatenate([known, new])
+        names = [*(self.calibration_names_ if stay else []), *shards.names_of_last(*of_last)]
+        promise = self.false_alarm_rate, self.false_alarm_confidence
+        self.calibration_scores_ = model._standardize_calibration(
+            found, groups, *promise, left_out, statistics
+        )
+        self.calibration_ = self._calibrates_by
+        first = len(groups) - len(self.calibration_scores_)  # "structure" learned from others
+        self.calibration_groups_, self.calibration_names_ = groups[first:], names[first:]
+        calibrated, shortfall = threshold_and_shortfall(
+            self.calibration_scores_, *promise, self.calibration_groups_
+        )
+        if self._take_threshold(calibrated) and shortfall is not None:
+            # At the user's line: above a public method, its _fit_..., _fit_shards and this one.
+            warnings.warn(shortfall, CalibrationWarning, stacklevel=5)
 
     def _fold(self, shards: ShardSource, copies: int, n: int) -> np.ndarray:
         """Return the folds (n,) of the images of a fit, ascending: one for each, or a few."""

@@ -65,7 +65,7 @@ def measure(config: Config, run: Any) -> Any:
         for name in config.detectors
         for calibration in config.calibrations
     ):
-        train, good, defects = draw(case, config, run)
+        train, good, defects = draw_images(case, config, run)
         held_back: Any = None
         for rate in config.rates:
             wanted = calibration_size(rate, len(train)) if case["calibration"] == "split" else 0
@@ -97,7 +97,7 @@ def good_and_bad(category: str, run: Any) -> tuple[list[Any], list[Any]]:
     return good, [sample for sample in samples if sample.label]
 
 
-def draw(case: dict[str, Any], config: Config, run: Any) -> tuple[list[Any], ...]:
+def draw_images(case: dict[str, Any], config: Config, run: Any) -> tuple[list[Any], ...]:
     """Draw images to fit on, of which a share is odd, good ones to test on, and defects."""
     good, defects = good_and_bad(case["category"], run)
     random = np.random.RandomState(case["seed"])
