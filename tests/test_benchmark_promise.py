@@ -132,7 +132,8 @@ def test_power_of_the_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (rows["n_good"] == 36 + 6 * (rows.index.get_level_values("odd") > 0)).all()
     assert (rows["n_defects"] == 10).all()
     assert (rows.loc["cross", "n_scores"] == 24).all()
-    assert (rows.loc["split", "n_scores"] == 9).all()  # as many as 0.1 needs, or a fifth of 24
+    for rate, n in ((0.1, 9), (0.3, 4)):  # as many as 0.1 needs, or a fifth of 24
+        assert (rows.loc["split"].xs(rate, level="rate")["n_scores"] == n).all()
     clean = rows.xs(0.0, level="odd")
     assert (clean["image_auroc"] == 1).all()  # the holes are plain
     assert (clean["found_at_rate"] == 1).all()
