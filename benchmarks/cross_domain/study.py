@@ -189,7 +189,8 @@ def draw(table: Any, folder: Any, config: Config) -> None:
     panel.set(xlabel="distance, as a share of the largest", ylabel="loss of image AUROC")
     panel.set_title("Does the distance tell the loss?")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=9)
+    panel.set_ylim(top=1.35 * max(0.1, cross["loss"].max()))  # room, so that no mark is hidden
+    panel.legend(fontsize=9, loc="upper left")
     means = summarize_pairs(table, pairs).reindex(["in-domain", "cross-domain"])
     draw_bars(
         panels[1, 1],
