@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from PIL import Image
 
 import anomalib_lite
 from anomalib_lite import MahalanobisVFM, PaDiM, PatchCore, SubspaceAD, cli, load
+from anomalib_lite.cli._fit import without
 from anomalib_lite.cli._options import FIT_OPTIONS, MAHALANOBIS_OPTIONS, PADIM_OPTIONS
+from anomalib_lite.cli._parser import UsageError
 
 
 class TestFit:
@@ -220,8 +223,22 @@ class TestFit:
         assert f"no.png in {odd} is the name of none of the 24 images" in refused(*command)
         odd.write_text("\n".join(sorted(p.name for p in (wall / "train/good").iterdir())))
         assert "names all images. Leave some" in refused(*command)
+        odd.write_bytes(b"\xff\xfe0")
+        assert f"--exclude: {odd} cannot be read" in refused(*command)
         odd.unlink()
         assert f"--exclude: {odd} cannot be read" in refused(*command)
+        odd.write_text(f"{named[0]}\n", encoding="utf-8-sig")  # as editors of Windows write
+        assert cli.main(list(map(str, command))) == 0
+        assert re.search(r"images +23 in ", capsys.readouterr().out)
+
+    def test_a_name_of_several_images_leaves_none_out(self, tmp_path: Path) -> None:
+        paths = [tmp_path / f"{i}/part.jpg" for i in range(3)]
+        listed = tmp_path / "odd.txt"
+        listed.write_text("part.jpg")
+        with pytest.raises(UsageError, match="part.jpg in .* is the name of 3 of the 3 images"):
+            without(SimpleNamespace(items=paths), listed)
+        listed.write_text(str(paths[1]))
+        assert without(SimpleNamespace(items=paths), listed) == [paths[0], paths[2]]
 
     @pytest.mark.parametrize("kind", ["cut", "text", "empty", "1x1"])
     def test_an_unreadable_image_is_named(

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from detector_fixtures import PLAIN, Small, good
+from PIL import Image
+from scipy.spatial.distance import cdist
 from sklearn.base import clone
 
 from anomalib_lite import MahalanobisVFM, PaDiM, PatchCore, SubspaceAD, load
+from anomalib_lite.calibration import conformal_threshold
 from anomalib_lite.detectors.fitting import folds_of, order_of_fit
 from anomalib_lite.errors import InvalidValueError
 
@@ -95,6 +98,87 @@ def test_copies_are_left_out_with_their_image(which: int) -> None:
     )
 
 
+def test_a_bank_without_a_fold_covers_the_others_as_well() -> None:
+    """Without new rows around those taken out, images would be far from a coreset of others."""
+    rng = np.random.default_rng(0)
+    detector = PatchCore(coreset_ratio=0.05, calibration="cross", false_alarm_rate=0.2)
+    E = rng.normal(size=(40, 6, 6, 8)).astype(np.float32)
+    detector._calibrates_by = "cross"
+    accumulated = detector._make_accumulator((6, 6, 8), 40, 0, np.random.RandomState(0))
+    accumulated.keeps_images = True
+    accumulated.merge(accumulated.accumulate(E, 0))
+    fitted: Any = detector._fit_accumulated(accumulated, np.random.RandomState(0))
+    whole = detector.memory_bank_
+    radii, bare = [], []
+    for first in range(0, 40, 4):
+        rest = detector._without(E[first : first + 4], first, fitted)
+        assert rest is not None
+        bank = rest.memory_bank_.embeddings_
+        assert len(bank) == len(whole.embeddings_)
+        others = np.delete(E, range(first, first + 4), axis=0).reshape(-1, 8)
+        of_part = E[first : first + 4].reshape(-1, 8)
+        assert cdist(of_part, bank).min() > 0  # none of its patches
+        radii.append(cdist(others, bank).min(axis=1).max())
+        left = [row for row in whole.embeddings_ if not (of_part == row).all(axis=1).any()]
+        bare.append(cdist(others, left).min(axis=1).max())
+    assert max(radii) <= 1.1 * whole.covering_radius_
+    assert np.mean(radii) < np.mean(bare)
+
+
+def test_the_rate_of_a_coreset_is_near_the_one_asked_for() -> None:
+    rates = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        images = (rng.normal(size=(260, 1, 1, 12)) + rng.normal(size=(260, 5, 6, 12))).astype(
+            np.float32
+        )
+        detector = PatchCore(
+            coreset_ratio=0.05, calibration="cross", false_alarm_rate=0.2, random_state=seed
+        ).fit_embeddings(images[:60])
+        rates.append(np.mean(detector.score_embeddings(images[60:]) > detector.threshold_))
+    # 60 scores have a rate of 0.2 with a deviation of 0.05, and the mean of 12 one of 0.015.
+    assert 0.1 < np.mean(rates) < 0.2 + 4 * 0.015
+
+
+def test_images_that_cannot_be_read_are_in_no_fold(tmp_path: Path) -> None:
+    images = images_of(24)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i:02}.png")
+    paths = sorted(tmp_path.glob("*.png"))
+    for broken in (3, 17):
+        paths[broken].write_bytes(b"no image")
+    detector = clone(DETECTORS[0]).set_params(on_error="skip")
+    detector.fit(paths, groups=GROUPS)
+    names = [int(Path(name).stem) for name in detector.calibration_names_]
+    assert sorted(names) == sorted(set(range(24)) - {3, 17})
+    for group in np.unique(GROUPS):
+        ids = {
+            int(of)
+            for name, of in zip(names, detector.calibration_groups_, strict=True)
+            if GROUPS[name] == group
+        }
+        assert len(ids) == 1
+
+
+def test_folds_are_ten_of_about_one_size() -> None:
+    assert np.bincount(folds_of(np.arange(44), 10)).tolist() == [5, 4, 5, 4, 4] * 2
+    of = folds_of(np.repeat(np.arange(20), 3), 10)
+    assert np.bincount(of).tolist() == [6] * 10
+    assert folds_of(np.arange(3), 10).tolist() == [0, 1, 2]
+
+
+def test_what_forbids_it_later(detector: Any) -> None:
+    detector.fit(images_of(24))
+    with pytest.raises(InvalidValueError, match=r"no confidence is known. Call recalibrate"):
+        detector.set_false_alarm_rate(0.3, confidence=0.9)
+    with pytest.raises(InvalidValueError, match=r"partial_fit goes on with calibration='cross'"):
+        detector.set_params(calibration="split", memory_budget="1GB").partial_fit(images_of(8, 5))
+    detector.set_params(memory_budget=None)
+    assert len(detector.partial_fit(images_of(8, 5)).calibration_scores_) == 32
+    detector.recalibrate(images_of(12, 6), 0.3, confidence=0.9)
+    assert detector.calibration_ == "split"
+
+
 def test_some_regions_are_ignored(detector: Any) -> None:
     images = images_of(24)
     mask = np.zeros(images.shape[1:3], bool)
@@ -121,7 +205,7 @@ def test_an_update_adds_scores_of_new_images(detector: Any) -> None:
         expected = everything.score(more[order[fold]])
         np.testing.assert_allclose(new[fold], expected[0], rtol=1e-3)
     assert len(np.unique(updated.calibration_groups_)) == 32
-    assert updated.threshold_ in updated.calibration_scores_
+    assert updated.threshold_ == conformal_threshold(updated.calibration_scores_, 0.2)
 
 
 def test_saved_and_loaded(detector: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,9 @@ def _leaving_one_out(detector: Any) -> Any:
     """Return the detector with this calibration, or as it is if its other parameters forbid it."""
     from anomalib_lite.errors import AnomalibLiteError
 
-    other = type(detector)(**detector.get_params(deep=False) | {"calibration": "leave_one_out"})
+    # With a model for each layer, one for each image as well would take long.
+    way = "cross" if detector.fusion == "per_layer" else "leave_one_out"
+    other = type(detector)(**detector.get_params(deep=False) | {"calibration": way})
     try:
         other._check_parameters()
     except AnomalibLiteError:  # if of another parameter, it comes again in the fit
@@ -238,16 +241,18 @@ def without(source: Any, listed: Path) -> list[Any]:
     from anomalib_lite.errors import MissingPathError
 
     try:
-        lines = listed.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+        lines = listed.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
         raise MissingPathError(f"fit: --exclude: {listed} cannot be read: {error}.") from error
     wanted = {line.strip() for line in lines if line.strip()}
-    named = {name for item in source.items for name in (str(item), Path(item).name)}
-    if unknown := sorted(wanted - named):
-        raise UsageError(
-            f"fit: --exclude: {unknown[0]} in {listed} is the name of none of the "
-            f"{len(source.items)} images. Give their paths, or the names of their files"
-        )
+    named = Counter(name for item in source.items for name in {str(item), Path(item).name})
+    for name in sorted(wanted):
+        if named[name] != 1:
+            n = f"{named[name]} of the" if named[name] else "none of the"
+            raise UsageError(
+                f"fit: --exclude: {name} in {listed} is the name of {n} {len(source.items)} "
+                "images. Give the path of each, or the name of its file if no other has it"
+            )
     left = [item for item in source.items if not {str(item), Path(item).name} & wanted]
     if not left:
         raise UsageError(f"fit: --exclude: {listed} names all images. Leave some to fit on")
@@ -297,7 +302,9 @@ def _oddest(detector: Any) -> list[tuple[str, str]]:
         return []
     scores = detector.calibration_scores_
     oddest = sorted(range(len(names)), key=lambda i: -scores[i])[:3]
-    told = ", ".join(f"{Path(names[i]).name} ({scores[i]:.4g})" for i in oddest)
+    times = Counter(Path(name).name for name in names)
+    shown = {n: Path(n).name if times[Path(n).name] == 1 else n for n in names}
+    told = ", ".join(f"{shown[names[i]]} ({scores[i]:.4g})" for i in oddest)
     return [("oddest", f"{told}: are these good?")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self, cast
@@ -50,7 +50,7 @@ from anomalib_lite.engines import AnyBackbone, open_backbone
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError
 from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.images import Extractor, ImageSource
-from anomalib_lite.images.augmentation import AugmentedSource
+from anomalib_lite.images.augmentation import AugmentedSource, n_versions
 from anomalib_lite.images.embeddings import Embeddings, embed_all, image_size_for, take
 from anomalib_lite.images.grouping import default_groups, group_ids
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image
@@ -67,6 +67,19 @@ N_FOLDS = 10
 MOST_TO_LEAVE_OUT = 500
 # Fitted attributes that are of images, and not of embeddings.
 _FITTED_ON_IMAGES = ("adapter_", "backbone_", "dtype_", "engine_", "ignore_mask_", "skipped_")
+
+
+class _Numbered(Sequence[str]):
+    """Names of embeddings in the order of fitting, made when they are asked for."""
+
+    def __init__(self, order: np.ndarray) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: Any) -> Any:
+        return f"embeddings[{self.order[position]}]"
 
 
 class LearningModel(ThresholdMixin, TransformingModel):
@@ -159,7 +172,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
         asked = ignore_mask is not None or update
         one_for_all = self._ignore(source, ignore_mask, update) if asked else None
         if groups is not None:
-            self._check_may_group(len(source))
+            self._check_may_group(len(source), update)
             source.groups = group_ids(source, groups, self.on_error)
         if y is not None:
             source = source.take(normal_indices(y, len(source), where))
@@ -211,7 +224,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
             E = check_embeddings(given, where, n_features)
         n = None if stream else len(E)
         if groups is not None:
-            self._check_may_group(n)
+            self._check_may_group(n, update)
         ids = None if groups is None or n is None else check_groups(groups, n, where)
         shards: ShardSource
         if n is None:
@@ -233,7 +246,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
             else:
                 E = E if transform is None else transform_all(E, transform)
                 shards = InMemory(take(E, order), n_held_back)
-            shards.groups, shards.names = ids, [f"embeddings[{i}]" for i in order]
+            shards.groups, shards.names = ids, _Numbered(order)
         self._fit_shards(shards, random, update, transform)
         if not update:
             for fitted_on_images in _FITTED_ON_IMAGES:
@@ -266,7 +279,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
             return self.calibration_
         if self.calibration != "auto":
             return self.calibration
-        many = n is None or n > MOST_TO_LEAVE_OUT
+        many = n is None or n * n_versions(self.augment) > MOST_TO_LEAVE_OUT
         return "split" if many or self._cannot_cross() is not None else "cross"
 
     def _cannot_cross(self) -> str | None:
@@ -302,9 +315,9 @@ class LearningModel(ThresholdMixin, TransformingModel):
             return wanted
         return len(groups) - int(np.append(starts, len(groups))[len(starts) - wanted])
 
-    def _check_may_group(self, n: int | None) -> None:
+    def _check_may_group(self, n: int | None, update: bool) -> None:
         """Raise InvalidValueError if whole groups of ``n`` images cannot be held back."""
-        if self.calibration == "leave_one_out":
+        if not update and self.calibration == "leave_one_out":
             raise InvalidValueError(
                 f"{type(self).__name__}: groups need calibration='split' or 'cross': to leave one "
                 "image of a group out leaves the others in. Set one of these, or groups=None."

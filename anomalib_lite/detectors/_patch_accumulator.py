@@ -63,6 +63,8 @@ class PatchAccumulator(Accumulator):
     owners : ndarray of shape (n,), int32
         Positions of the images that they are of; none unless ``keeps_images``, which is for no
         budget of memory.
+    nearest : ndarray of shape (n,), int64, or None
+        Row of the bank that each is nearest to, once that is known.
     sample : PatchSample or None
         Patches of the first images.
     thinned : bool
@@ -99,6 +101,7 @@ class PatchAccumulator(Accumulator):
         self.rows = np.empty((0, n_features), np.float32)
         self.grid, self.cells = grid, None if grid is None else np.empty(0, np.int32)
         self.owners = np.empty(0, np.int32)
+        self.nearest: np.ndarray | None = None
         self.samples: bool = samples
         self.sample: PatchSample | None = None
         self.n_seen, self.radius = 0, 0.0

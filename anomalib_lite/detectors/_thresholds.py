@@ -54,7 +54,8 @@ class ThresholdMixin:
         NotFittedError
             Before :meth:`fit`.
         InvalidValueError
-            For a rate or a confidence outside (0, 1), or with ``image_score="structure"``, whose
+            For a rate or a confidence outside (0, 1), for a confidence after a fit with
+            ``calibration="cross"``, or with ``image_score="structure"``, whose
             heatmaps have a threshold of their own that the scores do not tell.
 
         Warns
@@ -74,8 +75,16 @@ class ThresholdMixin:
         self._check_has_threshold()
         scores, groups = self.calibration_scores_, self.calibration_groups_
         confidence = self.false_alarm_confidence if confidence is None else confidence
-        names = self.calibration_names_
-        return self._calibrate(scores, groups, names, false_alarm_rate, confidence)
+        names, way = self.calibration_names_, self.calibration_
+        if confidence is not None and way == "cross":
+            raise InvalidValueError(
+                f"{type(self).__name__}: the scores of calibration='cross' depend on each other, "
+                "so no confidence is known. Call recalibrate(images, confidence=...) on other good "
+                "images, or fit with calibration='split'."
+            )
+        self._calibrate(scores, groups, names, false_alarm_rate, confidence)
+        self.calibration_ = way
+        return self
 
     def recalibrate(
         self,
@@ -177,7 +186,7 @@ class ThresholdMixin:
         if shortfall is not None:
             warnings.warn(shortfall, CalibrationWarning, stacklevel=3)
         self.calibration_scores_, self.calibration_groups_ = scores, groups
-        self.calibration_names_ = names
+        self.calibration_names_, self.calibration_ = names, "split"  # of images not fitted on
         self.false_alarm_rate, self.false_alarm_confidence = float(rate), confidence
         self.threshold_ = self.calibrated_threshold_ = threshold
         return self

@@ -269,7 +269,8 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
         then at least as large as the image's score would be now, so the guarantee of :meth:`fit`
         holds for old and new images that are exchangeable. If scores may also rise (an
         approximate index, Equation 7, ``"structure"``), earlier scores are dropped, and the
-        threshold comes from the new ones alone. The statistics of ``"structure"`` stay, and
+        threshold comes from the new ones alone. (With ``"cross"``, earlier scores are dropped for
+        ``"structure"`` only.) The statistics of ``"structure"`` stay, and
         ``map_threshold_`` comes from the new images too. ``n_jobs`` has no effect here.
         """
         if not hasattr(self, "threshold_"):
@@ -475,10 +476,17 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
         """Raise if a parameter cannot be used, or if the calibration allows no update."""
         self._check_parameters()
         self._check_same_transform()
+        where = type(self).__name__
         if self.calibration_ == "leave_one_out":
             raise InvalidValueError(
-                f"{type(self).__name__}: partial_fit needs calibration='split': to leave one out, "
-                "the embeddings of all images would have to be kept. Fit again on all of them."
+                f"{where}: partial_fit needs a fit with calibration='split' or 'cross': to leave "
+                "one out, the embeddings of all images would have to be kept. Fit again on all of "
+                "them."
+            )
+        if self.calibration_ == "cross" and (reason := self._cannot_cross()):
+            raise InvalidValueError(
+                f"{where}: partial_fit goes on with calibration='cross', as fit did, which "
+                f"{reason}. Set that parameter back, or call fit on all images."
             )
 
     # --- The backbone -----------------------------------------------------------------------

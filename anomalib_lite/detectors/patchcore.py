@@ -69,8 +69,7 @@ default="concat"
         :func:`~anomalib_lite.fusion.patch_embeddings`. ``"weighted"`` is ``"concat"`` with each
         layer multiplied by one of ``layer_weights``; ``"adaptive"`` chooses these so that each
         layer has the same variance over normal patches. ``"per_layer"`` has one bank for each
-        layer, and averages the maps, as RAD and SuperAD do; not with ``"leave_one_out"`` or
-        ``"reweighted"``.
+        layer, and averages the maps, as RAD and SuperAD do; not with ``"reweighted"``.
     layer_weights : sequence of float, optional
         For ``fusion="weighted"``: one number above 0 for each layer.
     feature_dim : int, optional
@@ -155,10 +154,11 @@ default="max"
         to the bank if that can only lower scores (any coreset, ``index="flat"``, not
         ``"reweighted"`` or ``"structure"``), which keeps the guarantee. ``"cross"`` holds nothing
         back: it scores each of ten parts of the images (whole groups) against the bank without the
-        patches of that part, so the threshold rests on all images. ``"leave_one_out"`` does so with
-        each image by itself. What is known of their rates is less; see docs/calibration.md.
-        ``"auto"`` is ``"cross"`` for at most 500 images, where no other parameter forbids it, else
-        ``"split"``.
+        patches of that part, which is filled up again from the other images; so the threshold rests
+        on all images. ``"leave_one_out"`` does so with each image by itself. What is known of their
+        rates is less; see docs/calibration.md.
+        ``"auto"`` is ``"cross"`` for at most 500 images (with their copies) that no other parameter
+        forbids and that do not come once, else ``"split"``.
     device : {"auto", "cpu", "cuda", "mps"}, default="auto"
         Device of the backbone and of the search.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
@@ -197,7 +197,8 @@ default="max"
     calibrated_threshold_ : float
         The threshold that the calibration gave.
     calibration_ : {"split", "cross", "leave_one_out"}
-        How it did so; :meth:`partial_fit` goes on with it.
+        How it did so; :meth:`partial_fit` goes on with it. After :meth:`recalibrate` it is
+        ``"split"``, since those images were not fitted on.
     map_threshold_ : float
         With ``image_score="structure"`` alone: the threshold in the units of the heatmaps, which
         are distances and no standard deviations.
@@ -468,8 +469,11 @@ default="max"
 
     def _fit_accumulated(
         self, accumulated: PatchAccumulator, random: np.random.RandomState
-    ) -> np.ndarray | None:
-        """Add a coreset of the patches to the bank; return the image of each, if that was kept."""
+    ) -> tuple[PatchAccumulator, np.ndarray] | None:
+        """Add a coreset of the patches to the bank; return all of them, and which are its rows.
+
+        But nothing is returned unless the accumulator says which image each patch is of.
+        """
         bank = getattr(self, "memory_bank_", None)
         device, kept = device_of(self.device, "PatchCore"), None
         if getattr(self, "coreset_ratio_", None) is None or accumulated.size is None:
@@ -499,10 +503,10 @@ default="max"
             by_cell = np.argsort(cells, kind="stable")  # rows that are searched together
             rows, cells = rows[by_cell], cells[by_cell]
             kept = None if kept is None else kept[by_cell]
-        owners = accumulated.owners[kept] if len(accumulated.owners) else None
+        fitted = None if kept is None or not len(accumulated.owners) else (accumulated, kept)
         if bank is not None:
             self._extend(rows, radius, cells)
-            return owners
+            return fitted
         kept_by = f"coreset_size={self.coreset_size}"
         if self.coreset_ratio is not None:
             kept_by = f"coreset_ratio={self.coreset_ratio:g}"
@@ -516,7 +520,7 @@ default="max"
         self.memory_bank_ = self._bank_of(rows, cells, accumulated.grid, device)
         self.memory_bank_.covering_radius_ = radius
         self.n_absorbed_ = 0
-        return owners
+        return fitted
 
     def _count_more(self, accumulated: PatchAccumulator) -> None:
         """Take note of the share kept of all patches that have come, before and now.
@@ -584,15 +588,41 @@ default="max"
             scores = reweight_by_bank(scores, rows[worst], neighbors[worst, 0], bank)
         return patch_scores, scores
 
-    def _without(self, own: Embeddings, first: int, fitted: np.ndarray) -> Self | None:
-        whole = self.memory_bank_
+    def _without(
+        self, own: Embeddings, first: int, fitted: tuple[PatchAccumulator, np.ndarray]
+    ) -> Self | None:
+        (patches, kept), whole = fitted, self.memory_bank_
+        left_out = (patches.owners >= first) & (patches.owners < first + len(own))
         others = np.ones(len(whole.embeddings_), bool)
         # The last rows are those of this fit; an update leaves the others where they are.
-        others[len(others) - len(fitted) :] = (fitted < first) | (fitted >= first + len(own))
+        others[len(others) - len(kept) :] = ~left_out[kept]
         if np.count_nonzero(others) < self.n_neighbors:
             return None
-        left, rest = whole.taken(others), copy.copy(self)
-        rest.memory_bank_ = self._bank_of(left.embeddings_, left.cells_, whole.grid)
+        rows, cells = whole.embeddings_[others], whole.cells_
+        cells = None if cells is None else cells[others]
+        # Rows of a coreset keep apart, so without some of them their surroundings are empty: they
+        # are filled by as many patches of other images that lay nearest to those rows.
+        if patches.nearest is None:
+            patches.nearest = whole.search(patches.rows, 1)[1][:, 0]
+        near = np.flatnonzero(~others[patches.nearest] & ~left_out)
+        n = min(len(near), int(np.count_nonzero(~others)))
+        if n:
+            more = select_coreset(
+                patches.rows[near],
+                n,
+                method=self.coreset,
+                random_state=first,
+                existing=rows if self.coreset == "greedy" else None,
+            )
+            near = near[more.indices]
+            rows = np.concatenate([rows, patches.rows[near]])
+            if cells is not None and patches.cells is not None:
+                cells = np.concatenate([cells, patches.cells[near]])
+                by_cell = np.argsort(cells, kind="stable")
+                rows, cells = rows[by_cell], cells[by_cell]
+        rest = copy.copy(self)
+        device = device_of(self.device, "PatchCore")
+        rest.memory_bank_ = self._bank_of(rows, cells, whole.grid, device)
         return rest
 
     def _scores_are_monotone(self) -> bool:

@@ -39,7 +39,7 @@ class GaussianGrid:
     whitening : ndarray of shape (P, D, D), float32, or None
         Inverse Cholesky factors, transposed (``W^T``, upper triangles: rows of patches are
         multiplied by them in half the time); None before :meth:`factorize`. They overwrite the
-        scatter, so there is never more than one array of this size.
+        scatter, so one object has one array of this size.
 
     Examples
     --------

@@ -66,10 +66,11 @@ def measure(config: Config, run: Any) -> Any:
         for calibration in config.calibrations
     ):
         train, good, defects = draw_images(case, config, run)
-        held_back: Any = None
+        held_back, detector = 0, None
         for rate in config.rates:
-            wanted = calibration_size(rate, len(train)) if case["calibration"] == "split" else 0
-            if wanted != held_back:  # else only the threshold is another
+            wanted = calibration_size(rate, len(train))
+            if detector is None or (detector.calibration_ == "split" and wanted != held_back):
+                # Else only the threshold is another.
                 held_back, detector = wanted, fit(case, config, rate, train)
                 of_good, of_defects = detector.score(good), detector.score(defects)
             with warnings.catch_warnings():

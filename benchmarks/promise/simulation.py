@@ -15,6 +15,7 @@ from anomalib_lite.studies import StudyConfig
 COLUMNS = ("detector", "calibration", "photographs", "rate", "what", "draws", "realised", "error")
 DETECTORS: dict[str, Any] = {
     "PatchCore": lambda **p: PatchCore(coreset_ratio=1.0, **p),
+    "PatchCore, 5 %": lambda **p: PatchCore(coreset_ratio=0.05, **p),
     "PaDiM": lambda **p: PaDiM(n_components=4, **p),
     "MahalanobisVFM": MahalanobisVFM,
     "SubspaceAD": lambda **p: SubspaceAD(n_components=2, **p),

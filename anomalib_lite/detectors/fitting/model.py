@@ -407,14 +407,20 @@ class ShardSource(ABC):
 
     def groups_of_last(self, n: int, copies: int = 1) -> np.ndarray:
         """Return the groups (n,) of the last images that could be used, each with its copies."""
-        return np.arange(n) if self.groups is None else self._of_last(self.groups, n, copies)
+        if self.groups is None:
+            return np.arange(n)
+        groups: np.ndarray = self.groups[self._last(n, copies, len(self.groups))]
+        return groups
 
     def names_of_last(self, n: int, copies: int = 1) -> list[str]:
         """Return the names of these images; empty ones if they are not known."""
-        return [""] * n if self.names is None else self._of_last(self.names, n, copies).tolist()
+        if self.names is None:
+            return [""] * n
+        return [self.names[i] for i in self._last(n, copies, len(self.names))]
 
-    def _of_last(self, values: Any, n: int, copies: int) -> np.ndarray:
-        usable = np.delete(np.asarray(values), [index for index, _ in self.skipped])
+    def _last(self, n: int, copies: int, n_given: int) -> np.ndarray:
+        """Return the positions (n,) of the last images that could be used, of all given."""
+        usable: np.ndarray = np.delete(np.arange(n_given), [index for index, _ in self.skipped])
         return usable[len(usable) - n * copies :: copies]
 
 
