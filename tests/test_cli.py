@@ -235,7 +235,7 @@ class TestFit:
         paths = [tmp_path / f"{i}/part.jpg" for i in range(3)]
         listed = tmp_path / "odd.txt"
         listed.write_text("part.jpg")
-        with pytest.raises(UsageError, match="part.jpg in .* is the name of 3 of the 3 images"):
+        with pytest.raises(UsageError, match=r"part.jpg in .* is the name of 3 of the 3 images"):
             without(SimpleNamespace(items=paths), listed)
         listed.write_text(str(paths[1]))
         assert without(SimpleNamespace(items=paths), listed) == [paths[0], paths[2]]
