@@ -749,7 +749,7 @@ def test_partial_fit_refuses_other_input_and_leave_one_out() -> None:
     with pytest.raises(InvalidValueError, match=r"\(N, h, w, 7\), got \(6, 9, 3\)"):
         detector.partial_fit_embeddings(embeddings(4, d=3))
     detector = make(calibration="leave_one_out").fit_embeddings(embeddings(30))
-    with pytest.raises(InvalidValueError, match="partial_fit needs calibration='split'"):
+    with pytest.raises(InvalidValueError, match="needs a fit with calibration='split'"):
         detector.partial_fit_embeddings(embeddings(4))
 
 
