@@ -31,7 +31,7 @@ def test_files_calibrated_by_leaving_one_out_are_read(name: str) -> None:
     assert len(detector.calibration_scores_) == len(answers["E"])  # each was left out once
     assert detector.threshold_ == float(answers["threshold"])
     np.testing.assert_allclose(detector.score_embeddings(answers["E"]), answers["scores"], **CLOSE)
-    with pytest.raises(InvalidValueError, match="partial_fit needs calibration='split'"):
+    with pytest.raises(InvalidValueError, match="needs a fit with calibration='split'"):
         detector.partial_fit_embeddings(answers["E"])
 
 
