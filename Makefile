@@ -11,8 +11,8 @@ PEER := benchmarks/peers/.venv-anomalib
 demo: $(VENV)/.demo
 	$(BIN)/anomalib-lite demo -o demo-output
 
-# A process a core, of one thread each. OpenVINO may hang where such a process ends after the tests of
-# the engines, so these have one of their own.
+# A process a core, of one thread each. With one thread OpenVINO can hang where a compiled model of the
+# tests of the engines is given up, so these run by themselves, with all threads.
 ENGINES := tests/test_engines.py
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --ignore $(ENGINES)
