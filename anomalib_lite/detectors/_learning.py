@@ -55,7 +55,7 @@ from anomalib_lite.images.embeddings import Embeddings, embed_all, image_size_fo
 from anomalib_lite.images.grouping import default_groups, group_ids
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image
 
-__all__ = ["MOST_TO_LEAVE_OUT", "N_FOLDS", "LearningModel"]
+__all__ = ["LearningModel"]
 
 _NORMAL_ONLY = (
     "fit takes normal images only. Use dataset.train, or pass y=[sample.label for sample in "

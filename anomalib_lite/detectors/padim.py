@@ -20,7 +20,7 @@ from anomalib_lite.images.embeddings import Embeddings
 __all__ = ["PaDiM"]
 
 # Gaussians without factors, reduced embeddings, and which patches are ignored (n, h, w).
-LeavesOut = tuple[GaussianGrid, list[np.ndarray], np.ndarray]
+Fitted = tuple[GaussianGrid, list[np.ndarray], np.ndarray]
 REDUCTIONS = ("random", "semi_orthogonal")
 # Images whose embeddings are in memory at a time, if no budget says how many.
 _SHARD_IMAGES = 32
@@ -239,7 +239,7 @@ ignore_mask_, map_statistics_
 
     def _fit_accumulated(
         self, accumulated: GridAccumulator, random: np.random.RandomState
-    ) -> LeavesOut | None:
+    ) -> Fitted | None:
         """Take over the Gaussians; return them before they had factors, and what was kept."""
         gaussians = accumulated.gaussians
         assert gaussians is not None
@@ -263,7 +263,7 @@ ignore_mask_, map_statistics_
         return patch_scores, self._score_maps(patch_scores, ignored)
 
     def _left_out(
-        self, E: Embeddings, fitted: LeavesOut, folding: Folding, copies: int
+        self, E: Embeddings, fitted: Fitted, folding: Folding, copies: int
     ) -> Iterator[LeftOut | None]:
         gaussians, kept, ignored = fitted
         folds = folding(len(ignored))

@@ -9,29 +9,17 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from anomalib_lite import MahalanobisVFM, PaDiM, PatchCore, SubspaceAD
 from anomalib_lite.calibration import calibration_size
 from anomalib_lite.errors import CalibrationWarning
 from anomalib_lite.metrics import auroc
-from anomalib_lite.studies import StudyConfig, StudyModel, open_category
+from anomalib_lite.studies import StudyConfig, open_category
+
+from .new_parts import DETECTORS, DetectorConfig
 
 COLUMNS = (
     *("detector", "calibration", "n_train", "odd", "category", "seed", "rate", "false_alarm_rate"),
     *("found", "found_at_rate", "image_auroc", "n_scores", "n_good", "n_defects", "timestamp"),
 )
-DETECTORS = {
-    "PatchCore": PatchCore,
-    "PaDiM": PaDiM,
-    "MahalanobisVFM": MahalanobisVFM,
-    "SubspaceAD": SubspaceAD,
-}
-
-
-class DetectorConfig(StudyModel):
-    """One detector and its parameters."""
-
-    detector: str = "PatchCore"
-    parameters: dict[str, Any] = Field(default_factory=dict)
 
 
 class Config(StudyConfig):
