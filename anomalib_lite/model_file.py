@@ -176,6 +176,11 @@ def is_of_torch(value: object, name: str) -> bool:
 
 def _serialize(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
     """Return a file's content; torch is imported only if some tensors are torch's."""
+    # Of a view, safetensors would write other numbers without a word.
+    tensors = {
+        key: np.asarray(one, order="C") if isinstance(one, np.ndarray) else one
+        for key, one in tensors.items()
+    }
     if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
         from safetensors.numpy import save as save_arrays
 

@@ -62,6 +62,7 @@ def overlay(
     heatmap: Any,
     *,
     threshold: float,
+    pixel_threshold: float | None = None,
     score: float | None = None,
     outline: float | None = 1.0,
     gray: bool = True,
@@ -77,12 +78,15 @@ def overlay(
         Heatmap at the image's own size, in the units of the threshold, as returned by
         ``anomaly_map``.
     threshold : float
-        The detector's ``threshold_``, finite and above 0: the middle of the colour scale.
+        The detector's ``threshold_``, finite and above 0, which the score is compared with.
+    pixel_threshold : float, optional
+        The detector's ``pixel_threshold_``, likewise: the middle of the colour scale. By default
+        ``threshold``.
     score : float, optional
         Score of the image. If given, a strip below the picture shows the score, the threshold, and
         "anomalous" if the score exceeds the threshold, otherwise "normal".
     outline : float or None, default=1.0
-        Level above which regions are outlined, as a multiple of the threshold; None for no
+        Level above which regions are outlined, as a multiple of ``pixel_threshold``; None for no
         outline.
     gray : bool, default=True
         Show the photograph in gray, so that every colour comes from the heatmap.
@@ -101,13 +105,12 @@ def overlay(
     ImageError
         If the image cannot be read, or the heatmap has another size or is not finite.
     InvalidValueError
-        If ``threshold``, ``outline`` or ``opacity`` is out of range.
+        If ``threshold``, ``pixel_threshold``, ``outline`` or ``opacity`` is out of range.
 
     Notes
     -----
-    The scale is absolute, from 0.5 to 1.5 times the threshold (:data:`SCALE`), in all images of
-    one detector; :func:`color_bar` draws it. Heatmaps are smoothed while image scores are maxima
-    before smoothing, so an image a little above its threshold may have no outline.
+    The scale is absolute, from 0.5 to 1.5 times ``pixel_threshold`` (:data:`SCALE`), in all images
+    of one detector; :func:`color_bar` draws it.
 
     Examples
     --------
@@ -120,7 +123,10 @@ def overlay(
     >>> overlay(photo, heatmap, threshold=2.0).getpixel((0, 0))
     (128, 128, 128)
     """
-    level = check_number("threshold", threshold, "overlay", "(0, inf)")
+    limit = check_number("threshold", threshold, "overlay", "(0, inf)")
+    level = limit
+    if pixel_threshold is not None:
+        level = check_number("pixel_threshold", pixel_threshold, "overlay", "(0, inf)")
     check_number("opacity", opacity, "overlay", "[0, 1]")
     # The heatmap already has the size of the image, so a second limit of the size is not needed.
     source = ImageSource(image, max_pixels=sys.maxsize, where="overlay")
@@ -135,7 +141,7 @@ def overlay(
     if outline is not None:
         above = check_number("outline", outline, "overlay", "[0, inf)") * level
         _draw_outline(picture, values > above)
-    return picture if score is None else _with_strip(picture, float(score), level)
+    return picture if score is None else _with_strip(picture, float(score), limit)
 
 
 def color_bar(threshold: float, *, width: int = 400) -> Image.Image:
@@ -144,7 +150,7 @@ def color_bar(threshold: float, *, width: int = 400) -> Image.Image:
     Parameters
     ----------
     threshold : float
-        The detector's ``threshold_``.
+        The detector's ``pixel_threshold_``.
     width : int, default=400
         Width in pixels, at least 380.
 

@@ -34,6 +34,7 @@ from anomalib_lite import (
     load,
     persistence,
 )
+from anomalib_lite.anomaly_map import anomaly_maps
 from anomalib_lite.calibration import conformal_threshold
 from anomalib_lite.datasets import Sample
 from anomalib_lite.detectors import BaseDetector
@@ -696,10 +697,10 @@ def test_any_image_score_fits_scores_and_is_saved(detector: Any, how: str, tmp_p
     if how == "structure":
         assert detector.map_statistics_.shape == (2, 3)
         # Heatmaps are distances, scores are standard deviations.
-        assert load(tmp_path / "model.safetensors", backbone=Small()).map_threshold_ > 0
+        assert load(tmp_path / "model.safetensors", backbone=Small()).pixel_threshold_ > 0
         highest = np.median(detector.anomaly_map(good(40, 7)).max(axis=(1, 2)))
-        assert 0.3 * detector.map_threshold_ < highest < detector.map_threshold_
-        assert detector.anomaly_map(bad(4)).max() > 0.9 * detector.map_threshold_
+        assert 0.3 * detector.pixel_threshold_ < highest < detector.pixel_threshold_
+        assert detector.anomaly_map(bad(4)).max() > 0.9 * detector.pixel_threshold_
         for n, calibration in ((6, "split"), (1, "split"), (1, "leave_one_out")):
             few = clone(detector).set_params(calibration=calibration)
             with pytest.raises(InvalidValueError, match=r"covariance|'structure' needs at least"):
@@ -717,9 +718,11 @@ def test_structure_keeps_the_false_alarm_rate(n_images: int) -> None:
     assert detector.n_absorbed_ == 0
     rate = (detector.score_embeddings(E[n_images:]) > detector.threshold_).mean()
     assert rate < 0.1 + 4 * (0.1 * 0.9 / n) ** 0.5
-    # All images held back tell the threshold of heatmaps: that of their largest values.
-    peaks = detector._score_patches(E[n_images:])[0].max(axis=(1, 2))
-    rate = (peaks > detector.map_threshold_).mean()
+    # The same images tell the threshold of heatmaps: that of their largest values.
+    patch_scores, size = detector._score_patches(E[n_images:])[0], (40, 56)  # 8 pixels a patch
+    heatmaps = anomaly_maps(patch_scores, size, [size] * len(patch_scores), detector.smoothing)
+    peaks = np.array([heatmap.max() for heatmap in heatmaps])
+    rate = (peaks > detector.pixel_threshold_).mean()
     assert 0 < rate < 0.1 + 4 * (0.1 * 0.9 / n) ** 0.5
 
 
@@ -737,7 +740,7 @@ def test_after_an_update_both_thresholds_of_a_structure_score_are_of_the_new_ima
     held = more[np.random.RandomState(0).permutation(60)[-12:]]
     np.testing.assert_array_equal(detector._learner().map_statistics_, taught)
     np.testing.assert_allclose(detector.calibration_scores_, detector.score(held), rtol=1e-4)
-    peaks = detector._score_raw(detector.backbone_.embed(held))[0].max(axis=(1, 2))
+    peaks = detector.anomaly_map(held).max(axis=(1, 2))
     assert detector._map_threshold == pytest.approx(conformal_threshold(peaks, 0.2), rel=1e-4)
     assert detector._map_threshold < level  # the bank has grown
     detector.save(tmp_path / "model.safetensors")
@@ -751,15 +754,15 @@ def test_after_an_update_both_thresholds_of_a_structure_score_are_of_the_new_ima
 def test_heatmaps_of_an_older_file_with_a_structure_score(tmp_path: Path) -> None:
     detector = PatchCore(Small(), **PLAIN, image_score="structure", false_alarm_rate=0.2)
     detector.set_params(image_size=(48, 80)).fit(good(30))
-    level, detector.map_threshold_ = detector.map_threshold_, None
+    level, detector.pixel_threshold_ = detector.pixel_threshold_, None
     detector.save(tmp_path / "model.safetensors")
     old = load(tmp_path / "model.safetensors", backbone=Small())
     assert old.detect(bad(1)).labels[0]
     with pytest.raises(InvalidValueError, match=r"^PatchCore: the threshold of the heatmaps .*set"):
         _ = old._map_threshold
-    old.map_threshold_ = level
+    old.pixel_threshold_ = level
     assert old._map_threshold == level
-    old.map_threshold_ = None
+    old.pixel_threshold_ = None
     assert old.partial_fit(good(30, 3))._map_threshold > 0
 
 

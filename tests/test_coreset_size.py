@@ -211,9 +211,9 @@ def test_a_budget_keeps_as_many_where_no_image_joins(index: str) -> None:
 def test_nothing_of_an_earlier_fit_is_left() -> None:
     detector = PatchCore(coreset_size=300, image_score="structure", false_alarm_rate=0.1)
     detector.fit_embeddings(embeddings(60))
-    assert detector._map_threshold != detector.threshold_
+    assert hasattr(detector, "map_statistics_")
     detector.set_params(image_score="max").fit_embeddings(embeddings(60))
-    assert detector._map_threshold == detector.threshold_
+    assert detector._map_threshold == detector.pixel_threshold_ < detector.threshold_
     assert not hasattr(detector, "map_statistics_")
 
 

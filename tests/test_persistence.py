@@ -202,7 +202,7 @@ def test_the_file_holds_arrays_and_json_alone(saved: Path, embedded: PatchCore) 
     with safe_open(saved, "np") as file:
         assert list(file.metadata()) == [KEY]
         header = json.loads(file.metadata()[KEY])
-        assert sorted(file.keys()) == ["calibration_scores", "embeddings"]
+        assert sorted(file.keys()) == ["calibration_peaks", "calibration_scores", "embeddings"]
         np.testing.assert_array_equal(
             file.get_tensor("embeddings"), embedded.memory_bank_.embeddings_
         )

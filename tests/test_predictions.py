@@ -55,7 +55,11 @@ class TestPredict:
         detector = load(model)
         found = detector.detect(path)
         expected = overlay(
-            path, found.maps[0], threshold=detector.threshold_, score=float(found.scores[0])
+            path,
+            found.maps[0],
+            threshold=detector.threshold_,
+            pixel_threshold=detector.pixel_threshold_,
+            score=float(found.scores[0]),
         )
         with Image.open(tmp_path / "overlays/000.png") as picture:
             assert np.array_equal(np.asarray(picture), np.asarray(expected))
@@ -67,7 +71,7 @@ class TestPredict:
         detector.fit(wall / "train/good")
         path = wall / "test/scratch/000.png"
         predict_to(tmp_path, detector, ImageSource(path), maps=True, skip=False)
-        found, level = detector.detect(path), detector.map_threshold_
+        found, level = detector.detect(path), detector.pixel_threshold_
         expected = overlay(path, found.maps[0], threshold=level)
         wrong = overlay(path, found.maps[0], threshold=detector.threshold_)
         with Image.open(tmp_path / "overlays/000.png") as picture:
@@ -75,7 +79,7 @@ class TestPredict:
         assert np.abs(shown - np.asarray(expected)).mean() < 0.5
         assert np.abs(shown - np.asarray(wrong)).mean() > 5
         # A file that does not know the level says so before any picture is made.
-        detector.map_threshold_ = None
+        detector.pixel_threshold_ = None
         with pytest.raises(InvalidValueError, match="threshold of the heatmaps is not known"):
             predict_to(tmp_path / "more", detector, ImageSource(path), maps=True, skip=False)
         assert not (tmp_path / "more").exists()

@@ -86,7 +86,7 @@ def test_maps_of_a_structure_score_have_a_threshold_of_their_own() -> None:
     )
     image = scratched(180, 1)
     detector = router.detectors_["light"]
-    expected = detector.anomaly_map(image)[0] / detector.map_threshold_
+    expected = detector.anomaly_map(image)[0] / detector.pixel_threshold_
     np.testing.assert_allclose(router.detect(image).maps[0], expected, rtol=1e-4, atol=1e-5)
     assert expected.max() > 1 > np.median(expected)
 
@@ -108,7 +108,7 @@ def test_each_image_is_scored_by_the_detector_of_its_product(fitted: ProductRout
         detector = fitted.detectors_[name]
         alone = detector.detect(mixed[i : i + 1])
         np.testing.assert_allclose(
-            found.maps[i], alone.maps[0] / detector.threshold_, rtol=1e-4, atol=1e-5
+            found.maps[i], alone.maps[0] / detector.pixel_threshold_, rtol=1e-4, atol=1e-5
         )
         if found.routes[i] == "unknown":
             assert np.isinf(found.scores[i])

@@ -158,9 +158,6 @@ def test_errors_change_nothing() -> None:
         with pytest.raises(InvalidValueError, match="false_alarm_rate"):
             detector.set_false_alarm_rate(rate)
     assert (detector.threshold_, detector.false_alarm_rate) == (before, 0.05)
-    structure = fitted(image_score="structure")
-    with pytest.raises(InvalidValueError, match="a threshold of their own"):
-        structure.set_false_alarm_rate(0.1)
 
 
 def test_what_recalibrate_cannot_do_is_said_before_images_are_read() -> None:
@@ -171,9 +168,6 @@ def test_what_recalibrate_cannot_do_is_said_before_images_are_read() -> None:
     ):
         with pytest.raises(InvalidValueError, match=text):
             detector.recalibrate(["absent.png"], **options)
-    detector.image_score = "structure"
-    with pytest.raises(InvalidValueError, match="a threshold of their own"):
-        detector.recalibrate(["absent.png"])
 
 
 def test_regions_to_ignore_have_no_effect_on_the_threshold() -> None:

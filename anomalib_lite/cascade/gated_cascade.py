@@ -416,6 +416,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             maps=None if wanted == "none" else stack(heatmaps),
             names=source.names,
             skipped=sorted(skipped),
+            pixel_threshold=self._map_threshold,
             routes=routes,
             probabilities=probabilities,
         )
@@ -481,7 +482,8 @@ class GatedCascade(DetectorMixin, BaseEstimator):
 
     @property
     def _map_threshold(self) -> float:
-        return float(self.detector_._learner()._in_map_units(self.routing_.threshold))
+        of_detector = self.detector_._with_options(threshold_=self.routing_.threshold)
+        return float(of_detector._map_threshold)
 
     def _members(self) -> dict[str, DetectorMixin]:
         members = {"detector": self.detector_, "gate": self.gate_.detector}

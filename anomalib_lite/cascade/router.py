@@ -47,9 +47,9 @@ _JUST_ABOVE_1 = np.nextafter(np.float32(1), np.float32(2))
 class ProductDetections(Detections):
     """Results of a :class:`~anomalib_lite.ProductRouter` for each image.
 
-    ``scores`` and ``maps`` are in multiples of the threshold of the product's detector, which is
-    its ``map_threshold_`` for the maps of ``image_score="structure"``. The score of an image that
-    shows none of the products is infinite.
+    ``scores`` are in multiples of the ``threshold_`` of the product's detector, and ``maps`` in
+    those of its ``pixel_threshold_``. The score of an image that shows none of the products is
+    infinite.
 
     Attributes
     ----------
@@ -276,6 +276,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
             np.where(unknown, UNKNOWN, np.where(places < 0, SKIPPED, nearest)),
             nearest,
             distances,
+            pixel_threshold=1.0,  # maps are in multiples of it
         )
 
     # --- How it learns ------------------------------------------------------------------------

@@ -55,6 +55,7 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Set the threshold, write the model, and say what the threshold rests on."""
+    import numpy as np
     from safetensors import safe_open
 
     from anomalib_lite._files import check_file
@@ -90,11 +91,10 @@ def run(arguments: argparse.Namespace) -> None:
         rule = arguments.groups
         groups = None if rule is None else read_groups(images.items, rule)
         ids = group_ids(images, groups, arguments.on_error)
-        found = detector._with_options(on_error=arguments.on_error, verbose=1).detect(
-            images, maps=False
-        )
+        scanning = detector._with_options(on_error=arguments.on_error, verbose=1)
+        found = scanning._scan(images, None, np.max)
         print_skipped([reason for _, reason in found.skipped])
-        detector._calibrate(found.scores, ids, found.names, rate, confidence)
+        detector._calibrate_on(found, ids, rate, confidence)
     with safe_open(arguments.model, "numpy") as file:
         with_weights = any(name.startswith("backbone.") for name in file.keys())  # noqa: SIM118
         fitted = json.loads(file.metadata()["anomalib_lite"])["parameters"]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from anomalib_lite._files import RowsFile, make_directory, shortest, writing
 from anomalib_lite.detectors import Detections, DetectorMixin
+from anomalib_lite.detectors.detections import outline_level
 from anomalib_lite.errors import AnomalibLiteError, ImageError, InvalidValueError
 from anomalib_lite.images import ImageSource
 from anomalib_lite.plotting import overlay
@@ -89,13 +90,16 @@ class Writer:
         """Save the overlay of one image, and return its path in the directory of the table."""
         # Heatmaps may have other units than scores, as those of a cascade do. Scaled like this,
         # their own threshold is the middle of the colours.
-        heatmap = result.heatmap * (self._threshold / self._detector._map_threshold)
+        level = self._detector._map_threshold
         # A map may exceed the threshold although the score, which has other parts, does not.
-        outline = 1.0 if result.label == "anomalous" else None
+        outline = None
+        if result.label == "anomalous":
+            outline = outline_level(result.heatmap, level) / level
         picture = overlay(
             self._source.decode(index),
-            heatmap,
+            result.heatmap,
             threshold=self._threshold,
+            pixel_threshold=level,
             score=result.score,
             outline=outline,
         )

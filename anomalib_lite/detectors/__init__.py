@@ -2,7 +2,7 @@
 
 from anomalib_lite.detectors._patch_accumulator import plan_patches
 from anomalib_lite.detectors.base import BaseDetector, DetectorMixin
-from anomalib_lite.detectors.detections import Detections
+from anomalib_lite.detectors.detections import Detections, Region
 from anomalib_lite.detectors.mahalanobis_vfm import MahalanobisVFM
 from anomalib_lite.detectors.padim import PaDiM
 from anomalib_lite.detectors.patchcore import PatchCore
@@ -15,6 +15,7 @@ __all__ = [
     "MahalanobisVFM",
     "PaDiM",
     "PatchCore",
+    "Region",
     "SubspaceAD",
     "plan_patches",
 ]

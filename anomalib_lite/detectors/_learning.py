@@ -69,6 +69,16 @@ MOST_TO_LEAVE_OUT = 500
 _FITTED_ON_IMAGES = ("adapter_", "backbone_", "dtype_", "engine_", "ignore_mask_", "skipped_")
 
 
+def _patch_pixels(
+    images: ImageSource, skipped: Sequence[tuple[int, str]], extractor: Extractor, height: int
+) -> float:
+    """Return the side of a patch in the backbone, whose map of the first image is so high."""
+    first = int(np.setdiff1d(np.arange(len(images)), [i for i, _ in skipped])[0])
+    stride: int = extractor.backbone.stride
+    pixels, _ = images.load(first, extractor.image_size, stride, extractor.tile)
+    return len(pixels) / height
+
+
 class _Numbered(Sequence[str]):
     """Names of embeddings in the order of fitting, made when they are asked for."""
 
@@ -147,6 +157,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
         shards: ShardSource = ImageShards(*images_alone) if E is None else InMemory(E, n_held_back)
         shards.groups, shards.skipped, shards.copies = in_order.groups, skipped, in_order.n_versions
         shards.names = in_order.names
+        shards.patch_pixels = _patch_pixels(in_order, skipped, extractor, shards.shape[0])
         self._fit_shards(shards, random, update, transform)
         self._take_backbone(backbone)
         self.ignore_mask_, self.image_size_ = one_for_all, size
@@ -357,13 +368,16 @@ class LearningModel(ThresholdMixin, TransformingModel):
         # Calibrate with scores of images that were not fitted on.
         # Those of images fitted on before stay if they can only have fallen since, or nearly so.
         stay = update and (joins or left_out) and self.image_score != "structure"
-        scores: list[Any] = [self.calibration_scores_] if stay else []
+        scores: list[Any] = []
+        if stay:
+            scores.append(np.column_stack([self.calibration_peaks_, self.calibration_scores_]))
         accumulated = copy.copy(empty)
         if left_out:
-            folding = partial(self._fold, shards, copies)
-            scores.append(model._score_left_out(shards.embeddings, fitted, folding, copies))
+            folding, more = partial(self._fold, shards, copies), (copies, shards.patch_pixels)
+            scores += model._score_left_out(shards.embeddings, fitted, folding, *more)
         else:
-            for result in shards.held_back(ShardTask(empty if joins else None, model, score=True)):
+            task = ShardTask(empty if joins else None, model, True, shards.patch_pixels)
+            for result in shards.held_back(task):
                 scores.append(result.scores)
                 if joins:
                     accumulated.merge(result.accumulated)
@@ -383,7 +397,8 @@ class LearningModel(ThresholdMixin, TransformingModel):
         statistics: np.ndarray | None,
     ) -> None:
         """Take the threshold from scores: those from before if they stay, and those of shards."""
-        found = np.concatenate(scores or [np.empty(0, np.float32)])
+        n_columns = 4 if self.image_score == "structure" else 2
+        found = np.concatenate(scores or [np.empty((0, n_columns), np.float32)])
         left_out = self._calibrates_by != "split"
         known = self.calibration_groups_ if stay else np.empty(0, np.int64)
         of_last = len(found) - len(known), shards.copies if left_out else 1
@@ -391,12 +406,15 @@ class LearningModel(ThresholdMixin, TransformingModel):
         groups = np.concatenate([known, new])
         names = [*(self.calibration_names_ if stay else []), *shards.names_of_last(*of_last)]
         promise = self.false_alarm_rate, self.false_alarm_confidence
+        own = self._own_pixel_threshold()
         self.calibration_scores_ = model._standardize_calibration(
-            found, groups, *promise, left_out, statistics
+            found[:, 1:], groups, left_out, statistics
         )
         self.calibration_ = self._calibrates_by
         first = len(groups) - len(self.calibration_scores_)  # "structure" learned from others
         self.calibration_groups_, self.calibration_names_ = groups[first:], names[first:]
+        self.calibration_peaks_ = found[first:, 0]
+        self.pixel_threshold_ = self._calibrated_pixels() if own is None else own
         calibrated, shortfall = threshold_and_shortfall(
             self.calibration_scores_, *promise, self.calibration_groups_
         )

@@ -82,6 +82,11 @@ class LayerModels(EmbeddingModel):
         return str(self.detector.image_score)
 
     @property
+    def smoothing(self) -> float:  # type: ignore[override]
+        """The detector's parameter."""
+        return float(self.detector.smoothing)
+
+    @property
     def batch_size(self) -> int:  # type: ignore[override]
         """The detector's parameter."""
         return int(self.detector.batch_size)

@@ -51,10 +51,10 @@ class SavedDetector(ABC):
         after ``fit_embeddings``) and ``state`` (``threshold``, ``calibration``, which is
         ``calibration_``, if the parameter is another, ``calibrated_threshold`` if that is another,
         ``calibration_names``,
-        ``image_size``, which is ``image_size_``, if the parameter is another, for
-        ``image_score="structure"`` ``map_threshold``, and the rest). Its tensors are
-        ``calibration_scores`` (n,), ``calibration_groups`` (n,) if some are of one part,
-        ``map_statistics`` (2, 3) for ``image_score="structure"``, and
+        ``image_size``, which is ``image_size_``, if the parameter is another,
+        ``pixel_threshold``, and the rest). Its tensors are
+        ``calibration_scores`` and ``calibration_peaks`` (n,), ``calibration_groups`` (n,) if some
+        are of one part, ``map_statistics`` (2, 3) for ``image_score="structure"``, and
         the detector's arrays: for PatchCore ``embeddings`` (M, D)
         float32, and ``index``, the bytes of a trained FAISS index, unless it is ``"flat"``
         (with ``position_window`` also ``positions`` (M,) and ``reach`` (h, w), int32; with
@@ -112,7 +112,7 @@ class SavedDetector(ABC):
         """Return what a file holds of this detector: tensors by name, and the header as JSON."""
         name = type(self).__name__
         arrays, state = self._learner()._get_state()
-        tensors: dict[str, Any] = {key: np.ascontiguousarray(a) for key, a in arrays.items()}
+        tensors: dict[str, Any] = dict(arrays)
         header: dict[str, Any] = {
             **VERSIONS,
             "detector": name,

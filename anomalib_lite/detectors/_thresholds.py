@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, Self
 
@@ -20,7 +21,9 @@ class ThresholdMixin:
 
     threshold_: float
     calibrated_threshold_: float
+    pixel_threshold_: float | None  # None in an older file, which did not hold it
     calibration_scores_: np.ndarray
+    calibration_peaks_: np.ndarray
     calibration_groups_: np.ndarray
     calibration_names_: list[str]
     calibration: str
@@ -54,9 +57,8 @@ class ThresholdMixin:
         NotFittedError
             Before :meth:`fit`.
         InvalidValueError
-            For a rate or a confidence outside (0, 1), for a confidence after a fit with
-            ``calibration="cross"``, or with ``image_score="structure"``, whose
-            heatmaps have a threshold of their own that the scores do not tell.
+            For a rate or a confidence outside (0, 1), or for a confidence after a fit with
+            ``calibration="cross"``.
 
         Warns
         -----
@@ -73,7 +75,7 @@ class ThresholdMixin:
         True
         """
         self._check_has_threshold()
-        scores, groups = self.calibration_scores_, self.calibration_groups_
+        known = self.calibration_scores_, self.calibration_peaks_, self.calibration_groups_
         confidence = self.false_alarm_confidence if confidence is None else confidence
         names, way = self.calibration_names_, self.calibration_
         if confidence is not None and way == "cross":
@@ -82,7 +84,7 @@ class ThresholdMixin:
                 "so no confidence is known. Call recalibrate(images, confidence=...) on other good "
                 "images, or fit with calibration='split'."
             )
-        self._calibrate(scores, groups, names, false_alarm_rate, confidence)
+        self._calibrate(*known, names, false_alarm_rate, confidence)
         self.calibration_ = way
         return self
 
@@ -159,14 +161,22 @@ class ThresholdMixin:
         ids = None
         if groups is not None:  # before any image is scored
             ids = check_groups(groups, len(ImageSource(images, where=where).items), where)
-        detect: Any = self.detect  # type: ignore[attr-defined]
-        found = detect(images, maps=False, ignore_mask=ignore_mask)
-        ids = np.arange(len(found.scores)) if ids is None else ids
-        return self._calibrate(found.scores, ids, found.names, rate, confidence)
+        scan: Any = self._scan  # type: ignore[attr-defined]
+        found = scan(images, ignore_mask, np.max)
+        return self._calibrate_on(found, ids, rate, confidence)
+
+    def _calibrate_on(
+        self, found: Any, groups: np.ndarray | None, rate: float, confidence: float | None
+    ) -> Self:
+        """Calibrate by detections whose maps are the largest values of the heatmaps alone."""
+        groups = np.arange(len(found.scores)) if groups is None else groups
+        peaks = np.array([np.nan if peak is None else peak for peak in found.maps], np.float32)
+        return self._calibrate(found.scores, peaks, groups, found.names, rate, confidence)
 
     def _calibrate(
         self,
         scores: np.ndarray,
+        peaks: np.ndarray,
         groups: np.ndarray,
         names: list[str],
         rate: float,
@@ -175,7 +185,7 @@ class ThresholdMixin:
         """Set the threshold from the scores of normal images; NaN is one that was skipped."""
         self._check_calibration(rate, confidence)
         usable = ~np.isnan(scores)
-        scores, groups = scores[usable], groups[usable]
+        scores, peaks, groups = scores[usable], peaks[usable], groups[usable]
         names = [name for name, use in zip(names, usable, strict=True) if use]
         if not len(scores):
             raise InvalidValueError(
@@ -186,10 +196,44 @@ class ThresholdMixin:
         if shortfall is not None:
             warnings.warn(shortfall, CalibrationWarning, stacklevel=3)
         self.calibration_scores_, self.calibration_groups_ = scores, groups
+        self.calibration_peaks_ = peaks
         self.calibration_names_, self.calibration_ = names, "split"  # of images not fitted on
         self.false_alarm_rate, self.false_alarm_confidence = float(rate), confidence
         self.threshold_ = self.calibrated_threshold_ = threshold
+        self.pixel_threshold_ = self._calibrated_pixels()
         return self
+
+    def _calibrated_pixels(self) -> float | None:
+        """Compute the threshold of the heatmaps as that of the scores, from their largest values.
+
+        None if these are not known.
+        """
+        known = ~np.isnan(self.calibration_peaks_)
+        if len(known) and not known.any():
+            return None
+        promise = self.false_alarm_rate, self.false_alarm_confidence
+        groups = self.calibration_groups_[known]
+        return threshold_and_shortfall(self.calibration_peaks_[known], *promise, groups)[0]
+
+    def _own_pixel_threshold(self) -> float | None:
+        """Return the ``pixel_threshold_`` that the user has set; None for that of a calibration."""
+        known = getattr(self, "pixel_threshold_", None)
+        return None if known is None or known == self._calibrated_pixels() else float(known)
+
+    def _in_map_units(self, threshold: float) -> float | None:
+        """Return the level of the heatmaps that belongs to a threshold of the scores.
+
+        ``pixel_threshold_`` belongs to the calibrated one, and others are in proportion. None if it
+        is not known, and heatmaps have other units than scores.
+        """
+        level = self.pixel_threshold_
+        if level is None:
+            return None if self.image_score == "structure" else threshold
+        if threshold == self.calibrated_threshold_:
+            return float(level)
+        if not (math.isfinite(self.calibrated_threshold_) and self.calibrated_threshold_ > 0):
+            return float(level) if self.image_score == "structure" else threshold
+        return float(level) * threshold / self.calibrated_threshold_
 
     def _check_calibration(self, rate: float, confidence: float | None) -> None:
         """Raise InvalidValueError if no threshold can be set for this rate and confidence."""
@@ -197,11 +241,6 @@ class ThresholdMixin:
         check_number("false_alarm_rate", rate, where, "(0, 1)")
         if confidence is not None:
             check_number("confidence", confidence, where, "(0, 1)")
-        if self.image_score == "structure":
-            raise InvalidValueError(
-                f"{where}: the heatmaps of image_score='structure' have a threshold of their own, "
-                "which only fit and partial_fit set. Call one of these, or set threshold_ yourself."
-            )
 
     def _take_threshold(self, calibrated: float) -> bool:
         """Set the threshold after a fit and return True, unless the user had set another."""
@@ -220,6 +259,10 @@ class ThresholdMixin:
         if self.calibration_ != self.calibration:  # which is "auto", or was changed since
             header["state"]["calibration"] = self.calibration_
         tensors["calibration_scores"], groups = self.calibration_scores_, self.calibration_groups_
+        if not np.isnan(self.calibration_peaks_).all():
+            tensors["calibration_peaks"] = self.calibration_peaks_
+        if self.pixel_threshold_ is not None:
+            header["state"]["pixel_threshold"] = self.pixel_threshold_
         if len(np.unique(groups)) < len(groups):
             tensors["calibration_groups"] = groups
         if any(self.calibration_names_):
@@ -232,8 +275,13 @@ class ThresholdMixin:
         self.calibration_ = str(state.get("calibration", self.calibration))
         self.calibration_scores_ = scores = arrays["calibration_scores"]
         self.calibration_groups_ = arrays.get("calibration_groups", np.arange(len(scores)))
-        if self.calibration_groups_.shape != scores.shape:
-            raise ValueError(f"calibration_groups are not those of {len(scores)} scores")
+        # Older files have no peaks, and a threshold of the heatmaps for "structure" alone.
+        self.calibration_peaks_ = arrays.get("calibration_peaks", np.full_like(scores, np.nan))
+        for name in ("calibration_groups", "calibration_peaks"):
+            if getattr(self, f"{name}_").shape != scores.shape:
+                raise ValueError(f"{name} are not those of {len(scores)} scores")
+        level = state.get("pixel_threshold", state.get("map_threshold"))
+        self.pixel_threshold_ = None if level is None else float(level)
         self.calibration_names_ = [
             str(n) for n in state.get("calibration_names", [""] * len(scores))
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -95,7 +96,7 @@ class DetectorMixin(SavedDetector):
         -------
         ndarray of shape (N, H, W), float32, or list of N arrays (H, W)
             At the images' own sizes, in the units of the scores (for ``image_score="structure"``
-            in those of ``map_threshold_``); a list where sizes differ.
+            in those of ``pixel_threshold_``); a list where sizes differ.
 
         Raises
         ------
@@ -174,7 +175,14 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
 
     @property
     def _map_threshold(self) -> float:
-        return self._learner()._in_map_units(float(self.threshold_))
+        level = self._in_map_units(float(self.threshold_))
+        if level is None:
+            raise InvalidValueError(
+                f"{type(self).__name__}: the threshold of the heatmaps is not known: with "
+                "image_score='structure' scores have other units, and an older version saved this "
+                "detector. Fit again, or set pixel_threshold_ to a level of your heatmaps."
+            )
+        return level
 
     def fit(
         self, images: Any, y: Any = None, *, ignore_mask: Any = None, groups: Any = None
@@ -270,8 +278,8 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
         holds for old and new images that are exchangeable. If scores may also rise (an
         approximate index, Equation 7, ``"structure"``), earlier scores are dropped, and the
         threshold comes from the new ones alone. (With ``"cross"``, earlier scores are dropped for
-        ``"structure"`` only.) The statistics of ``"structure"`` stay, and
-        ``map_threshold_`` comes from the new images too. ``n_jobs`` has no effect here.
+        ``"structure"`` only.) The statistics of ``"structure"`` stay. ``pixel_threshold_``
+        follows ``threshold_`` in all this. ``n_jobs`` has no effect here.
         """
         if not hasattr(self, "threshold_"):
             self._check_parameters()
@@ -383,6 +391,12 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
         NotFittedError, AnomalibLiteError
             As :meth:`score`.
         """
+        return self._scan(images, ignore_mask, np.asarray if maps else None)
+
+    def _scan(
+        self, images: Any, ignore_mask: Any, keep: Callable[[np.ndarray], Any] | None
+    ) -> Detections:
+        """Detect, and keep of each heatmap what a function makes of it; None makes no heatmaps."""
         if not hasattr(self, "backbone_"):
             remedy = "Call fit(images) first"
             if hasattr(self, "threshold_"):
@@ -404,19 +418,23 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
             source, channels=model._channels, skipped=skipped, progress="score"
         ):
             patch_scores, scores[batch.indices] = model._score_patches(E)
-            if maps:
+            if keep is not None:
                 input_size = batch.pixels.shape[1:3]
                 made = anomaly_maps(patch_scores, input_size, batch.sizes, self.smoothing)
                 for index, heatmap in zip(batch.indices, made, strict=True):
-                    heatmaps[index] = heatmap
                     if (ignored := source.ignored_in(index)) is not None:
                         heatmap[ignored.of(heatmap.shape)] = 0
+                    heatmaps[index] = keep(heatmap)
+        known = self.calibration_scores_, self.calibration_groups_
         return Detections(
-            scores, self._labels(scores), stack(heatmaps) if maps else None, source.names, skipped,
-            p_values=conformal_p_values(
-                scores, self.calibration_scores_, self.calibration_groups_
-            ),
-        )  # fmt: skip
+            scores,
+            self._labels(scores),
+            None if keep is None else stack(heatmaps),
+            source.names,
+            skipped,
+            p_values=conformal_p_values(scores, *known),
+            pixel_threshold=self._in_map_units(float(self.threshold_)),
+        )
 
     def score_embeddings(self, E: Any) -> np.ndarray:
         """Score your own patch embeddings, as :meth:`score` does images.
@@ -517,7 +535,7 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
         size = getattr(self, "image_size_", self.image_size)  # none after fit_embeddings
         if size != self.image_size:
             header["state"]["image_size"] = size
-        self._learner()._describe_statistics(tensors, header)
+        self._learner()._describe_statistics(tensors)
         ignored = getattr(self, "ignore_mask_", None)
         if ignored is not None and ignored.mask is not None:
             tensors["ignore_mask"] = ignored.mask.astype(np.uint8)
@@ -538,7 +556,7 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
         size = state.get("image_size", detector.image_size)
         if not isinstance(size, str):
             detector.image_size_ = tuple(size) if isinstance(size, list) else size
-        detector._learner()._restore_statistics(arrays, state)
+        detector._learner()._restore_statistics(arrays)
         mask, polygons = arrays.get("ignore_mask"), state.get("ignore_polygons")
         ignored = next((given for given in (mask, polygons) if given is not None), None)
         detector.ignore_mask_ = None if ignored is None else read_ignore_mask(ignored, cls.__name__)

@@ -106,8 +106,8 @@ class MahalanobisVFM(BaseDetector):
         Gaussians of patches and of whole images; each has D / 2 features.
     adapter_ : Adapter or None
         The LoRA update that ``adapt`` learned; ``adapter_.history`` has the losses of each epoch.
-    threshold_, calibration_scores_, calibration_groups_, n_features_, backbone_, dtype_, \
-engine_, skipped_, \
+    threshold_, pixel_threshold_, calibration_, calibration_scores_, calibration_peaks_, \
+calibration_groups_, calibration_names_, n_features_, backbone_, dtype_, engine_, skipped_, \
 ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.
 

@@ -83,9 +83,8 @@ default="nearest"
         Mean and covariance of each position.
     components_ : ndarray of shape (d,), int64, or (D, d), float32
         The channels kept, or the projection.
-    threshold_, calibration_, calibration_scores_, calibration_groups_, n_features_, backbone_, \
-dtype_, \
-engine_, skipped_, \
+    threshold_, pixel_threshold_, calibration_, calibration_scores_, calibration_peaks_, \
+calibration_groups_, calibration_names_, n_features_, backbone_, dtype_, engine_, skipped_, \
 ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.
 

@@ -199,12 +199,15 @@ default="max"
     calibration_ : {"split", "cross", "leave_one_out"}
         How it did so; :meth:`partial_fit` goes on with it. After :meth:`recalibrate` it is
         ``"split"``, since those images were not fitted on.
-    map_threshold_ : float
-        With ``image_score="structure"`` alone: the threshold in the units of the heatmaps, which
-        are distances and no standard deviations.
+    pixel_threshold_ : float
+        The threshold of heatmaps, calibrated as ``threshold_`` is, on their largest values: at
+        most ``false_alarm_rate`` of normal images have a pixel above it. Assign to it to set your
+        own. See :meth:`Detections.regions <anomalib_lite.detectors.Detections.regions>`.
     calibration_scores_ : ndarray of shape (n,), float32
         Scores of the normal images that the threshold was taken from; see
         :meth:`set_false_alarm_rate`.
+    calibration_peaks_ : ndarray of shape (n,), float32
+        The largest values of their heatmaps.
     calibration_names_ : list of n str
         Path, ``images[i]`` or ``embeddings[i]`` of each of them; empty where it is not known. Those
         with the largest scores are the oddest of the good images.

@@ -61,8 +61,8 @@ default="concat"
     ----------
     subspace_ : Subspace
         Mean and principal components of the normal patches.
-    threshold_, calibration_scores_, calibration_groups_, n_features_, backbone_, dtype_, \
-engine_, skipped_, \
+    threshold_, pixel_threshold_, calibration_, calibration_scores_, calibration_peaks_, \
+calibration_groups_, calibration_names_, n_features_, backbone_, dtype_, engine_, skipped_, \
 ignore_mask_, map_statistics_
         As in :class:`~anomalib_lite.PatchCore`.
 

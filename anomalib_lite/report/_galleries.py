@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from anomalib_lite.detectors.detections import outline_level
 from anomalib_lite.evaluation import Detector, Report
 from anomalib_lite.plotting import overlay
 
@@ -93,20 +94,14 @@ def _tiles(detector: Detector, report: Report, indices: np.ndarray) -> list[Tile
         return []
     samples = [report.samples[i] for i in indices]
     maps = detector.detect(samples).maps
-    # Maps may have other units than scores: their own threshold becomes that of the report.
     level = getattr(detector, "_map_threshold", report.threshold)
-    unit = 1.0 if level == report.threshold else report.threshold / level
     tiles = []
     for index, sample, heatmap in zip(indices, samples, maps, strict=True):
+        called = bool(report.decisions[index])
+        outline = outline_level(heatmap, level) / level if called else None
+        picture = overlay(sample.path, heatmap, threshold=level, outline=outline)
+        score = float(report.scores[index])
         with Image.open(sample.path) as photo:
-            tiles.append(
-                Tile(
-                    photo.convert("L"),
-                    overlay(sample.path, heatmap * unit, threshold=report.threshold),
-                    sample.path.stem,
-                    float(report.scores[index]),
-                    bool(report.decisions[index]),
-                    sample.kind,
-                )
-            )
+            gray = photo.convert("L")
+        tiles.append(Tile(gray, picture, sample.path.stem, score, called, sample.kind))
     return tiles

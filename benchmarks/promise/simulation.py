@@ -20,7 +20,7 @@ DETECTORS: dict[str, Any] = {
     "MahalanobisVFM": MahalanobisVFM,
     "SubspaceAD": lambda **p: SubspaceAD(n_components=2, **p),
 }
-SHAPE = (2, 2, 4)  # of the embeddings of an image: (h, w, D)
+SHAPE, CENTER = (2, 2, 4), 5  # of the embeddings of an image: (h, w, D), and their mean
 
 
 class Config(StudyConfig):
@@ -82,7 +82,7 @@ def one_draw(case: dict[str, Any], config: Config, seed: int) -> float:
             ids = np.arange(len(E)) if groups is None else groups
             confidence = config.confidence if what == "confidence" else None
             scores, names = detector.score_embeddings(E), [""] * len(E)
-            detector._calibrate(scores, ids, names, rate, confidence)
+            detector._calibrate(scores, scores, ids, names, rate, confidence)
         new, _ = draw_parts(config.new_images, 1, random)
         return float(np.mean(detector.score_embeddings(new) > detector.threshold_))
 
@@ -93,9 +93,11 @@ def draw_parts(
     """Draw embeddings of parts, each photographed several times, and the part of each image.
 
     Parts differ by more than the photographs of one part do, and some parts by more than others.
+    The features have a common mean, as those of a network: around zero, features of length one
+    would lie all around a circle, and all be as far from its centre.
     """
     part = random.normal(size=(n_parts, 1, *SHAPE)) * random.gamma(2, 1, (n_parts, 1, 1, 1, 1))
-    E = part + 0.1 * random.normal(size=(n_parts, photographs, *SHAPE))
+    E = CENTER + part + 0.1 * random.normal(size=(n_parts, photographs, *SHAPE))
     groups = None if photographs == 1 else np.repeat(np.arange(n_parts), photographs)
     return E.reshape(-1, *SHAPE).astype(np.float32), groups
 

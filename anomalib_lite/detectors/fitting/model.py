@@ -15,8 +15,7 @@ import numpy as np
 from sklearn.base import BaseEstimator
 
 from anomalib_lite._validation import check_memory
-from anomalib_lite.anomaly_map import image_scores, standardize, structure
-from anomalib_lite.calibration import threshold_and_shortfall
+from anomalib_lite.anomaly_map import anomaly_maps, image_scores, standardize, structure
 from anomalib_lite.detectors.fitting.groups import group_starts
 from anomalib_lite.errors import InvalidValueError
 from anomalib_lite.images import ImageSource
@@ -85,13 +84,13 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
     # "split", "cross" or "leave_one_out": what ``calibration`` stands for in the present fit.
     _calibrates_by: str = "split"
     image_score: str = "max"
+    smoothing: float
     false_alarm_rate: float
     augment: Any = None
     memory_budget: Any
     batch_size: int
     n_features_: int
     map_statistics_: np.ndarray  # (2, 3), what "structure" standardizes by
-    map_threshold_: float | None  # and the threshold of its heatmaps; None in an older file
     _channels: np.ndarray | None = None  # channels of the embeddings that are used; None for all
 
     # --- A subclass must supply these ---------------------------------------------------------
@@ -191,15 +190,18 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
                 yield *rest._score_patches(some), np.isnan(some[..., 0])
 
     def _score_left_out(
-        self, E: Embeddings, fitted: Any, folding: Folding, copies: int
-    ) -> np.ndarray:
-        """Score images as :meth:`_left_out`; return (N,), float32, or none if too few are left."""
+        self, E: Embeddings, fitted: Any, folding: Folding, copies: int, patch_pixels: float
+    ) -> list[np.ndarray]:
+        """Score images as :meth:`_left_out`, like :meth:`_calibration_scores`, some at a time.
+
+        Return none if too few images are left.
+        """
         scores = []
         for found in self._left_out(E, fitted, folding, copies):
             if found is None:
-                return np.empty(0, np.float32)
-            scores.append(found[1])
-        return np.concatenate(scores or [np.empty(0, np.float32)])
+                return []
+            scores.append(self._with_peaks(*found[:2], patch_pixels))
+        return scores
 
     def _scores_are_monotone(self) -> bool:
         """Whether fitting on more images can only lower scores.
@@ -228,29 +230,46 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         """The first word of error messages."""
         return type(self).__name__
 
-    def _image_scores(self, E: Embeddings) -> np.ndarray:
-        # A few images at a time, since the search needs memory of its own.
+    def _scored(self, E: Embeddings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Score a few images at a time, since the search needs memory of its own."""
         step = self.batch_size if isinstance(E, np.ndarray) else 1
-        scores = [
-            self._score_patches(np.ascontiguousarray(E[i : i + step]))[1]
-            for i in range(0, len(E), step)
-        ]
+        for i in range(0, len(E), step):
+            yield self._score_patches(np.ascontiguousarray(E[i : i + step]))
+
+    def _image_scores(self, E: Embeddings) -> np.ndarray:
+        scores = [of_images for _, of_images in self._scored(E)]
         return np.concatenate(scores or [np.empty(0, np.float32)])
+
+    def _calibration_scores(self, E: Embeddings, patch_pixels: float) -> np.ndarray:
+        """Score normal images that were not fitted on: see :meth:`_with_peaks`."""
+        return np.concatenate([self._with_peaks(*found, patch_pixels) for found in self._scored(E)])
+
+    def _with_peaks(
+        self, patch_scores: np.ndarray, scores: np.ndarray, patch_pixels: float
+    ) -> np.ndarray:
+        """Put the largest value of each heatmap before what :meth:`_score_maps` says of it.
+
+        Returns (b, 2), or (b, 4) for "structure" before maps are known, float32. Resizing a
+        heatmap from the size in the backbone, where a patch has ``patch_pixels`` a side, to the
+        image's own raises no maximum.
+        """
+        height, width = (round(n * patch_pixels) for n in patch_scores.shape[1:])
+        sizes = [(height, width)] * len(scores)
+        maps = anomaly_maps(patch_scores, (height, width), sizes, self.smoothing)
+        return np.column_stack([[heatmap.max() for heatmap in maps], scores])
 
     def _score_maps(self, patch_scores: np.ndarray, ignored: np.ndarray) -> np.ndarray:
         """Compute the scores (B,) of images from those of their patches, by ``image_score``.
 
         ``ignored`` (B, h, w), bool, says which patches have no effect. For ``"structure"``, until
-        the maps of normal images are known, their descriptions and largest values (B, 4).
+        the maps of normal images are known, their descriptions (B, 3).
         """
         left_out = ignored if ignored.any() else None
         if self.image_score != "structure":
             return image_scores(patch_scores, self.image_score, left_out)
         described = structure(patch_scores, left_out)
         statistics = getattr(self, "map_statistics_", None)
-        if statistics is not None:
-            return standardize(described, statistics)
-        return np.column_stack([described, image_scores(patch_scores, "max", left_out)])
+        return described if statistics is None else standardize(described, statistics)
 
     def _with_copies(
         self, images: ImageSource, order: np.ndarray, n_held_back: int
@@ -262,79 +281,53 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
         source = AugmentedSource(images, self.augment, n_held_back)
         return source, order[source.origins]
 
-    def _in_map_units(self, threshold: float) -> float:
-        """Return a threshold of scores in the units of the heatmaps: another one for "structure".
-
-        InvalidValueError if that is not known.
-        """
-        if not hasattr(self, "map_statistics_"):
-            return threshold
-        if self.map_threshold_ is None:
-            raise InvalidValueError(
-                f"{self._name}: the threshold of the heatmaps is not known: with "
-                "image_score='structure' scores have other units, and an older version saved this "
-                "detector. Fit again, or set map_threshold_ to a level of your heatmaps."
-            )
-        return float(self.map_threshold_)
-
     def _take_statistics(self) -> np.ndarray | None:
         """Take out what earlier maps have taught: without, new maps are described in full."""
         statistics = self.__dict__.pop("map_statistics_", None)
-        self.__dict__.pop("map_threshold_", None)
         return None if self.image_score != "structure" else statistics
 
-    def _describe_statistics(self, tensors: dict[str, Any], header: dict[str, Any]) -> None:
+    def _describe_statistics(self, tensors: dict[str, Any]) -> None:
         """Add to what a file holds how the maps of normal images vary, if that is known."""
         if hasattr(self, "map_statistics_"):
             tensors["map_statistics"] = self.map_statistics_
-            header["state"]["map_threshold"] = self.map_threshold_
 
-    def _restore_statistics(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+    def _restore_statistics(self, arrays: dict[str, np.ndarray]) -> None:
         """Take it over from a file."""
         if self.image_score == "structure":
             self.map_statistics_ = arrays["map_statistics"]
-            self.map_threshold_ = state.get("map_threshold")  # older files do not say
 
     def _standardize_calibration(
         self,
-        scores: np.ndarray,
+        described: np.ndarray,
         groups: np.ndarray,
-        false_alarm_rate: float,
-        confidence: float | None,
         left_out: bool,
         statistics: np.ndarray | None = None,
     ) -> np.ndarray:
         """Learn from what :meth:`_score_maps` says of normal maps how they vary; return scores.
 
-        The threshold of the heatmaps is that of ``image_score="max"``, from all these images. One
-        half of the images teaches, the other half calibrates: an image that had a say in its own
-        standard would score too low; nor are photographs of one part, a group (N,), in both
+        One half of the images teaches, the other half calibrates: an image that had a say in its
+        own standard would score too low; nor are photographs of one part, a group (N,), in both
         halves. ``left_out`` images do both. If ``statistics`` are known, as
         in an update, they stay: these images had no say in them, so all of them calibrate.
         """
         if self.image_score != "structure":
-            return scores
-        scores = scores.reshape(-1, 4)
-        described, peaks = scores[:, :3], scores[:, 3]
+            return described[:, 0]
         n_taught = 0
         if statistics is None:
             starts = group_starts(groups)
-            n_taught = len(scores)
+            n_taught = len(described)
             if not left_out and len(starts):
                 n_taught = int(starts[len(starts) // 2])
             if n_taught < 2:
                 raise InvalidValueError(
                     f"{self._name}: image_score='structure' needs at least "
                     f"{2 if left_out else 4} images to learn how maps of normal images vary (with "
-                    f"calibration='split', held back), got {len(scores)}. Give more "
+                    f"calibration='split', held back), got {len(described)}. Give more "
                     "images, or set another image_score."
                 )
             taught = described[:n_taught].astype(np.float64)
             spread = taught.std(axis=0, ddof=1)
             statistics = np.array([taught.mean(axis=0), spread], np.float32)
-        self.map_threshold_, _ = threshold_and_shortfall(
-            peaks, false_alarm_rate, confidence, groups
-        )
         self.map_statistics_ = statistics
         return standardize(described if left_out else described[n_taught:], statistics)
 
@@ -344,7 +337,7 @@ class ShardResult:
     """Results for the images of one shard."""
 
     accumulated: Any = None  # an Accumulator, if the task asked for one
-    scores: np.ndarray | None = None  # (n,) float32, if the task asked for them
+    scores: np.ndarray | None = None  # (n, 2) or (n, 4) float32, if the task asked for them
     embeddings: Embeddings | None = None  # only if there was no task
     skipped: Sequence[tuple[int, str]] = ()  # position in the shard, reason
     error: tuple[str, str] | None = None  # class and message: not all backends can send the object
@@ -357,6 +350,7 @@ class ShardTask:
     empty: Accumulator | None = None  # makes the accumulator of the shard
     model: EmbeddingModel | None = None  # model fitted so far
     score: bool = False  # whether to score the images with the model
+    patch_pixels: float = 8.0  # side of a patch in the backbone
 
     @property
     def channels(self) -> np.ndarray | None:
@@ -375,7 +369,7 @@ class ShardTask:
         if len(E) == 0:
             return result
         if self.model is not None and self.score:
-            result.scores = self.model._image_scores(E)
+            result.scores = self.model._calibration_scores(E, self.patch_pixels)
         if self.empty is not None:
             existing = None if self.model is None else self.model._existing_patches()
             empty = copy.copy(self.empty)
@@ -394,6 +388,7 @@ class ShardSource(ABC):
     embeddings: Embeddings = []  # noqa: RUF012  # of the images to fit on, if all are in memory
     groups: np.ndarray | None = None  # (n,) int, of all images; None if each is its own
     names: Sequence[str] | None = None  # of all images; None if they are not known
+    patch_pixels = 8.0  # side of a patch in the backbone; of embeddings this is a convention
     copies = 1  # of each image to fit on, with itself
     skipped: Sequence[tuple[int, str]] = ()  # those of them that could not be used
 
