@@ -699,7 +699,7 @@ def test_any_image_score_fits_scores_and_is_saved(detector: Any, how: str, tmp_p
         # Heatmaps are distances, scores are standard deviations.
         assert load(tmp_path / "model.safetensors", backbone=Small()).pixel_threshold_ > 0
         highest = np.median(detector.anomaly_map(good(40, 7)).max(axis=(1, 2)))
-        assert 0.3 * detector.pixel_threshold_ < highest < detector.pixel_threshold_
+        assert 0.3 < highest / detector.pixel_threshold_ < 1.5  # which four images set
         assert detector.anomaly_map(bad(4)).max() > 0.9 * detector.pixel_threshold_
         for n, calibration in ((6, "split"), (1, "split"), (1, "leave_one_out")):
             few = clone(detector).set_params(calibration=calibration)

@@ -91,16 +91,16 @@ def run(arguments: argparse.Namespace) -> None:
         rule = arguments.groups
         groups = None if rule is None else read_groups(images.items, rule)
         ids = group_ids(images, groups, arguments.on_error)
-        scanning = detector._with_options(on_error=arguments.on_error, verbose=1)
-        found = scanning._scan(images, None, np.max)
+        options = {"on_error": arguments.on_error, "verbose": 1}
+        found = detector._with_options(**options).detect(images, maps=np.max)
         print_skipped([reason for _, reason in found.skipped])
         detector._calibrate_on(found, ids, rate, confidence)
     with safe_open(arguments.model, "numpy") as file:
         with_weights = any(name.startswith("backbone.") for name in file.keys())  # noqa: SIM118
         fitted = json.loads(file.metadata()["anomalib_lite"])["parameters"]
     # Options of this machine are for this run; the file keeps those of the fit.
-    options = {n: fitted[n] for n in ("weights", "device", "batch_size") if n in fitted}
-    detector._with_options(**options).save(output, include_backbone=with_weights)
+    of_fit = {n: fitted[n] for n in ("weights", "device", "batch_size") if n in fitted}
+    detector._with_options(**of_fit).save(output, include_backbone=with_weights)
     rests_on = describe_threshold(
         detector.calibration_scores_, rate, confidence, detector.calibration_groups_
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self, cast
@@ -35,6 +35,7 @@ from anomalib_lite.detectors.fitting import (
     ImageShards,
     Indexed,
     InMemory,
+    NumberedNames,
     ShardSource,
     ShardTask,
     distribute,
@@ -51,7 +52,13 @@ from anomalib_lite.errors import CalibrationWarning, InvalidValueError
 from anomalib_lite.fusion import EmbeddingTransform
 from anomalib_lite.images import Extractor, ImageSource
 from anomalib_lite.images.augmentation import AugmentedSource, n_versions
-from anomalib_lite.images.embeddings import Embeddings, embed_all, image_size_for, take
+from anomalib_lite.images.embeddings import (
+    Embeddings,
+    embed_all,
+    image_size_for,
+    patch_pixels,
+    take,
+)
 from anomalib_lite.images.grouping import default_groups, group_ids
 from anomalib_lite.images.ignore_mask import IgnoreMask, per_image
 
@@ -67,29 +74,6 @@ N_FOLDS = 10
 MOST_TO_LEAVE_OUT = 500
 # Fitted attributes that are of images, and not of embeddings.
 _FITTED_ON_IMAGES = ("adapter_", "backbone_", "dtype_", "engine_", "ignore_mask_", "skipped_")
-
-
-def _patch_pixels(
-    images: ImageSource, skipped: Sequence[tuple[int, str]], extractor: Extractor, height: int
-) -> float:
-    """Return the side of a patch in the backbone, whose map of the first image is so high."""
-    first = int(np.setdiff1d(np.arange(len(images)), [i for i, _ in skipped])[0])
-    stride: int = extractor.backbone.stride
-    pixels, _ = images.load(first, extractor.image_size, stride, extractor.tile)
-    return len(pixels) / height
-
-
-class _Numbered(Sequence[str]):
-    """Names of embeddings in the order of fitting, made when they are asked for."""
-
-    def __init__(self, order: np.ndarray) -> None:
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, position: Any) -> Any:
-        return f"embeddings[{self.order[position]}]"
 
 
 class LearningModel(ThresholdMixin, TransformingModel):
@@ -131,9 +115,8 @@ class LearningModel(ThresholdMixin, TransformingModel):
         if not update and (self.fusion in BY_LAYER or any(getattr(self, a) for a in self._asking)):
             transform = self._learn_from_images(extractor, in_order, random)
         extractor = replace(extractor, transform=transform)
-        distributor = None
-        if self.n_jobs is not None and not update:  # an update is for a few images
-            distributor = self._distributor(backbone, extractor)
+        in_workers = self.n_jobs is not None and not update  # an update is for a few images
+        distributor = self._distributor(backbone, extractor) if in_workers else None
         E: Embeddings | None = None
         skipped: list[tuple[int, str]] = []
         if not self._fits_in_shards():
@@ -153,11 +136,11 @@ class LearningModel(ThresholdMixin, TransformingModel):
             n_held_back = min(n_held_back, len(order) - len(skipped) - transform.n_images_)
         if groups is not None:
             n_held_back = whole_groups(groups, n_held_back)
-        images_alone = extractor, in_order, n_held_back, skipped, distributor
-        shards: ShardSource = ImageShards(*images_alone) if E is None else InMemory(E, n_held_back)
-        shards.groups, shards.skipped, shards.copies = in_order.groups, skipped, in_order.n_versions
-        shards.names = in_order.names
-        shards.patch_pixels = _patch_pixels(in_order, skipped, extractor, shards.shape[0])
+        of_images = extractor, in_order, n_held_back, skipped, distributor
+        shards: ShardSource = ImageShards(*of_images) if E is None else InMemory(E, n_held_back)
+        shards.groups, shards.names = in_order.groups, in_order.names
+        shards.skipped, shards.copies = skipped, in_order.n_versions
+        shards.patch_pixels = patch_pixels(extractor, in_order, skipped, shards.shape[0])
         self._fit_shards(shards, random, update, transform)
         self._take_backbone(backbone)
         self.ignore_mask_, self.image_size_ = one_for_all, size
@@ -257,7 +240,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
             else:
                 E = E if transform is None else transform_all(E, transform)
                 shards = InMemory(take(E, order), n_held_back)
-            shards.groups, shards.names = ids, _Numbered(order)
+            shards.groups, shards.names = ids, NumberedNames(order)
         self._fit_shards(shards, random, update, transform)
         if not update:
             for fitted_on_images in _FITTED_ON_IMAGES:

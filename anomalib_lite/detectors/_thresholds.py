@@ -161,8 +161,8 @@ class ThresholdMixin:
         ids = None
         if groups is not None:  # before any image is scored
             ids = check_groups(groups, len(ImageSource(images, where=where).items), where)
-        scan: Any = self._scan  # type: ignore[attr-defined]
-        found = scan(images, ignore_mask, np.max)
+        detect: Any = self.detect  # type: ignore[attr-defined]
+        found = detect(images, maps=np.max, ignore_mask=ignore_mask)
         return self._calibrate_on(found, ids, rate, confidence)
 
     def _calibrate_on(

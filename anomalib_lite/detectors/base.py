@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -368,15 +367,16 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
         self._check_update()
         return self._fit_embeddings(E, groups, update=True)
 
-    def detect(self, images: Any, *, maps: bool = True, ignore_mask: Any = None) -> Detections:
+    def detect(self, images: Any, *, maps: Any = True, ignore_mask: Any = None) -> Detections:
         """Return scores, heatmaps and labels, from one pass through the backbone.
 
         Parameters
         ----------
         images
             As in :meth:`fit`.
-        maps : bool, default=True
-            Whether to make heatmaps, of (H, W) floats an image.
+        maps : bool or callable, default=True
+            Whether to make heatmaps, of (H, W) floats an image. Of many images a function keeps
+            less: what it makes of each heatmap is in its place, as with ``maps=np.max``.
         ignore_mask : optional
             Regions to ignore, as in :meth:`fit`; by default those that :meth:`fit` was given for
             all images. Heatmaps are 0 there. The content of these regions has no effect: they are
@@ -391,12 +391,6 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
         NotFittedError, AnomalibLiteError
             As :meth:`score`.
         """
-        return self._scan(images, ignore_mask, np.asarray if maps else None)
-
-    def _scan(
-        self, images: Any, ignore_mask: Any, keep: Callable[[np.ndarray], Any] | None
-    ) -> Detections:
-        """Detect, and keep of each heatmap what a function makes of it; None makes no heatmaps."""
         if not hasattr(self, "backbone_"):
             remedy = "Call fit(images) first"
             if hasattr(self, "threshold_"):
@@ -418,18 +412,18 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
             source, channels=model._channels, skipped=skipped, progress="score"
         ):
             patch_scores, scores[batch.indices] = model._score_patches(E)
-            if keep is not None:
+            if maps:
                 input_size = batch.pixels.shape[1:3]
                 made = anomaly_maps(patch_scores, input_size, batch.sizes, self.smoothing)
                 for index, heatmap in zip(batch.indices, made, strict=True):
                     if (ignored := source.ignored_in(index)) is not None:
                         heatmap[ignored.of(heatmap.shape)] = 0
-                    heatmaps[index] = keep(heatmap)
+                    heatmaps[index] = maps(heatmap) if callable(maps) else heatmap
         known = self.calibration_scores_, self.calibration_groups_
         return Detections(
             scores,
             self._labels(scores),
-            None if keep is None else stack(heatmaps),
+            stack(heatmaps) if maps else None,
             source.names,
             skipped,
             p_values=conformal_p_values(scores, *known),

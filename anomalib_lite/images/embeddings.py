@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ __all__ = [
     "contiguous",
     "embed_all",
     "image_size_for",
+    "patch_pixels",
     "patch_rows",
     "stack",
     "take",
@@ -41,6 +42,19 @@ def image_size_for(
         return int(image_size)
     height, width = image_size
     return int(height), int(width)
+
+
+def patch_pixels(
+    extractor: Extractor, source: ImageSource, skipped: Sequence[tuple[int, str]], height: int
+) -> float:
+    """Return the side of a patch in the backbone, in pixels.
+
+    ``height`` is the number of patches from top to bottom of the first image not ``skipped``.
+    """
+    first = int(np.setdiff1d(np.arange(len(source)), [i for i, _ in skipped])[0])
+    stride: int = extractor.backbone.stride
+    pixels, _ = source.load(first, extractor.image_size, stride, extractor.tile)
+    return len(pixels) / height
 
 
 def embed_all(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ __all__ = [
     "EmbeddingStream",
     "ImageShards",
     "Indexed",
+    "NumberedNames",
     "embed_distributed",
     "iter_grids",
     "none_usable",
@@ -123,6 +124,19 @@ class CountedEmbeddings:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.blocks)
+
+
+class NumberedNames(Sequence[str]):
+    """Names of embeddings in the order of fitting, made when they are asked for."""
+
+    def __init__(self, order: np.ndarray) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: Any) -> Any:
+        return f"embeddings[{self.order[position]}]"
 
 
 class EmbeddingStream(ShardSource):
