@@ -15,6 +15,19 @@ from sklearn.utils import check_random_state
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError
 
 
+def alike(one: object, other: object) -> bool:
+    """Tell whether two values of a parameter are the same; a list is one that a file has given.
+
+    >>> alike((48, 80), [48, 80]), alike(None, 1), alike(0.5, 0.5)
+    (True, False, True)
+    """
+    if one is other:
+        return True
+    if isinstance(one, list | tuple | np.ndarray) and isinstance(other, list | tuple | np.ndarray):
+        return list(one) == list(other)
+    return type(one) is type(other) and bool(np.all(one == other))
+
+
 def check_choice(name: str, value: object, choices: Iterable[str], where: str) -> str:
     """Return ``value`` if it is one of ``choices``; otherwise name them all and the closest."""
     valid = sorted(choices)

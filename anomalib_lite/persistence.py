@@ -117,6 +117,7 @@ def _restore(
         given = {cls._network: backbone, "weights": weights and str(weights), "device": device}
         parameters = header["parameters"] | {k: v for k, v in given.items() if v is not None}
         detector = cls._restore(parameters, tensors, header["state"], members)
+        detector._remember_parameters()
         opened = None if fitted_with is None else _backbone_options(fitted_with, tensors)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelFileError(

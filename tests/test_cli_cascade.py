@@ -368,7 +368,12 @@ class TestPredict:
         detector = load(half)
         found = detector.detect(path, maps="always")
         outline = 1.0 if found.labels[0] else None
-        level = detector.routing_.threshold
+        level = found.pixel_threshold
+        assert level == pytest.approx(
+            detector.detector_.pixel_threshold_
+            * detector.routing_.threshold
+            / detector.detector_.calibrated_threshold_
+        )
         expected = np.asarray(overlay(path, found.maps[0], threshold=level, outline=outline))
         with Image.open(tmp_path / "overlays/000.png") as picture:
             left = (picture.width - expected.shape[1]) // 2

@@ -586,6 +586,47 @@ def test_a_warning_names_the_line_that_called(twin: Any, method: str) -> None:
     assert {warning.filename for warning in caught} == {__file__}
 
 
+def test_what_is_fitted_answers_by_what_it_was_fitted_with(
+    fitted: Any, twin: Any, tmp_path: Path
+) -> None:
+    """Each gave scores of no meaning, or a file of another detector."""
+    path, given = tmp_path / "model.safetensors", twin.get_params()
+    free = {"batch_size", "max_pixels", "memory_budget", "n_jobs", "on_error", "random_state"}
+    free |= {"verbose", "maps"}
+    methods = [lambda: twin.detect(MIXED), lambda: twin.save(path)]
+    if hasattr(twin, "set_false_alarm_rate"):
+        methods += [lambda: twin.recalibrate(NORMAL), lambda: twin.partial_fit(NORMAL)]
+    of_itself = {"false_alarm_rate", "false_alarm_confidence"}  # the last two take another promise
+    names = [name for name in given if name.split("__")[-1] not in free]
+    for name in names if len(names) < 50 else names[:: len(names) // 25]:
+        if name in ("gate", "detector"):  # whose own parameters come one by one
+            continue
+        twin.set_params(**{name: "another"})
+        before = state_of(twin)
+        for method in methods[: 2 if name in of_itself else None]:
+            with pytest.raises(AnomalibLiteError, match=name.split("__")[-1]):
+                method()
+        assert changed_since(before, twin) == []
+        twin.set_params(**{name: given[name]})
+    assert not path.exists()
+    assert_alike(twin, fitted)
+    twin.save(path)
+    loaded = load(path, backbone=Small()).set_params(engine="another")
+    with pytest.raises(InvalidValueError, match=r"engine must stay as it was in fit.* or call fit"):
+        loaded.score(MIXED)
+
+
+def test_another_rate_says_how() -> None:
+    detector = PatchCore(Small(), **QUICK).fit(NORMAL)
+    detector.false_alarm_rate = 0.5
+    with pytest.raises(InvalidValueError, match=r"call set_false_alarm_rate\(0.5\), or call fit"):
+        detector.score(MIXED)
+    before = detector.threshold_
+    detector.set_false_alarm_rate(0.5)
+    assert detector.threshold_ < before
+    assert detector.detect(MIXED).labels.any()
+
+
 # --- Embeddings of one's own --------------------------------------------------------------
 
 

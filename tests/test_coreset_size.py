@@ -217,7 +217,7 @@ def test_nothing_of_an_earlier_fit_is_left() -> None:
     assert not hasattr(detector, "map_statistics_")
 
 
-def test_a_parameter_without_effect_does_not_stop_an_update() -> None:
+def test_another_map_does_not_follow_a_fit() -> None:
     detector = PatchCore(coreset_size=300, whiten_shrinkage=0.1, false_alarm_rate=0.1)
     detector.fit_embeddings(embeddings(40)).partial_fit_embeddings(embeddings(10, seed=1))
     with pytest.raises(InvalidValueError, match="whiten must stay as it was in fit"):

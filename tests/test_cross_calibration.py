@@ -168,11 +168,11 @@ def test_folds_are_ten_of_about_one_size() -> None:
 
 
 def test_what_forbids_it_later(detector: Any) -> None:
-    detector.fit(images_of(24))
+    detector.set_params(calibration="auto").fit(images_of(24))
     with pytest.raises(InvalidValueError, match=r"no confidence is known. Call recalibrate"):
         detector.set_false_alarm_rate(0.3, confidence=0.9)
     with pytest.raises(InvalidValueError, match=r"partial_fit goes on with calibration='cross'"):
-        detector.set_params(calibration="split", memory_budget="1GB").partial_fit(images_of(8, 5))
+        detector.set_params(memory_budget="1GB").partial_fit(images_of(8, 5))
     detector.set_params(memory_budget=None)
     assert len(detector.partial_fit(images_of(8, 5)).calibration_scores_) == 32
     detector.recalibrate(images_of(12, 6), 0.3, confidence=0.9)

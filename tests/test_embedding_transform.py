@@ -569,7 +569,7 @@ def test_scales_have_no_layers_of_their_own() -> None:
 def test_a_file_whose_map_does_not_fit_is_refused(tmp_path: Path) -> None:
     fitted = PatchCore(Small(), feature_dim=6, **QUICK).fit(good(12))
     fitted.transform_ = EmbeddingTransform(feature_dim=5).fit(embeddings(9, d=20))
-    fitted.set_params(feature_dim=5)  # that of the map, but not of the bank
+    fitted = fitted._with_options(feature_dim=5)  # that of the map, but not of the bank
     fitted.save(tmp_path / "model.safetensors")
     with pytest.raises(AnomalibLiteError, match="does not give 6 features"):
         load(tmp_path / "model.safetensors", backbone=Small())

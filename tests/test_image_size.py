@@ -91,8 +91,10 @@ def test_what_is_fitted_keeps_its_size():
     detector = patchcore().fit(photos(12, 300, 340))
     before = detector.score(photos(3, 300, 340, seed=1))
     detector.image_size = 64  # is for the next fit
-    np.testing.assert_array_equal(detector.score(photos(3, 300, 340, seed=1)), before)
+    with pytest.raises(InvalidValueError, match="image_size must stay as it was in fit, 'auto'"):
+        detector.score(photos(3, 300, 340, seed=1))
     detector.image_size = "auto"
+    np.testing.assert_array_equal(detector.score(photos(3, 300, 340, seed=1)), before)
     assert detector.partial_fit(photos(6, 600, 600, seed=2)).image_size_ == 320
     assert detector.fit(photos(12, 100, 140)).image_size_ == 256
 

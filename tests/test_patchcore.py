@@ -181,14 +181,14 @@ def test_scores_and_maps_are_those_of_the_paper(coreset_ratio: float) -> None:
     up = nn.functional.interpolate(torch.from_numpy(patch_scores)[None], (64, 96), mode="bilinear")
     maps = [gaussian_filter(m, 4.0) for m in up[0].numpy()]
     np.testing.assert_allclose(found.maps, maps, atol=1e-4 * scale)
-    detector.set_params(image_score="top1%")
+    detector = detector._with_options(image_score="top1%")
     np.testing.assert_allclose(detector.score(test), expected, atol=1e-4 * scale)  # 96 patches
-    detector.set_params(image_score="reweighted")
+    detector = detector._with_options(image_score="reweighted")
     worst = [e.reshape(-1, 152)[s.argmax()] for e, s in zip(E, patch_scores, strict=True)]
     equation_7 = [naive_equation_7(bank, patch) for patch in worst]
     np.testing.assert_allclose(detector.score(test), equation_7, atol=2e-4 * scale)
     if coreset_ratio == 1.0:
-        detector.set_params(image_score="max")
+        detector = detector._with_options(image_score="max")
         assert detector.score(train).max() < 1e-3 * scale  # each patch is in the bank itself
 
 
@@ -410,19 +410,18 @@ def test_a_bank_is_not_used_with_parameters_of_another(
     detector = make(**then).fit(images)
     scores = detector.score(good(3, 7))
     detector.set_params(**now)
-    with pytest.raises(InvalidValueError, match=r"must stay as it was|cannot follow a fit"):
+    with pytest.raises(InvalidValueError, match="must stay as it was"):
         detector.partial_fit(images)
-    with pytest.raises(InvalidValueError, match=r"must stay as it was|cannot follow a fit"):
+    with pytest.raises(InvalidValueError, match="must stay as it was"):
         detector.save(path)
     assert not path.exists()
-    if "fusion" not in then:  # there the models of the layers keep their own parameters
-        with pytest.raises(InvalidValueError, match=r"must stay as it was|cannot follow a fit"):
-            detector.score(images[:1])
+    with pytest.raises(InvalidValueError, match="must stay as it was"):
+        detector.score(images[:1])
     detector.set_params(**{name: then.get(name, getattr(PatchCore(), name)) for name in now})
     np.testing.assert_array_equal(detector.score(good(3, 7)), scores)
     detector.save(path)
     again = load(path, backbone=Small())
-    with pytest.raises(InvalidValueError, match=r"must stay as it was|cannot follow a fit"):
+    with pytest.raises(InvalidValueError, match="must stay as it was"):
         again.set_params(**now).partial_fit(images)
     detector.set_params(**now)
     if "foreground" not in now:  # these images show no object

@@ -134,7 +134,7 @@ def test_no_file_is_written_that_cannot_be_read(detector: Any, tmp_path: Path) -
     path, plain = tmp_path / "model.safetensors", type(detector)().fusion
     for then, now in (("per_layer", plain), (plain, "per_layer")):
         fitted = clone(detector).set_params(fusion=then).fit(good(20)).set_params(fusion=now)
-        with pytest.raises(InvalidValueError, match=r"must stay as it was|cannot follow a fit"):
+        with pytest.raises(InvalidValueError, match="must stay as it was"):
             fitted.save(path)
         assert not path.exists()
         fitted.set_params(fusion=then).save(path)
@@ -233,7 +233,7 @@ def test_equation_7_needs_one_bank() -> None:
 def test_an_update_keeps_the_map(detector: Any) -> None:
     fitted = detector.fit(TRAIN)
     fitted.set_params(fusion=type(fitted)().fusion)
-    with pytest.raises(InvalidValueError, match="per_layer must stay as it was in fit, True"):
+    with pytest.raises(InvalidValueError, match="fusion must stay as it was in fit, 'per_layer'"):
         fitted.partial_fit(good(10, 5))
     fitted.set_params(fusion="per_layer", feature_dim=3)
     with pytest.raises(InvalidValueError, match="feature_dim must stay as it was in fit, None"):

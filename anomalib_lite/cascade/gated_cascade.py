@@ -59,13 +59,8 @@ MAPS = ("escalated", "always")
 _WHERE = "GatedCascade"
 # Parameters of the cascade that the default heatmap model gets too.
 SHARED_PARAMETERS = (
-    "device",
-    "dtype",
-    "engine",
-    "batch_size",
-    "on_error",
-    "max_pixels",
-    "random_state",
+    *("device", "dtype", "engine"),
+    *("batch_size", "on_error", "max_pixels", "random_state"),
 )
 # Fitted attributes about held-back images: a file has them under these names without the "_".
 _HELD_BACK = (
@@ -303,7 +298,6 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             random=random,
         )
         gate, subsets, skipped = self._gate_training().fit(source, split, random)
-        seed = random.randint(2**31)
         detector = fit_detector(self._heatmap_model(), subsets.detector_normal.images)
         normal_p, normal_s = score_held_back_normal(gate, detector, subsets.held_back_normal)
         routing = calibrate_routing(normal_p, normal_s, self.false_alarm_rate, t_high=self.t_high)
@@ -314,7 +308,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             subsets.held_back_anomalous,
             threshold=routing.threshold,
             max_missed=self.max_missed,
-            seed=seed,
+            seed=random.randint(2**31),
         )
         fitted = {
             "gate_": gate,
@@ -330,6 +324,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
         for shortfall in shortfalls:
             warnings.warn(shortfall, CalibrationWarning, stacklevel=2)
         self.__dict__.update(fitted, routing_=routing, threshold_=0.5)
+        self._remember_parameters()
         return self
 
     def set_thresholds(self, t_low: float | None = None, t_high: float | None = None) -> Self:
@@ -360,12 +355,13 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             As :meth:`fit`, or if ``t_high`` alone makes all the false alarms that
             ``false_alarm_rate`` allows.
         """
-        self._check_fitted()
+        self._check_fitted("false_alarm_rate", "max_missed")
         check_thresholds(t_low, t_high)
         routing, shortfalls = self._route(vars(self), t_low, t_high)
         for shortfall in shortfalls:
             warnings.warn(shortfall, CalibrationWarning, stacklevel=2)
         self.routing_, self.t_low, self.t_high = routing, t_low, t_high
+        self._remember_parameters()
         return self
 
     def detect(self, images: Any, *, maps: str | bool | None = None) -> CascadeDetections:
@@ -482,8 +478,9 @@ class GatedCascade(DetectorMixin, BaseEstimator):
 
     @property
     def _map_threshold(self) -> float:
-        of_detector = self.detector_._with_options(threshold_=self.routing_.threshold)
-        return float(of_detector._map_threshold)
+        return float(
+            self.detector_._with_options(threshold_=self.routing_.threshold)._map_threshold
+        )
 
     def _members(self) -> dict[str, DetectorMixin]:
         members = {"detector": self.detector_, "gate": self.gate_.detector}
@@ -558,7 +555,6 @@ class GatedCascade(DetectorMixin, BaseEstimator):
     def _summary_lines(self) -> list[tuple[str, str]]:
         routing, inside = self.routing_, self.gate_.detector
         backbone: Any = self.gate_.backbone if inside is None else inside.backbone_
-        dtype = str(backbone.dtype).removeprefix("torch.")
         normal = f"below {routing.t_low:.3g}" if routing.t_low > 0 else "never"
         anomalous = f"above {routing.t_high:.3g}" if routing.t_high < 1 else "never"
         if routing.t_low == 0:
@@ -571,7 +567,7 @@ class GatedCascade(DetectorMixin, BaseEstimator):
                 f"at most {self.max_missed:.3g} of anomalies such as the "
                 f"{len(self.anomaly_probabilities_):,} {kind} ones held back (95 % confidence)"
             )
-        where = f"{backbone.device}, {dtype}"
+        where = f"{backbone.device}, {str(backbone.dtype).removeprefix('torch.')}"
         return [
             ("gate", f"{self.gate} ({where}): normal {normal}, anomalous {anomalous}"),
             ("gate misses", missed),
@@ -642,9 +638,10 @@ class GatedCascade(DetectorMixin, BaseEstimator):
             cascade._take_encoder(DetectorEncoder(members["gate"]))
         return cascade
 
-    def _check_fitted(self) -> None:
+    def _check_fitted(self, *may_change: str) -> None:
         if not hasattr(self, "routing_"):
             raise NotFittedError(f"{_WHERE}: not fitted yet. Call fit(images) first.")
+        self._refuse_changes(*may_change)
 
     def _route(
         self, fitted: Mapping[str, Any], t_low: float | None, t_high: float | None

@@ -317,6 +317,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
         fresh.detectors_, fresh.skipped_, fresh.backbone_ = detectors, skipped, backbone
         shortfalls += fresh._calibrate(descriptions)
         fresh.threshold_ = 1.0
+        fresh._remember_parameters()
         self.__dict__.update(fresh.__dict__)
         return shortfalls
 
@@ -408,6 +409,7 @@ class ProductRouter(DetectorMixin, BaseEstimator):
     def _check_fitted(self) -> None:
         if not hasattr(self, "detectors_"):
             raise NotFittedError(f"{_WHERE}: not fitted yet. Call fit(images) first.")
+        self._refuse_changes()
 
     def _first(self) -> BaseDetector:
         """Return a detector whose options are those of the router."""

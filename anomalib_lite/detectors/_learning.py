@@ -398,6 +398,7 @@ class LearningModel(ThresholdMixin, TransformingModel):
         self.calibration_groups_, self.calibration_names_ = groups[first:], names[first:]
         self.calibration_peaks_ = found[first:, 0]
         self.pixel_threshold_ = self._calibrated_pixels() if own is None else own
+        self._remember_parameters()
         calibrated, shortfall = threshold_and_shortfall(
             self.calibration_scores_, *promise, self.calibration_groups_
         )

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from anomalib_lite.detectors._fitted_parameters import FittedParameters
 from anomalib_lite.engines import AnyBackbone
 from anomalib_lite.errors import NotFittedError
 from anomalib_lite.model_file import VERSIONS, describe_backbone, to_json, write_model
@@ -15,7 +16,7 @@ from anomalib_lite.model_file import VERSIONS, describe_backbone, to_json, write
 __all__ = ["SavedDetector"]
 
 
-class SavedDetector(ABC):
+class SavedDetector(FittedParameters, ABC):
     """Methods that write a detector into a file, and restore it from one."""
 
     threshold_: float
@@ -38,7 +39,8 @@ class SavedDetector(ABC):
         NotFittedError
             Before :meth:`fit`.
         InvalidValueError
-            If a parameter is an object that JSON cannot hold, such as a ``RandomState``.
+            If a parameter is an object that JSON cannot hold, such as a ``RandomState``, or is not
+            what it was in :meth:`fit`.
         OutputError
             If the file cannot be written.
 
@@ -86,6 +88,7 @@ class SavedDetector(ABC):
         name = type(self).__name__
         if not hasattr(self, "threshold_"):
             raise NotFittedError(f"{name}: not fitted yet. Call fit(images) before save.")
+        self._refuse_changes()
         write_model(path, *self._describe(include_backbone), name)
 
     @abstractmethod

@@ -10,13 +10,14 @@ import numpy as np
 
 from anomalib_lite._validation import check_groups, check_number, refuse_labelled
 from anomalib_lite.calibration import threshold_and_shortfall
+from anomalib_lite.detectors._fitted_parameters import FittedParameters
 from anomalib_lite.errors import CalibrationWarning, InvalidValueError, NotFittedError
 from anomalib_lite.images import ImageSource
 
 __all__ = ["ThresholdMixin"]
 
 
-class ThresholdMixin:
+class ThresholdMixin(FittedParameters):
     """Methods that set the threshold of a detector without a new fit."""
 
     threshold_: float
@@ -200,6 +201,7 @@ class ThresholdMixin:
         self.calibration_names_, self.calibration_ = names, "split"  # of images not fitted on
         self.false_alarm_rate, self.false_alarm_confidence = float(rate), confidence
         self.threshold_ = self.calibrated_threshold_ = threshold
+        self._remember_parameters()
         self.pixel_threshold_ = self._calibrated_pixels()
         return self
 
@@ -253,6 +255,7 @@ class ThresholdMixin:
     def _check_has_threshold(self) -> None:
         if not hasattr(self, "threshold_"):
             raise NotFittedError(f"{type(self).__name__}: not fitted yet. Call fit(images) first.")
+        self._refuse_changes("false_alarm_rate", "false_alarm_confidence")
 
     def _describe_threshold(self, tensors: dict[str, Any], header: dict[str, Any]) -> None:
         """Add to what a file holds what the threshold rests on."""

@@ -84,21 +84,6 @@ class TransformingModel(EmbeddingModel):
                 "one for each layer. Set another image_score, or fusion='concat'."
             )
 
-    def _check_same_transform(self) -> None:
-        """Raise if a parameter of the map has changed since it was learned."""
-        known = self.transform_
-        if known is None and not self._needs_transform():  # parameters without effect may change
-            return
-        then = EmbeddingTransform().get_params() if known is None else known.get_params()
-        for name, now in self._unfitted_transform(None).get_params().items():
-            was = then[name]
-            if name != "random_state" and not _alike(was, now):
-                raise InvalidValueError(
-                    f"{type(self).__name__}: {name} must stay as it was in fit, {was!r}, got "
-                    f"{now!r}: what was learned is of other embeddings. Set it back, or call fit "
-                    "on all images."
-                )
-
     def _unfitted_transform(self, random: Any) -> EmbeddingTransform:
         return EmbeddingTransform(
             feature_dim=self.feature_dim,
@@ -185,8 +170,7 @@ class TransformingModel(EmbeddingModel):
     # --- Its part of the detector's file --------------------------------------------------------
 
     def _describe_transform(self, tensors: dict[str, Any], header: dict[str, Any]) -> None:
-        """Add the map to what a file holds, if its parameters are those in the file."""
-        self._check_same_transform()
+        """Add the map to what a file holds."""
         if self.transform_ is not None:
             arrays, header["state"]["transform"] = self.transform_.to_arrays()
             tensors |= {_TRANSFORM + name: array for name, array in arrays.items()}
@@ -240,12 +224,6 @@ class _Learner:
         except InvalidValueError as error:
             message = str(error).removeprefix("EmbeddingTransform: ")
             raise InvalidValueError(f"{type(self.model).__name__}: {message}") from error
-
-
-def _alike(one: Any, other: Any) -> bool:
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return list(one) == list(other)  # a list after it was read from a file
-    return bool(one == other)
 
 
 def transform_all(E: Any, transform: EmbeddingTransform) -> Any:

@@ -154,6 +154,7 @@ class DetectorMixin(SavedDetector):
         """Return a copy with other options, also in its members; it shares all fitted state."""
         other = copy.copy(self)
         vars(other).update(options)
+        other._remember_parameters()
         return other
 
     def _summary_lines(self) -> list[tuple[str, str]]:
@@ -396,6 +397,8 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
             if hasattr(self, "threshold_"):
                 remedy += "; after fit_embeddings use score_embeddings."
             raise NotFittedError(f"{type(self).__name__}: not fitted on images yet. {remedy}")
+        if any(getattr(self, name) is not then for name, then in self.fitted_with_.items()):
+            self._refuse_changes()
         source = ImageSource(images, max_pixels=self.max_pixels, where=type(self).__name__)
         source.ignored = self.ignore_mask_
         if ignore_mask is not None:
@@ -452,6 +455,7 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
             raise NotFittedError(
                 f"{type(self).__name__}: not fitted yet. Call fit_embeddings(E) or fit(images)."
             )
+        self._refuse_changes()
         transform = self.transform_
         length = self.n_features_ if transform is None else transform.n_features_in_
         E = check_embeddings(E, type(self).__name__, length)
@@ -487,7 +491,7 @@ class BaseDetector(PresetMixin, DetectorMixin, LearningModel):
     def _check_update(self) -> None:
         """Raise if a parameter cannot be used, or if the calibration allows no update."""
         self._check_parameters()
-        self._check_same_transform()
+        self._refuse_changes("false_alarm_rate", "false_alarm_confidence")
         where = type(self).__name__
         if self.calibration_ == "leave_one_out":
             raise InvalidValueError(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -47,8 +46,6 @@ __all__ = ["PatchCore"]
 
 # Image scores that may rise when the bank grows.
 _MAY_RISE = ("reweighted", "structure")
-# Parameters that say what a bank holds, or how it is searched.
-_OF_THE_BANK = ("normalize", "position_window", "foreground", "index")
 
 
 class PatchCore(BaseDetector):
@@ -372,8 +369,6 @@ default="max"
         self.verbose = verbose
 
     _asking = ("feature_dim", "whiten")
-    # The parameters _OF_THE_BANK when the bank was made.
-    _made_with: Mapping[str, Any] = MappingProxyType({})
     _n_seen = 0  # patches that ``coreset_ratio_`` is a share of
 
     def _check_parameters(self) -> None:
@@ -413,30 +408,6 @@ default="max"
         super()._check_fit_on_embeddings()
         if self.augment is not None:
             refuse_augment("PatchCore", self.augment)
-
-    def _check_update(self) -> None:
-        super()._check_update()
-        self._check_bank()
-
-    def _describe(self, include_backbone: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        self._check_bank()  # else the file could not be loaded
-        return super()._describe(include_backbone)
-
-    def _check_bank(self) -> None:
-        """Raise if a parameter is no longer the one that the bank was made with."""
-        layers = self.layer_models_
-        for name, then in (self if layers is None else layers.models_[0])._made_with.items():
-            if then != (now := getattr(self, name)):
-                raise InvalidValueError(
-                    f"PatchCore: {name} must stay as it was in fit, {then!r}, got {now!r}: the "
-                    "bank was made with it. Set it back, or call fit on all images."
-                )
-        if (self.fusion == "per_layer") != (layers is not None):
-            raise InvalidValueError(
-                f"PatchCore: fusion={self.fusion!r} cannot follow a fit with another number of "
-                "banks: 'per_layer' has one for each layer, the others have one in all. Set it "
-                "back, or call fit on all images."
-            )
 
     def _make_accumulator(
         self,
@@ -519,7 +490,6 @@ default="max"
                 f"PatchCore: n_neighbors={self.n_neighbors} is more than the {len(rows)} patches "
                 f"that {kept_by} keeps."
             )
-        self._made_with = {name: getattr(self, name) for name in _OF_THE_BANK}
         self.memory_bank_ = self._bank_of(rows, cells, accumulated.grid, device)
         self.memory_bank_.covering_radius_ = radius
         self.n_absorbed_ = 0
@@ -562,9 +532,6 @@ default="max"
         return self.memory_bank_.embeddings_ if self.coreset == "greedy" else None
 
     def _score_patches(self, E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        other = any(getattr(self, name) != then for name, then in self._made_with.items())
-        if other or (self.fusion == "per_layer") != (self.layer_models_ is not None):
-            self._check_bank()  # which says what is wrong
         bank, rows = self.memory_bank_, E.reshape(-1, E.shape[-1])
         if self.normalize:
             rows = unit_rows(rows)
@@ -675,7 +642,6 @@ default="max"
 
     def _set_state(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         parameters = self._bank_parameters(device_of(self.device, "PatchCore"))
-        self._made_with = {name: getattr(self, name) for name in _OF_THE_BANK}
         embeddings, index = arrays["embeddings"], arrays.get("index")
         self.memory_bank_ = PatchBank.restore(embeddings, index, **parameters)
         if self.position_window is not None:

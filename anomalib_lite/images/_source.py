@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -455,6 +455,8 @@ class Extractor:
         :func:`~anomalib_lite.images.tiling.embed_tiles`.
     transform : EmbeddingTransform, optional
         What changes embeddings, by its method ``transform``, before anything else sees them.
+    patch_pixels : list of float
+        Filled in: the side of a patch in the backbone, in pixels, for each batch so far.
 
     Examples
     --------
@@ -477,6 +479,7 @@ class Extractor:
     tile: int | None = None
     overlap: int = 0
     transform: Any = None
+    patch_pixels: list[float] = field(default_factory=list, compare=False)
 
     def embed_batches(
         self,
@@ -531,6 +534,7 @@ class Extractor:
                         f"{source.where}: {self.name} gives NaN or infinity in "
                         f"{self.backbone.dtype}. Use dtype='float32'."
                     )
+                self.patch_pixels.append(batch.pixels.shape[1] / embeddings.shape[1])
                 if self.transform is not None:
                     embeddings = self.transform.transform(embeddings)
                     if channels is not None:

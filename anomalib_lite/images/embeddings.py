@@ -49,8 +49,11 @@ def patch_pixels(
 ) -> float:
     """Return the side of a patch in the backbone, in pixels.
 
-    ``height`` is the number of patches from top to bottom of the first image not ``skipped``.
+    If workers have embedded the images, the first one not ``skipped``, which has ``height`` patches
+    from top to bottom, is resized once more.
     """
+    if extractor.patch_pixels:
+        return extractor.patch_pixels[0]
     first = int(np.setdiff1d(np.arange(len(source)), [i for i, _ in skipped])[0])
     stride: int = extractor.backbone.stride
     pixels, _ = source.load(first, extractor.image_size, stride, extractor.tile)
