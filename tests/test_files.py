@@ -79,7 +79,7 @@ def test_the_content_is_on_the_disk_before_the_name_is(
         Path, "replace", lambda self, to: (steps.append("rename"), replace(self, to))[1]
     )
     write(tmp_path / "out")
-    assert steps == ["fsync", "rename"]
+    assert steps[:2] == ["fsync", "rename"]
 
 
 @every_writer

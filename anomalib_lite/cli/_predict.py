@@ -35,6 +35,11 @@ def add_to(commands: Any) -> None:
         default="raise",
         help="stop at an unreadable image, or list it and go on (default: raise)",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where an earlier run into this directory was stopped",
+    )
     parser.add_argument("--no-overlays", action="store_true", help="write only the table")
     parser.add_argument(
         "--maps",
@@ -68,7 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     source = ImageSource(files, max_pixels=detector.max_pixels, where="predict")
     maps: str | bool = arguments.maps or not arguments.no_overlays
     start = time.perf_counter()
-    summary = predict_to(output, detector, source, maps=maps, skip=arguments.on_error == "skip")
+    skip, resume = arguments.on_error == "skip", arguments.resume
+    summary = predict_to(output, detector, source, maps=maps, skip=skip, resume=resume)
     seconds = time.perf_counter() - start
     print_skipped(summary.skipped)
     labels = [label for label in ("normal", "anomalous", "skipped") if summary.counts[label]]
@@ -76,9 +82,11 @@ def run(arguments: argparse.Namespace) -> None:
     places = [output / "scores.csv"]
     if maps:
         places.append(output / "overlays")
+    if summary.before:
+        print(f"{summary.before:,} of {len(source):,} images had their row already")
     print(
-        f"{len(source):,} images in {seconds:.1f} s: {counts} at threshold "
-        f"{detector.threshold_:.6g}; see {' and '.join(map(str, places))}"
+        f"{len(source) - summary.before:,} images in {seconds:.1f} s: {counts or 'nothing to do'} "
+        f"at threshold {detector.threshold_:.6g}; see {' and '.join(map(str, places))}"
     )
     if summary.routes:
         print(_decided_by(summary.routes, detector._routes))

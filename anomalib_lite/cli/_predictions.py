@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from anomalib_lite._files import RowsFile, make_directory, shortest, writing
+from anomalib_lite._files import RowsFile, make_directory, replacing, shortest, unquoted
 from anomalib_lite.detectors import Detections, DetectorMixin
 from anomalib_lite.detectors.detections import outline_level
 from anomalib_lite.errors import AnomalibLiteError, ImageError, InvalidValueError
@@ -45,6 +47,7 @@ class Summary:
     counts: Counter[str] = field(default_factory=Counter)
     routes: Counter[str] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
+    before: int = 0  # images that had a row already
 
     def add(self, result: Result) -> None:
         """Count one image."""
@@ -73,6 +76,21 @@ class Writer:
         self._detector, self._threshold = detector, detector.threshold_
         self._with_route = bool(detector._routes)
         self._names = unique_names(source.items)
+
+    def still_to_do(self) -> list[int]:
+        """Return the positions of the images without a row.
+
+        InvalidValueError if the rows there are of another threshold.
+        """
+        done = {row["path"] for row in self._rows.before}
+        for row in self._rows.before:
+            if row["threshold"] != shortest(self._threshold):
+                raise InvalidValueError(
+                    f"predict: {self._rows.path} was made with the threshold {row['threshold']}, "
+                    f"and this model has {shortest(self._threshold)}. Choose another directory, or "
+                    "begin anew without --resume."
+                )
+        return [i for i, name in enumerate(self._source.names) if name not in done]
 
     def row(self, index: int, result: Result, picture: str) -> None:
         """Write the row of one image; ``picture`` is the path of its overlay, or empty."""
@@ -104,19 +122,25 @@ class Writer:
             outline=outline,
         )
         place = f"overlays/{self._names[index]}.png"
-        path = self._rows.path.parent / place
-        with writing(path):
-            picture.save(path)
+        with replacing(self._rows.path.parent / place) as temporary:
+            picture.save(temporary, format="png")
         return place
 
 
 def predict_to(
-    output: Path, detector: DetectorMixin, source: ImageSource, *, maps: str | bool, skip: bool
+    output: Path,
+    detector: DetectorMixin,
+    source: ImageSource,
+    *,
+    maps: str | bool,
+    skip: bool,
+    resume: bool = False,
 ) -> Summary:
     """Write ``scores.csv`` and, if asked for, ``overlays/*.png`` into ``output``.
 
     Images are processed in chunks, so memory does not grow with their number. Whatever happens, the
-    rows of the images that are done stay in ``scores.csv``. The detector is not changed.
+    rows of the images that are done stay in ``scores.csv``. The detector is not changed. Overlays
+    that an older ``scores.csv`` names are removed.
 
     Parameters
     ----------
@@ -131,6 +155,8 @@ def predict_to(
     skip : bool
         List images that cannot be used and go on. Otherwise the first one ends the run, after the
         images before it are written.
+    resume : bool, default=False
+        Leave out images that have a row already, and go on behind the last one.
 
     Returns
     -------
@@ -144,19 +170,27 @@ def predict_to(
     skipping = detector._with_options(on_error="skip", verbose=0)
     columns = (*COLUMNS, ROUTE if detector._routes else P_VALUE)
     summary = Summary()
+    stale = set() if resume else _earlier_overlays(output)
     with (
-        RowsFile(output / "scores.csv", columns) as rows,
+        RowsFile(output / "scores.csv", columns, more=resume) as rows,
         tqdm(total=len(source), desc="predict", unit="image", leave=False, disable=None) as bar,
     ):
         writer = Writer(rows, detector, source)
+        to_do = writer.still_to_do()
+        summary.before = len(source) - len(to_do)
+        bar.update(summary.before)
         try:
-            for chunk in _chunks(source, 2 * detector.batch_size, by_pixels=bool(maps)):
+            for chunk in _chunks(source, to_do, 2 * detector.batch_size, by_pixels=bool(maps)):
                 found = skipping.detect(source.take(chunk), maps=wanted)
                 for index, result in zip(chunk, _results(found), strict=True):
                     if result.reason and not skip:
                         raise ImageError(_with_remedy(result.reason))
                     drawn = maps and result.heatmap is not None
-                    writer.row(index, result, writer.overlay(index, result) if drawn else "")
+                    picture = writer.overlay(index, result) if drawn else ""
+                    writer.row(index, result, picture)
+                    while stale:  # the older table is gone now
+                        if (place := stale.pop()) != picture:
+                            (output / place).unlink(missing_ok=True)
                     summary.add(result)
                     bar.update()
         except (AnomalibLiteError, KeyboardInterrupt) as error:
@@ -164,6 +198,15 @@ def predict_to(
             done = f"{rows.n_rows} of {len(source)} images are done{kept}."
             raise type(error)(f"{error} {done}".strip()) from error
     return summary
+
+
+def _earlier_overlays(output: Path) -> set[str]:
+    """Return the overlays that the table of an earlier run names; none if it cannot be read."""
+    with contextlib.suppress(OSError, KeyError, TypeError, csv.Error, UnicodeDecodeError):
+        with (output / "scores.csv").open(encoding="utf-8", newline="") as file:
+            places = {unquoted(row["overlay"]) for row in csv.DictReader(file)}
+        return {p for p in places if Path(p).parent == Path("overlays")}
+    return set()
 
 
 def _results(found: Detections) -> Iterator[Result]:
@@ -222,18 +265,21 @@ def unique_names(paths: Sequence[Any]) -> list[str]:
     return list(names)
 
 
-def _chunks(source: ImageSource, n_images: int, *, by_pixels: bool) -> Iterator[list[int]]:
+def _chunks(
+    source: ImageSource, to_do: Sequence[int], n_images: int, *, by_pixels: bool
+) -> Iterator[list[int]]:
     """Yield positions of images, as many at once as ``n_images`` and their sizes allow."""
     chunk: list[int] = []
     pixels = 0
-    for index in range(len(source)):
+    for index in to_do:
         size = _pixels(source, index) if by_pixels else 0
         if chunk and (len(chunk) == n_images or pixels + size > _PIXELS_AT_ONCE):
             yield chunk
             chunk, pixels = [], 0
         chunk.append(index)
         pixels += size
-    yield chunk
+    if chunk:
+        yield chunk
 
 
 def _pixels(source: ImageSource, index: int) -> int:
