@@ -226,6 +226,7 @@ class Run:
                     network.backbone,
                     weights=network.weights,
                     layers=network.layers,
+                    engine="torch",  # which converts no graph
                     where=self.name,
                 )
             except AnomalibLiteError as error:
