@@ -50,7 +50,7 @@ from anomalib_lite.metrics import auroc, average_precision
 
 
 def heatmaps(**parameters: Any) -> PatchCore:
-    options = {"backbone": Small(), "image_size": 48, "false_alarm_rate": 0.2}
+    options = {"backbone": Small(), "image_size": 48, "false_alarm_rate": 0.2, "coreset_size": 500}
     return PatchCore(**(options | PLAIN | parameters))
 
 
@@ -653,7 +653,7 @@ def test_parameters_of_the_detector_can_be_set(fitted: GatedCascade) -> None:
     assert fresh.detector is not fitted.detector
     fresh.set_params(detector__coreset_size=50, max_missed=0.3)
     assert fresh.get_params()["detector__coreset_size"] == 50
-    assert fitted.get_params()["detector__coreset_size"] == 5000
+    assert fitted.get_params()["detector__coreset_size"] == 500
     with pytest.raises(ValueError, match="Invalid parameter"):
         fresh.set_params(detector__coreset_rate=0.5)
 

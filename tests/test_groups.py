@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from detector_fixtures import good
+from detector_fixtures import PLAIN, Small, good
 from PIL import Image
 
 from anomalib_lite import GatedCascade, MahalanobisVFM, PaDiM, PatchCore, SubspaceAD, load
@@ -227,19 +227,15 @@ def test_a_saved_detector_knows_its_groups(tmp_path: Path) -> None:
 
 def test_auto_finds_the_photographs_of_one_part() -> None:
     rng = np.random.default_rng(3)
-    images = [photo for photo in good(20, size=(64, 96)) for _ in range(3)]
+    images = [photo for photo in good(12, size=(64, 96)) for _ in range(3)]
     noisy = [np.clip(i + rng.integers(-2, 3, i.shape), 0, 255).astype(np.uint8) for i in images]
-    detector = PatchCore(image_size=32, false_alarm_rate=0.2).fit(noisy, groups="auto")
+    options = PLAIN | {"image_size": 32, "false_alarm_rate": 0.3}
+    detector = PatchCore(Small(), **options).fit(noisy, groups="auto")
     assert set(Counter(detector.calibration_groups_.tolist()).values()) == {3}
-    told = PatchCore(image_size=32, false_alarm_rate=0.2).fit(
-        noisy, groups=[i // 3 for i in range(60)]
-    )
+    told = PatchCore(Small(), **options).fit(noisy, groups=[i // 3 for i in range(36)])
     assert told.threshold_ == detector.threshold_
     # A cascade takes the same word.
-    cascade = GatedCascade(
-        image_size=32, epochs=1, false_alarm_rate=0.3,
-        detector=PatchCore(image_size=32, false_alarm_rate=0.3),
-    )  # fmt: skip
+    cascade = GatedCascade(Small(), PatchCore(Small(), **options), max_missed=0.5, **options)
     assert cascade.fit(noisy, groups="auto").routing_.threshold > 0
 
 
@@ -325,10 +321,8 @@ def test_near_copies_are_named() -> None:
 
 
 def test_a_cascade_counts_copies_as_one() -> None:
-    cascade = GatedCascade(
-        image_size=32, epochs=1, false_alarm_rate=0.3,
-        detector=PatchCore(image_size=32, false_alarm_rate=0.3),
-    )  # fmt: skip
+    options = PLAIN | {"image_size": 32, "false_alarm_rate": 0.3}
+    cascade = GatedCascade(Small(), PatchCore(Small(), **options), max_missed=0.5, **options)
     images = [image for image in good(16) for _ in range(2)]
     with pytest.warns(CopiesWarning, match="GatedCascade: 16 of 32 images have the same") as told:
         cascade.fit(images)
