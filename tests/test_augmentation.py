@@ -22,7 +22,7 @@ from anomalib_lite.images.ignore_mask import IgnoreMask
 
 QUICK: dict[str, Any] = PLAIN | {"image_size": (HEIGHT, WIDTH), "false_alarm_rate": 0.25}
 DETECTORS: list[Any] = [
-    PatchCore(Small(), coreset_ratio=0.3, **QUICK),
+    PatchCore(Small(), coreset_ratio=0.05, **QUICK),
     SubspaceAD(Small(), n_components=4, **QUICK),
     MahalanobisVFM(Small(), **QUICK),
 ]
@@ -182,7 +182,8 @@ def test_neither_workers_nor_budgets_matter(detector: Any, sizes: int) -> None:
     for options in ({"n_jobs": 2}, {"memory_budget": "1GB"}, {"n_jobs": 2, "memory_budget": "1GB"}):
         with joblib.parallel_config("threading"):
             assert_alike(clone(detector).set_params(**options).fit(images), reference)
-    assert_alike(clone(detector).set_params(n_jobs=2).fit(images), reference)
+    if sizes == 2:  # processes are slow to start
+        assert_alike(clone(detector).set_params(n_jobs=2).fit(images), reference)
 
 
 def test_what_is_learned_from_copies_costs_no_image_held_back() -> None:
