@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import os
 import re
 import signal
@@ -366,8 +365,8 @@ def test_neither_workers_nor_batches_matter(budget: int | None, sizes: int) -> N
 
 
 def test_processes_do_not_matter() -> None:
-    for budget, sizes in itertools.product((None, SHARDS_OF_8), (1, 2)):
-        X = of_sizes(sizes)
+    X = of_sizes(2)
+    for budget in (None, SHARDS_OF_8):
         one, two = (make(memory_budget=budget, n_jobs=n).fit(X) for n in (1, 2))
         assert_same(two, one)
 
@@ -456,7 +455,9 @@ def test_images_are_skipped_by_workers_too(backend: str, tmp_path: Path) -> None
     X: list[Any] = list(images(90))
     for i in (0, 5, 40, 89):
         X[i] = tmp_path / f"gone{i}.png"
-    budgets = (None, SHARDS_OF_8 + 2_000_000)
+    budgets = [None, SHARDS_OF_8 + 2_000_000]
+    if backend == "loky":  # an error ends its processes, which are slow to start
+        budgets = budgets[1:]
     for budget in budgets:
         one = make(memory_budget=budget, on_error="skip").fit(X)
         with joblib.parallel_config(backend):
@@ -768,7 +769,9 @@ def test_a_budget_costs_no_accuracy_on_real_images(data_dir: Path) -> None:
     dataset = MVTecAD(data_dir, "magnetic_tile")
     train, test = dataset.train[::2], dataset.test[::2]
     y = [sample.label for sample in test]
+    # Hardly two are of one size, and torch needs no graph for each.
     parameters: dict[str, Any] = {"image_size": 128, "coreset_ratio": 0.02, "dtype": "float32"}
+    parameters["engine"] = "torch"
     with pytest.raises(InvalidValueError) as caught:
         PatchCore(memory_budget=1, **parameters).fit(train)
     least = re.search(r"Raise it to ([\d,]+)MB", str(caught.value))
