@@ -25,9 +25,10 @@ test-processors: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-# The tests, those as other processors, and the whole comparison with anomalib: hours on two cores,
-# most of them the peer's.
+# All tests, also those marked nightly (whole benchmarks on miniatures, real photographs), those as
+# other processors, and the whole comparison with anomalib: hours on two cores, most of them the peer's.
 nightly: test test-processors bench-peers
+	$(BIN)/python -m pytest -m nightly
 
 # The coreset and the search against FAISS, anomalib (in the environment of bench-peers, made if it
 # is not there) and others; benchmarks/speed/README.md has the options.

@@ -22,6 +22,7 @@ pd = pytest.importorskip("pandas", reason="needs the extra benchmarks")
 
 from anomalib_lite.studies import open_study, run_studies  # noqa: E402
 
+pytestmark = pytest.mark.nightly
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "gated_cascade"
 NETWORKS = ("resnet18", "tf_efficientnet_b0", "mobilenetv3_small_100")
 CASCADES = (

@@ -763,6 +763,7 @@ def test_images_left_out_are_added_to_the_list(tmp_path: Path) -> None:
 # --- Real photographs ---------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_a_budget_costs_no_accuracy_on_real_images(data_dir: Path) -> None:
     if not (data_dir / "magnetic_tile").is_dir():
         pytest.skip(f"no magnetic_tile in {data_dir}")

@@ -304,6 +304,7 @@ def know_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Subspace, "residual", lambda self, X: random.rand(len(X)))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SMALL)
 def test_noise_has_an_auroc_of_a_half(
     name: str, weights: dict[str, str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -326,6 +327,7 @@ def test_noise_has_an_auroc_of_a_half(
     assert columns >= 1
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SMALL)
 def test_swapped_labels_are_seen(
     name: str, weights: dict[str, str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
