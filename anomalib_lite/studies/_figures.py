@@ -65,7 +65,7 @@ def draw_bars(
     title: str,
     label: str,
 ) -> None:
-    """Draw a bar for each name, with its value above and its spread as a line.
+    """Draw a bar for each name, with its value at the end and its spread as a line.
 
     Parameters
     ----------
@@ -93,10 +93,13 @@ def draw_bars(
     for i, height in enumerate(heights):
         measured = np.isfinite(height)
         text = f"{height:.3f}" if measured else "not measured"
-        place = (max(height, 0) + lines[i] if measured else 0) + 0.02 * top
-        panel.text(i, place, text, ha="center", va="bottom", fontsize=9)
+        end = lines[i] + 0.02 * top if measured else 0.02 * top
+        above = not measured or height >= 0
+        place, side = (max(0, height) + end, "bottom") if above else (height - end, "top")
+        panel.text(i, place, text, ha="center", va=side, fontsize=9)
     low = float(np.nanmin(heights - lines, initial=0.0))
-    panel.set_ylim(min(0.0, 1.1 * low), 1.15 * top)
+    high = float(np.nanmax(heights + lines, initial=0.0))
+    panel.set_ylim(low - (0.12 * top if low < 0 else 0), 1.15 * top if high > 0 else 0.05 * top)
     panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
     panel.set(title=title, ylabel=label)
     panel.axhline(0, color="black", linewidth=0.8)
