@@ -18,6 +18,7 @@ __all__ = [
     "ImageError",
     "InvalidTypeError",
     "InvalidValueError",
+    "LeftOutWarning",
     "MissingDependencyError",
     "MissingPathError",
     "ModelFileError",
@@ -88,6 +89,10 @@ class NotFittedError(AnomalibLiteError, _SklearnNotFittedError):
 
 class SharedImagesWarning(UserWarning):
     """Test images are among the training images, so the test looks better than it is."""
+
+
+class LeftOutWarning(UserWarning):
+    """A directory holds what is not taken for an image: unknown suffixes, subdirectories."""
 
 
 class CalibrationWarning(UserWarning):

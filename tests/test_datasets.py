@@ -22,6 +22,7 @@ from anomalib_lite.datasets import (
 from anomalib_lite.errors import (
     InvalidTypeError,
     InvalidValueError,
+    LeftOutWarning,
     MissingDependencyError,
     MissingPathError,
 )
@@ -113,7 +114,8 @@ class TestMVTecAD:
         (plate / "plate/train/good/._0.jpg").write_bytes(b"resource fork")
         (plate / "plate/train/good/notes.txt").write_text("lamp replaced on Monday")
         (plate / "plate/test/.cache").mkdir()
-        ds = MVTecAD(plate, "plate")
+        with pytest.warns(LeftOutWarning, match=r"hidden or .*: 1 \(\._0\.jpg\); \.txt: 1 \(not"):
+            ds = MVTecAD(plate, "plate")
         assert names(ds.train) == expected
         assert len(ds.test) == 3
 

@@ -56,9 +56,6 @@ def png(path: Path, pixels: np.ndarray = RGB) -> Path:
 def directory(tmp_path: Path) -> Any:
     for name, pixels in (("b.PNG", RGB), ("a.png", OTHER), ("c.bmp", RGB)):
         png(tmp_path / name, pixels)
-    (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "deeper").mkdir()
-    png(tmp_path / "deeper" / "0.png")
     return tmp_path
 
 
@@ -475,18 +472,18 @@ ITEMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "NaN": (lambda: np.where(UNIT > 0.9, np.nan, UNIT), ValueError, "finite.*nan_to_num"),
     "infinity": (lambda: np.where(UNIT > 0.9, np.inf, UNIT), ValueError, "finite.*nan_to_num"),
     "floats to 255": (lambda: UNIT * 255, ValueError, r"in \[0, 1\].*Divide by 255"),
-    "negative floats": (lambda: UNIT * 2 - 1, ValueError, r"in \[0, 1\]"),
+    "negative floats": (lambda: UNIT * 2 - 1, ValueError, r"in \[0, 1\].*leave that out"),
     "float PIL to 255": (lambda: Image.fromarray(UNIT[..., 0] * 255), ValueError, r"in \[0, 1\]"),
     "two channels": (lambda: RGB[..., :2], ValueError, "channels"),
     "five channels": (lambda: np.zeros((16, 24, 5), np.uint8), ValueError, "channels"),
-    "channels first": (lambda: np.zeros((3, 16, 24), np.uint8), ValueError, "channels"),
+    "channels first": (lambda: np.zeros((3, 16, 24), np.uint8), ValueError, "channels.*moveaxis"),
     "5-D": (lambda: np.zeros((1, 1, 16, 24, 3), np.uint8), ValueError, "shape"),
     "int64": (lambda: RGB.astype(np.int64), ValueError, "int64.*astype"),
     "int32": (lambda: RGB.astype(np.int32), ValueError, "int32.*astype"),
     "bool": (lambda: RGB > 127, ValueError, "bool"),
     "complex": (lambda: UNIT.astype(complex), ValueError, "complex"),
     "int64 tensor": (lambda: torch.zeros((3, 16, 24), dtype=torch.int64), ValueError, "int64"),
-    "number": (lambda: 7, TypeError, "a path, a PIL image, an array or a tensor, got int"),
+    "number": (lambda: 7, TypeError, "a path, a PIL image, an array or a tensor.*got int"),
     "None": (lambda: None, TypeError, "got NoneType"),
     "nested list": (lambda: [[1, 2], [3, 4]], TypeError, "got list"),
     "1x1": (lambda: RGB[:1, :1], ValueError, "1x1 pixels"),

@@ -9,7 +9,12 @@ import pytest
 from PIL import Image
 
 from anomalib_lite.datasets import Folder, MVTecAD, Sample, load_mask
-from anomalib_lite.errors import ImageError, InvalidValueError, MissingPathError
+from anomalib_lite.errors import (
+    ImageError,
+    InvalidValueError,
+    LeftOutWarning,
+    MissingPathError,
+)
 from anomalib_lite.metrics import aupro, pixel_metrics, seg_f1
 
 
@@ -190,7 +195,7 @@ class TestErrors:
         for name in ("cut.png", "text.png"):
             with pytest.raises(ImageError, match=f"{name} must be a readable image"):
                 load_mask(tmp_path / name)
-        with pytest.raises(MissingPathError, match="no such file"):
+        with pytest.raises(MissingPathError, match="there is no file"):
             load_mask(tmp_path / "none.png")
         with pytest.raises(MissingPathError, match="no image is in it"):
             load_mask(tmp_path / "empty")
@@ -233,6 +238,7 @@ def test_metrics_leave_ignored_pixels_out() -> None:
     assert pixel_metrics([mask], [amap]) == pixel_metrics(*kept)
 
 
+@pytest.mark.filterwarnings("ignore::anomalib_lite.errors.LeftOutWarning")  # masks of good parts
 class TestBesideTheImages:
     @pytest.fixture
     def parts(self, tmp_path: Path) -> Path:
@@ -252,6 +258,10 @@ class TestBesideTheImages:
         found = [s.mask_path.name for s in ds.test if s.mask_path]
         assert found == ["0_mask.png", "1_gt.png", "2_LABEL.png"]
         assert all(s.path.stem.isdecimal() for s in ds.train + ds.test)
+
+    def test_those_of_good_images_are_said(self, parts: Path) -> None:
+        with pytest.warns(LeftOutWarning, match=r"masks beside images: 6 \(0_GT\.png \.\.\.\)"):
+            Folder(parts, anomalous="bad")
 
     def test_a_missing_one_is_named(self, parts: Path) -> None:
         (parts / "bad/1_gt.png").unlink()

@@ -8,6 +8,7 @@ from pathlib import Path
 from anomalib_lite._validation import closest
 from anomalib_lite.datasets.base import GOOD, Sample
 from anomalib_lite.datasets.listing import (
+    LeftOut,
     as_path,
     check_directory,
     list_images,
@@ -80,14 +81,20 @@ def _check_layout(home: Path, where: str) -> Path:
     )
 
 
-def good_samples(home: Path, place: str, where: str) -> list[Sample]:
-    """List the normal images in ``home/place``."""
-    return [Sample(path, 0, GOOD) for path in list_images(place, home / place, where)]
+def good_samples(
+    home: Path, place: str, where: str, left_out: LeftOut | None = None
+) -> list[Sample]:
+    """List the normal images in ``home/place``; ``left_out`` receives what else is there."""
+    found = list_images(place, home / place, where, left_out=left_out)
+    return [Sample(path, 0, GOOD) for path in found]
 
 
-def bad_samples(home: Path, place: str, ground_truth: str, where: str) -> list[Sample]:
+def bad_samples(
+    home: Path, place: str, ground_truth: str, where: str, left_out: LeftOut | None = None
+) -> list[Sample]:
     """List the anomalous images in ``home/place``, with masks if ``home/ground_truth`` exists."""
-    found, kind = list_images_and_masks(place, home / place, where), Path(place).name
+    found = list_images_and_masks(place, home / place, where, left_out=left_out)
+    kind = Path(place).name
     if not (home / ground_truth).is_dir():
         return [Sample(path, 1, kind, mask) for path, mask in found]
     directory = home / ground_truth / kind

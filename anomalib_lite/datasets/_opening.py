@@ -18,7 +18,7 @@ from anomalib_lite.datasets.btad import BTAD
 from anomalib_lite.datasets.folder import Folder
 from anomalib_lite.datasets.kolektor_sdd import KolektorSDD
 from anomalib_lite.datasets.kolektor_sdd_2 import KolektorSDD2
-from anomalib_lite.datasets.listing import as_path, check_directory, subdirectories
+from anomalib_lite.datasets.listing import LeftOut, as_path, check_directory, subdirectories
 from anomalib_lite.datasets.magnetic_tile import FREE, MagneticTile
 from anomalib_lite.datasets.mvtec_ad import MVTecAD
 from anomalib_lite.datasets.mvtec_ad_2 import MVTecAD2
@@ -26,6 +26,7 @@ from anomalib_lite.datasets.mvtec_loco import MVTecLOCO
 from anomalib_lite.datasets.neu_det import NEUDET
 from anomalib_lite.datasets.real_iad import SPLIT, RealIAD
 from anomalib_lite.errors import InvalidValueError, MissingPathError
+from anomalib_lite.images import warn_left_out
 
 __all__ = ["LAYOUTS", "open_dataset"]
 
@@ -247,7 +248,8 @@ def _open_folder(
     random_state: _Seed,
     where: str,
 ) -> Folder:
-    kinds = [directory.name for directory in subdirectories(home)]
+    left_out: LeftOut = {}
+    kinds = [directory.name for directory in subdirectories(home, left_out)]
     normal = GOOD if normal is None else normal
     if masks is None:
         masks = next((name for name in _MASKS if name in kinds), None)
@@ -256,6 +258,7 @@ def _open_folder(
         named += [] if masks is None else [as_path("masks", masks, where)]
         taken = {(home / path).resolve() for path in named}
         anomalous = [kind for kind in kinds if (home / kind).resolve() not in taken]
+        warn_left_out(home, left_out, where)
     return Folder(
         home,
         normal=normal,

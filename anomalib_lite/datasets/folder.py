@@ -12,7 +12,7 @@ import numpy as np
 from anomalib_lite._validation import check_number
 from anomalib_lite.datasets.base import GOOD, Dataset, Sample
 from anomalib_lite.datasets.listing import (
-    MASK_ENDINGS,
+    LeftOut,
     as_path,
     check_directory,
     list_images,
@@ -22,6 +22,7 @@ from anomalib_lite.datasets.listing import (
     split_normal,
 )
 from anomalib_lite.errors import InvalidValueError, MissingPathError
+from anomalib_lite.images import MASK_ENDINGS, warn_left_out
 
 __all__ = ["Folder"]
 
@@ -36,7 +37,7 @@ class Folder(Dataset):
     root : str or PathLike
         Directory that holds the others. Every other path is relative to it, or absolute.
     normal : str or PathLike, default="good"
-        Directory of normal images, subdirectories included.
+        Directory of normal images, subdirectories included, also those behind links.
     anomalous : str, PathLike, iterable of these, or None, default=None
         Directories of anomalous images, subdirectories included; used for testing only. The kind
         of an image is the name of its directory.
@@ -111,16 +112,19 @@ class Folder(Dataset):
         home = check_directory("root", as_path("root", root, "Folder"), "Folder")
         mask_root = None if masks is None else home / as_path("masks", masks, "Folder")
         good = home / as_path("normal", normal, "Folder")
-        train = list_images("normal", good, "Folder", recursive=True)
+        left_out: LeftOut = {}
+        train = list_images("normal", good, "Folder", recursive=True, left_out=left_out)
         if normal_test is None:
             share = check_number("test_size", test_size, "Folder", "[0, 1)")
             train, test = split_normal(train, share, random_state, "Folder")
         else:
             place = home / as_path("normal_test", normal_test, "Folder")
-            test = list_images("normal_test", place, "Folder", recursive=True)
+            test = list_images("normal_test", place, "Folder", recursive=True, left_out=left_out)
         bad: list[Sample] = []
         for directory in _listed(anomalous):
-            bad += _anomalous(home / as_path("anomalous", directory, "Folder"), good, mask_root)
+            place = home / as_path("anomalous", directory, "Folder")
+            bad += _anomalous(place, good, mask_root, left_out)
+        warn_left_out(home, left_out, "Folder")
         super().__init__(
             home.resolve().name if name is None else name,
             [Sample(path, 0, GOOD) for path in train],
@@ -134,8 +138,12 @@ def _listed(anomalous: _Path | Iterable[_Path] | None) -> list[_Path]:
     return [anomalous] if isinstance(anomalous, str | os.PathLike) else list(anomalous)
 
 
-def _anomalous(directory: Path, good: Path, mask_root: Path | None) -> list[Sample]:
-    found = list_images_and_masks("anomalous", directory, "Folder", recursive=True)
+def _anomalous(
+    directory: Path, good: Path, mask_root: Path | None, left_out: LeftOut
+) -> list[Sample]:
+    found = list_images_and_masks(
+        "anomalous", directory, "Folder", recursive=True, left_out=left_out
+    )
     place, masks = directory.resolve(), None if mask_root is None else mask_root.resolve()
     if masks is not None and place in masks.parents:
         found = [

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from sklearn.utils import check_random_state
 
 from anomalib_lite.errors import InvalidTypeError, InvalidValueError, MissingPathError
-from anomalib_lite.images import IMAGE_SUFFIXES, list_files
+from anomalib_lite.images import (
+    images_and_masks,
+    list_files,
+    visible_directories,
+)
 
 __all__ = [
-    "MASK_ENDINGS",
+    "LeftOut",
     "as_path",
     "check_directory",
     "list_images",
@@ -26,9 +30,7 @@ __all__ = [
 ]
 
 _Item = TypeVar("_Item")
-
-# How the file names of masks end that lie beside their images, in small letters.
-MASK_ENDINGS = ("_gt", "_label", "_mask")
+LeftOut: TypeAlias = dict[str, list[Path]]  # kind -> what is not taken for an image
 
 
 def as_path(name: str, value: Any, where: str) -> Path:
@@ -53,88 +55,72 @@ def check_directory(name: str, path: Path, where: str) -> Path:
     )
 
 
-def subdirectories(directory: Path) -> list[Path]:
-    """List the visible directories in ``directory``, sorted by name."""
-    found = (p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return sorted(found, key=lambda p: p.name)
+def subdirectories(directory: Path, left_out: LeftOut | None = None) -> list[Path]:
+    """List the directories in ``directory`` that may hold images, sorted by name.
+
+    Hidden ones, those of systems and network drives, and overlays of ``predict`` are none;
+    ``left_out`` receives the overlays.
+    """
+    return visible_directories(directory, {} if left_out is None else left_out)
 
 
-def list_images(name: str, directory: Path, where: str, *, recursive: bool = False) -> list[Path]:
+def list_images(
+    name: str,
+    directory: Path,
+    where: str,
+    *,
+    recursive: bool = False,
+    left_out: LeftOut | None = None,
+) -> list[Path]:
     """List the image files in ``directory`` without masks; MissingPathError if there is none."""
-    found = list_images_and_masks(name, directory, where, recursive=recursive)
+    others: LeftOut = {} if left_out is None else left_out
+    found = list_images_and_masks(
+        name, directory, where, recursive=recursive, with_masks=False, left_out=others
+    )
     return [image for image, _ in found]
 
 
 def list_images_and_masks(
-    name: str, directory: Path, where: str, *, recursive: bool = False
+    name: str,
+    directory: Path,
+    where: str,
+    *,
+    recursive: bool = False,
+    with_masks: bool = True,
+    left_out: LeftOut | None = None,
 ) -> list[tuple[Path, Path | None]]:
     """List the images in ``directory``, each with the mask that lies beside it, if there is one.
 
-    Parameters
-    ----------
-    name : str
-        Name of the directory in errors.
-    directory : Path
-    where : str
-        Caller, named in errors.
-    recursive : bool, default=False
-        Whether to list the files in subdirectories too.
-
-    Returns
-    -------
-    list of (Path, Path or None)
-        Sorted by the path of the image. ``7_GT.png``, ``7_label.png`` or ``7_mask.png`` (small
-        or capital letters, any image suffix) beside ``7.jpg`` is its mask and no image.
-
-    Raises
-    ------
-    MissingPathError
-        If there is no such directory, or no image in it.
-    InvalidValueError
-        If two files differ by their suffix alone (one may be the mask of the other), or an image
-        has two masks.
+    As :func:`~anomalib_lite.images.images_and_masks`; MissingPathError if there is no such
+    directory, or no image in it.
     """
-    found = _list_all(name, directory, where, recursive=recursive)
-    # By names as text: a hash or a parent of a Path takes many times as long.
-    stems: dict[str, Path] = {}
-    masks: dict[str, Path] = {}  # by the image's stem
-    for path in found:
-        stem = os.path.splitext(path)[0]  # noqa: PTH122
-        if stem in stems:
-            raise InvalidValueError(
-                f"{where}: {name} must hold one file for each image, got {stems[stem]} and {path}. "
-                "If one is the mask of the other, add _mask to its name; if it is a copy, remove "
-                "it; otherwise rename it."
-            )
-        stems[stem] = path
-    for stem in [stem for stem in stems if stem.lower().endswith(MASK_ENDINGS)]:
-        image = stem[: stem.rindex("_")]
-        if image not in stems:
-            continue  # only a name that ends so
-        mask = stems.pop(stem)
-        if image in masks:
-            raise InvalidValueError(
-                f"{where}: {name} must hold one mask for each image, got {masks[image]} and {mask} "
-                f"for {stems[image]}. Keep one of them."
-            )
-        masks[image] = mask
-    return [(path, masks.get(stem)) for stem, path in stems.items()]
-
-
-def _list_all(name: str, directory: Path, where: str, *, recursive: bool) -> list[Path]:
-    found = list_files(check_directory(name, directory, where), recursive=recursive)
+    found = images_and_masks(
+        name,
+        check_directory(name, directory, where),
+        where,
+        recursive=recursive,
+        with_masks=with_masks,
+        left_out={} if left_out is None else left_out,
+    )
     if not found:
-        raise MissingPathError(
-            f"{where}: {name} must hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), "
-            f"got none in {directory}."
-        )
+        raise _without_images(name, directory, where)
     return found
+
+
+def _without_images(name: str, directory: Path, where: str) -> MissingPathError:
+    return MissingPathError(
+        f"{where}: {name} must hold images (.png, .jpg and others that Pillow reads), got none in "
+        f"{directory}."
+    )
 
 
 def list_masks(name: str, directory: Path, where: str) -> dict[str, Path]:
     """Map the path of each mask from ``directory``, without its suffix, to the mask."""
     masks: dict[str, Path] = {}
-    for path in _list_all(name, directory, where, recursive=True):
+    found = list_files(check_directory(name, directory, where), recursive=True)
+    if not found:
+        raise _without_images(name, directory, where)
+    for path in found:
         key = path.relative_to(directory).with_suffix("").as_posix()
         if key in masks:
             raise InvalidValueError(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from anomalib_lite.errors import ImageError, InvalidValueError, MissingPathError
-from anomalib_lite.images import list_files
+from anomalib_lite.images import check_one_page, list_files
 
 __all__ = ["LARGEST_COVER", "N_CLASSES", "load_mask"]
 
@@ -101,7 +101,7 @@ def load_mask(
     if not files:
         raise MissingPathError(
             f"load_mask: path must be an image file, or a directory of some, got {path}: "
-            f"{'no image is in it' if path.is_dir() else 'no such file'}."
+            f"{'no image is in it' if path.is_dir() else 'there is no file'}."
         )
     anomalous, ignored = _read(files[0], inverted, ignore_255)
     for file in files[1:]:
@@ -126,6 +126,8 @@ def _read(path: Path, inverted: bool | None, ignore_255: bool | None) -> tuple[_
     try:
         with Image.open(path) as opened:
             lossy = opened.format in {"JPEG", "MPO"}
+            if getattr(opened, "is_animated", False):
+                check_one_page(opened, f"load_mask: {path}")
             image = ImageOps.exif_transpose(opened)
             anomalous, ignored = _classify(image, lossy, bool(ignore_255))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

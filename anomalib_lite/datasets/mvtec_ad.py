@@ -12,7 +12,8 @@ from anomalib_lite.datasets._mvtec_layout import (
     list_categories,
 )
 from anomalib_lite.datasets.base import GOOD, Dataset
-from anomalib_lite.datasets.listing import check_directory, subdirectories
+from anomalib_lite.datasets.listing import LeftOut, check_directory, subdirectories
+from anomalib_lite.images import warn_left_out
 
 __all__ = ["MVTecAD"]
 
@@ -78,14 +79,16 @@ class MVTecAD(Dataset):
     def __init__(self, root: str | os.PathLike[str], category: str) -> None:
         where = "MVTecAD"
         home = find_category(root, category, where)
-        train = good_samples(home, TRAIN, where)
+        left_out: LeftOut = {}
+        train = good_samples(home, TRAIN, where, left_out)
         test = []
-        for folder in subdirectories(check_directory("test", home / "test", where)):
+        for folder in subdirectories(check_directory("test", home / "test", where), left_out):
             place = f"test/{folder.name}"
             if folder.name == GOOD:
-                test += good_samples(home, place, where)
+                test += good_samples(home, place, where, left_out)
             else:
-                test += bad_samples(home, place, "ground_truth", where)
+                test += bad_samples(home, place, "ground_truth", where, left_out)
+        warn_left_out(home, left_out, where)
         super().__init__(home.name, train, test)
 
     @staticmethod

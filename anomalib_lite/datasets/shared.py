@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -93,7 +94,10 @@ def _unreadable(path: Path, error: OSError) -> InvalidValueError:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a FIFO would not end
+        raise OSError("it is no file")
+    return status.st_size
 
 
 def _head(path: Path) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import os
 import threading
@@ -13,22 +14,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from anomalib_lite._threads import n_cores
 from anomalib_lite._validation import check_int
-from anomalib_lite.errors import (
-    AnomalibLiteError,
-    ImageError,
-    InvalidTypeError,
-    InvalidValueError,
-    MissingPathError,
+from anomalib_lite.errors import AnomalibLiteError, ImageError, InvalidValueError
+from anomalib_lite.images._given import DatasetItem, as_item, list_given
+from anomalib_lite.images._pixels import (
+    check_one_page,
+    deep_pixels,
+    explain,
+    refuse_special,
+    to_array,
+    unit_floats,
 )
-from anomalib_lite.images._listing import IMAGE_SUFFIXES, list_files
 from anomalib_lite.images.ignore_mask import IgnoreMask
 from anomalib_lite.images.tiling import embed_tiles
 
@@ -46,12 +50,18 @@ MIN_SIDE = 8
 
 # Pixels of the tiles that go through a network together.
 TILE_PIXELS = 4 * 256 * 256
+# Pixels of one image in the network, whose shorter side alone is given; about 1 GB in the default
+# network. A thin strip would have any number.
+NETWORK_PIXELS = 3_000_000
+# ... but so many squares of the given side are always allowed.
+_SQUARES = 4
 _DECODERS = min(8, n_cores())
 # PIL's limit on pixels is a global variable; it is lifted only while a thread that holds this lock
 # reads a header.
 _OPEN_LOCK = threading.Lock()
 _BILINEAR = Image.Resampling.BILINEAR
-_CHANNELS = (1, 3, 4)
+# Pillow lets other programs draw these.
+_PROGRAMS = ("EPS", "WMF")
 
 
 @dataclass(frozen=True)
@@ -81,11 +91,15 @@ class ImageSource(Sequence[np.ndarray]):
 
     Parameters
     ----------
-    images : directory, path, PIL image, array, tensor, data set samples, or a sequence of such
-        - a directory: its image files, sorted by name, without those of its subdirectories;
+    images : directory, path, PIL image, array, tensor, bytes, data set, or a sequence of such
+        - a directory: its image files, sorted by name, without those of its subdirectories; what
+          else is there is said in a :class:`~anomalib_lite.errors.LeftOutWarning`;
         - paths, or objects with a ``path`` attribute (the samples of our data sets);
+        - the content of a file: bytes, or a file that is open in binary mode, such as ``BytesIO``;
+        - a map-style data set (``__getitem__`` and ``__len__``) that gives such images, or
+          (image, label), whose label is not looked at;
         - PIL images of any mode: palettes and CMYK become RGB, alpha is dropped, 16-bit values
-          are divided by 65535;
+          are divided by 65535; of one page or frame;
         - arrays of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or (N, H, W, C): uint8,
           uint16, or floats in [0, 1];
         - torch tensors, which may also have their channels first: (3, H, W), (N, 3, H, W).
@@ -114,7 +128,12 @@ class ImageSource(Sequence[np.ndarray]):
     ) -> None:
         self.max_pixels = max_pixels
         self.where = where
-        self.items: list[Any] = _list_items(images, where)
+        if isinstance(images, ImageSource):
+            images = images.items
+        elif not isinstance(images, list | tuple) or not images:
+            images = list_given(images, where)
+        is_path = (str, Path)
+        self.items: list[Any] = [i if isinstance(i, is_path) else as_item(i, where) for i in images]
         # Regions to ignore: in all images, or one for each of them.
         self.ignored: IgnoreMask | list[IgnoreMask | None] | None = None
         self.names = [
@@ -161,7 +180,9 @@ class ImageSource(Sequence[np.ndarray]):
         index : int
         image_size : int or (H, W)
             An int is the length of the shorter side; the aspect ratio is kept and both sides are
-            rounded to multiples of ``stride``. A pair is used as it is.
+            rounded to multiples of ``stride``. An image so thin that it would then have more than
+            3,000,000 pixels, and more than four squares of that side, is refused. A pair is used as
+            it is.
         stride : int
             Pixels per cell of the backbone's coarsest feature map.
         tile : int, optional
@@ -179,7 +200,7 @@ class ImageSource(Sequence[np.ndarray]):
         Raises
         ------
         ImageError, MissingPathError, InvalidTypeError
-            For the reasons that :meth:`decode` has.
+            For the reasons that :meth:`decode` has; if an image is too thin for ``image_size``.
 
         Examples
         --------
@@ -193,6 +214,16 @@ class ImageSource(Sequence[np.ndarray]):
         if isinstance(image_size, int | np.integer):
             scale = image_size / (tile or min(size))
             height, width = (max(stride, round(side * scale / stride) * stride) for side in size)
+            most = self.max_pixels if tile else max(NETWORK_PIXELS, _SQUARES * int(image_size) ** 2)
+            if height * width > most:
+                remedy = (
+                    "raise tile" if tile else "cut it into tiles (tile=...), give a pair (H, W)"
+                )
+                raise ImageError(
+                    f"{self.where}: {self.names[index]} is {size[0]}x{size[1]} pixels, and would "
+                    f"be {height}x{width} at image_size={image_size}, more than {most:,} pixels. "
+                    f"Crop it, {remedy}, or lower image_size."
+                )
         else:
             height, width = image_size
         if isinstance(image, np.ndarray):  # PIL resizes floats one channel at a time
@@ -221,20 +252,28 @@ class ImageSource(Sequence[np.ndarray]):
         ImageError, MissingPathError, InvalidTypeError
             If the image cannot be read, does not exist, or is of another type; they name it.
         """
-        item, name = self.items[index], self.names[index]
+        item, name = self.items[index], f"{self.where}: {self.names[index]}"
         try:
-            if isinstance(item, str | os.PathLike):
-                with open(item, "rb") as file:  # noqa: PTH123
+            if isinstance(item, DatasetItem):
+                with _OPEN_LOCK:  # such data sets are not made for threads
+                    item = item.read(self.where)
+            is_path = isinstance(item, str | os.PathLike)
+            if is_path and not S_ISREG(os.stat(item).st_mode):  # noqa: PTH116
+                raise refuse_special(item, name)  # opening a FIFO would never end
+            if is_path or isinstance(item, bytes):
+                with open(item, "rb") if is_path else io.BytesIO(item) as file:  # noqa: PTH123
                     with _OPEN_LOCK:
                         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
                         try:
                             image = Image.open(file)  # reads the header alone
                         finally:
                             Image.MAX_IMAGE_PIXELS = limit
+                    if image.format in _PROGRAMS:
+                        raise ImageError(f"{name} must hold pixels, not a drawing. Save it as PNG.")
                     return image.size[::-1] if size_alone else self._convert(image, name, gray)
             if size_alone:
                 is_pil = isinstance(item, Image.Image)
-                return item.size[::-1] if is_pil else self._to_array(item, name).shape[:2]
+                return item.size[::-1] if is_pil else to_array(item, name).shape[:2]
             # One PIL image that is not read yet may be in the source twice; reading is not
             # safe in two threads.
             with _OPEN_LOCK if isinstance(item, Image.Image) else nullcontext():
@@ -242,7 +281,7 @@ class ImageSource(Sequence[np.ndarray]):
         except (AnomalibLiteError, MemoryError):
             raise
         except Exception as error:  # PIL's decoders raise all kinds on broken files
-            raise self._explain(error, item, name) from error
+            raise explain(error, item, name) from error
 
     def size(self, index: int) -> tuple[int, int]:
         """Return height and width of one image, before any EXIF rotation; of a file, the header's.
@@ -259,93 +298,36 @@ class ImageSource(Sequence[np.ndarray]):
         """Check a PIL image, array or tensor, and convert it to what :meth:`decode` returns."""
         is_pil = isinstance(image, Image.Image)
         if not is_pil:
-            image = self._to_array(image, name)  # (H, W, C)
+            image = to_array(image, name)  # (H, W, C)
         height, width = (image.height, image.width) if is_pil else image.shape[:2]
         if min(height, width) < MIN_SIDE:
             raise ImageError(
-                f"{self.where}: {name} is {height}x{width} pixels; "
-                f"each side must be at least {MIN_SIDE}."
+                f"{name} is {height}x{width} pixels; each side must be at least {MIN_SIDE}."
             )
         if height * width > self.max_pixels:
             raise ImageError(
-                f"{self.where}: {name} is {height}x{width} pixels, more than "
-                f"max_pixels={self.max_pixels:,}. Raise max_pixels if the image is meant to be "
-                "so large."
+                f"{name} is {height}x{width} pixels, more than max_pixels={self.max_pixels:,}. "
+                "Raise max_pixels if the image is meant to be so large."
             )
         if is_pil:
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F" or image.mode.startswith("I"):  # 32-bit floats, 16-bit integers
-                array = np.asarray(image)  # int32 for some 16-bit files
-                is_16_bit = array.dtype.kind == "i" and 0 <= array.min() <= array.max() <= 65535
-                image = self._to_array(array.astype(np.uint16) if is_16_bit else array, name)
-            elif image.mode == "P":  # through RGBA, since a palette may have transparency
-                return image.convert("RGBA").convert("RGB")
+            if getattr(image, "is_animated", False):
+                check_one_page(image, name)
+            # 12 to 32 bits for a number: gray images of such modes, or colours still to be read.
+            other = image.mode[0] in "FI" or image.format in ("TIFF", "PPM")
+            if other or ";16" in str(getattr(image, "tile", "")):
+                image = deep_pixels(image, name)
+            else:
+                image = ImageOps.exif_transpose(image)
         if isinstance(image, Image.Image):
+            if image.mode == "P":  # through RGBA, since a palette may have transparency
+                image = image.convert("RGBA")
             return image if gray and image.mode == "L" else image.convert("RGB")
         if image.dtype.kind == "u" and image.dtype != np.uint8:
             image = image.astype(np.float32) / np.float32(65535)
         if image.dtype.kind == "f":
-            image = self._check_floats(image, name)
+            image = unit_floats(image, name)
         image = np.ascontiguousarray(np.broadcast_to(image[..., :3], (*image.shape[:2], 3)))
         return Image.fromarray(image) if image.dtype == np.uint8 else image
-
-    def _to_array(self, image: Any, name: str) -> np.ndarray:
-        """Return one image as an array (H, W, C); a tensor may have its channels first."""
-        if hasattr(image, "detach"):
-            image = image.detach().cpu()
-            image = image.float().numpy() if image.is_floating_point() else image.numpy()
-            if image.ndim == 3 and image.shape[0] in _CHANNELS and image.shape[2] not in _CHANNELS:
-                image = np.moveaxis(image, 0, -1)
-        elif not hasattr(image, "__array__"):
-            raise InvalidTypeError(
-                f"{self.where}: {name} must be a path, a PIL image, an array or a tensor, "
-                f"got {type(image).__name__}."
-            )
-        array = np.asarray(image)
-        array = array.astype(array.dtype.newbyteorder("="), copy=False)
-        if array.ndim == 2:
-            array = array[:, :, None]
-        if array.ndim != 3 or array.shape[2] not in _CHANNELS:
-            raise ImageError(
-                f"{self.where}: {name} must have shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
-                f"got {np.shape(image)}: a wrong number of channels. Give a stack of gray images "
-                "as list(stack) or stack[..., None]."
-            )
-        if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
-            raise ImageError(
-                f"{self.where}: {name} must be uint8, uint16, or floats in [0, 1], "
-                f"got {array.dtype}. Convert it with .astype('uint8') if it holds 0 to 255."
-            )
-        return array
-
-    def _check_floats(self, array: np.ndarray, name: str) -> np.ndarray:
-        low, high = float(array.min()), float(array.max())
-        if not np.isfinite([low, high]).all():
-            raise ImageError(
-                f"{self.where}: {name} must be finite, got NaN or infinity. "
-                "Mend it first, for example with numpy.nan_to_num."
-            )
-        if low < 0 or high > 1:
-            raise ImageError(
-                f"{self.where}: {name} must be floats in [0, 1], got values from {low:g} to "
-                f"{high:g}. Divide by 255 if they are 8-bit values."
-            )
-        return array.astype(np.float32, copy=False)
-
-    def _explain(self, error: Exception, item: Any, name: str) -> AnomalibLiteError:
-        if isinstance(error, FileNotFoundError):
-            return MissingPathError(f"{self.where}: {name} does not exist.")
-        is_file = isinstance(item, str | os.PathLike) and Path(item).is_file()
-        if is_file and Path(item).stat().st_size == 0:
-            reason = "the file is empty (0 bytes)"
-        elif isinstance(error, UnidentifiedImageError):
-            reason = "the file is not an image of a known format"
-        else:
-            reason = str(error) or type(error).__name__
-        return ImageError(
-            f"{self.where}: {name} cannot be read: {reason}. Replace it, or go on without it by "
-            "on_error='skip'."
-        )
 
 
 def iter_batches(
@@ -394,6 +376,7 @@ def iter_batches(
                 # For a single image, another thread would cost more than it saves.
                 load = partial(source.load, index, image_size, stride, tile)
                 pending.append((index, load if alone else executor.submit(load).result))
+            ready = None
             if pending:
                 index, result = pending.popleft()
                 try:
@@ -405,13 +388,16 @@ def iter_batches(
                         skipped.append((index, str(error)))
                     continue
                 key = (pixels.shape, pixels.dtype)
-                waiting.setdefault(key, []).append((index, pixels, size))
+                group = waiting.setdefault(key, [])
+                group.append((index, pixels, size))
+                if len(group) >= _room(pixels, image_size, batch_size):
+                    ready = key
             elif not waiting:
                 break
-            largest = max(waiting, key=lambda k: len(waiting[k]))
-            n_waiting = sum(len(group) for group in waiting.values())
-            if len(waiting[largest]) >= batch_size or n_waiting >= 2 * batch_size or not pending:
-                indices, batch, sizes = zip(*waiting.pop(largest), strict=True)
+            if ready is None and (not pending or sum(map(len, waiting.values())) >= 2 * batch_size):
+                ready = max(waiting, key=lambda k: len(waiting[k]))
+            if ready is not None:
+                indices, batch, sizes = zip(*waiting.pop(ready), strict=True)
                 ignored = [] if source.ignored is None else [source.ignored_in(i) for i in indices]
                 pixels = (
                     batch[0][None] if tile and len(batch) == 1 else np.stack(batch)
@@ -419,6 +405,15 @@ def iter_batches(
                 yield Batch(list(indices), pixels, list(sizes), ignored)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _room(pixels: np.ndarray, image_size: int | tuple[int, int], batch_size: int) -> int:
+    """Return the number of such images in a batch: fewer if they are thin, so large, strips."""
+    if not isinstance(image_size, int | np.integer):
+        return batch_size
+    allowed = _SQUARES * batch_size * int(image_size) ** 2
+    room: int = allowed // (pixels.shape[0] * pixels.shape[1])
+    return max(1, min(batch_size, room))
 
 
 class Embedder(Protocol):
@@ -564,53 +559,3 @@ class Extractor:
             stride=stride,
             batch_size=max(1, min(self.batch_size, TILE_PIXELS // side**2)),
         )
-
-
-def _list_items(images: Any, where: str) -> list[Any]:
-    if isinstance(images, ImageSource):
-        return images.items
-    if isinstance(images, str | os.PathLike):
-        items: list[Any] = _list_path(Path(images), where)
-    elif isinstance(images, Image.Image) or hasattr(images, "path"):
-        items = [images]
-    elif hasattr(images, "__array__") or hasattr(images, "detach"):
-        items = _list_array(images, where)
-    elif isinstance(images, Sequence):
-        items = list(images)
-    else:
-        raise InvalidTypeError(
-            f"{where}: images must be a directory, a path, a PIL image, an array, a tensor, or a "
-            f"list of these, got {type(images).__name__}. Wrap a generator in list(...)."
-        )
-    if not items:
-        raise InvalidValueError(f"{where}: images is empty. Give at least one image.")
-    return [getattr(item, "path", item) for item in items]
-
-
-def _list_array(images: Any, where: str) -> list[Any]:
-    shape = tuple(images.shape)
-    if len(shape) == 4:
-        return list(images)
-    if len(shape) in (2, 3):
-        return [images]
-    if len(shape) == 1 and getattr(images, "dtype", None) is not None and images.dtype.kind in "OU":
-        return list(images)
-    raise InvalidValueError(
-        f"{where}: an array of images must have shape (N, H, W, 3), (H, W, 3) or (H, W), "
-        f"got {shape}."
-    )
-
-
-def _list_path(path: Path, where: str) -> list[Path]:
-    if not path.exists():
-        raise MissingPathError(f"{where}: {path} does not exist.")
-    if not path.is_dir():
-        return [path]
-    files = list_files(path)
-    if files:
-        return files
-    subdirectories = sorted(d.name for d in path.iterdir() if d.is_dir() and list_files(d))
-    remedy = f"Known are {sorted(IMAGE_SUFFIXES)}."
-    if subdirectories:
-        remedy = f"Its subdirectories {subdirectories} do: name one of them."
-    raise InvalidValueError(f"{where}: directory {path} holds no image files. {remedy}")
