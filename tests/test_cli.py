@@ -39,6 +39,21 @@ class TestFit:
         assert str(path) in out
         assert err == ""
 
+    def test_says_once_what_it_leaves_out_and_takes_subdirectories(
+        self, wall: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(wall / "train/good", tmp_path / "good/monday")
+        shutil.copytree(wall / "train/good", tmp_path / "good/tuesday")
+        for i, path in enumerate(sorted((tmp_path / "good/tuesday").iterdir())):
+            path.rename(tmp_path / f"good/{i}.jpg")
+        command = ["fit", str(tmp_path / "good"), "-o", str(tmp_path / "m.safetensors"), *FAST]
+        for options, n in ((), 24), (("--recursive",), 48):
+            assert cli.main([*command, *options]) == 0
+            out, err = capsys.readouterr()
+            assert re.search(rf"images +{n} in ", out)
+            said = "subdirectories with images: 1 (monday). To take subdirectories too, add --rec"
+            assert err.count(said) == (not options)
+
     def test_equals_the_fit_of_the_library(self, wall: Path, model: Path) -> None:
         direct = PatchCore(image_size=64, coreset_ratio=0.2, false_alarm_rate=0.2)
         direct.fit(wall / "train/good")
@@ -459,6 +474,19 @@ class TestEvaluate:
         monkeypatch.chdir(wall)
         assert cli.main(["evaluate", str(model), ".", "--no-pixel-metrics"]) == 0
         assert f"PatchCore on {wall.name}:" in capsys.readouterr().out
+
+    def test_pictures_of_predict_are_no_defects(
+        self, wall: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        root = tmp_path / "test"
+        shutil.copytree(wall / "test", root)
+        command = ["predict", str(model), str(root / "good"), str(root / "scratch")]
+        assert cli.main([*command, "-o", str(root)]) == 0
+        capsys.readouterr()
+        assert cli.main(["evaluate", str(model), str(root)]) == 0
+        out, err = capsys.readouterr()
+        assert "6 normal and 4 anomalous test images" in out
+        assert err.count("overlays of predict: 1 (overlays)") == 1
 
     def test_no_unreadable_image_is_left_out(
         self,

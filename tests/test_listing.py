@@ -64,13 +64,15 @@ def test_what_is_left_out_is_said_once(tmp_path: Path) -> None:
         r"Asker: not looked at in .*today: without a suffix: 1 \(IMG_0007\); "
         r"subdirectories with images: 1 \(shift2\); \.txt: 2 \(more\.TXT \.\.\.\); "
         r"\.heic: 1 \(p\.heic\)\. "
-        r"To take subdirectories too, pass list_files\(directory, recursive=True\)"
+        r"To take subdirectories too, pass ImageSource\(directory, recursive=True\)"
     )
     with pytest.warns(LeftOutWarning, match=message) as caught:
         assert names(ImageSource(tmp_path / "today", where="Asker")) == ["a.png"]
     assert len(caught) == 1
-    both = ImageSource(list_files(tmp_path / "today", recursive=True))
+    with pytest.warns(LeftOutWarning, match=r"without a suffix: 1 .*If images are among them"):
+        both = ImageSource(tmp_path / "today", recursive=True)
     assert names(both) == ["a.png", "g.jpg"]
+    assert ImageSource(both).names == both.names
 
 
 LITTER = ("._a.png", ".DS_Store", "Thumbs.db", "desktop.ini", "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg")
@@ -84,7 +86,7 @@ def test_what_systems_leave_is_no_image(place: str, tmp_path: Path) -> None:
     for folder in ("good", "good/deeper"):
         draw(tmp_path / folder / place, "JPEG")
     first = place.split("/", maxsplit=1)[0]
-    with pytest.warns(LeftOutWarning, match=rf"hidden or of the system: 1 \({first}\)\. Give"):
+    with pytest.warns(LeftOutWarning, match=rf"hidden or of the system: 1 \({first}\)\. If"):
         assert names(ImageSource(tmp_path / "good")) == ["0.png", "1.png", "2.png"]
     with pytest.warns(LeftOutWarning, match=r"Folder: .*hidden or of the system: 2"):
         ds = Folder(tmp_path, test_size=0)

@@ -47,6 +47,27 @@ class TestPredict:
         assert re.match(rf"10 images in .*: {counts[0]} normal, {counts[1]} anomalous", out)
         assert err == ""
 
+    def test_says_what_it_leaves_out_and_takes_subdirectories(
+        self, wall: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "notes.txt").touch()
+        for place in ("0.png", "shift2/1.png"):
+            (tmp_path / place).parent.mkdir(exist_ok=True)
+            (tmp_path / place).write_bytes((wall / "test/good/000.png").read_bytes())
+        common = ["predict", str(model), str(tmp_path), "-o"]
+        assert cli.main([*common, str(tmp_path / "out")]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("1 images in")
+        assert re.fullmatch(
+            r"warning: predict: not looked at in .*: subdirectories with images: 1 \(shift2\); "
+            r"\.txt: 1 \(notes\.txt\)\. To take subdirectories too, add --recursive\.\n",
+            err,
+        )
+        assert cli.main([*common, str(tmp_path), "--recursive"]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("2 images in")  # not the overlays of the first run
+        assert "overlays of predict: 1 (overlays)" in err
+
     def test_a_picture_is_the_overlay_of_the_library(
         self, wall: Path, model: Path, tmp_path: Path
     ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from anomalib_lite.cli._fit import add_groups, read_groups
 from anomalib_lite.cli._messages import print_skipped
 from anomalib_lite.cli._model import add_machine_arguments, load_model
-from anomalib_lite.cli._parser import UsageError
+from anomalib_lite.cli._parser import UsageError, add_recursive
 
 
 def add_to(commands: Any) -> None:
@@ -27,6 +27,7 @@ def add_to(commands: Any) -> None:
         help="directory of good images that the model was not fitted on (default: the scores of "
         "the images that fit held back)",
     )
+    add_recursive(parser)
     parser.add_argument(
         "--false-alarm-rate",
         type=float,
@@ -61,7 +62,6 @@ def run(arguments: argparse.Namespace) -> None:
     from anomalib_lite._files import check_file
     from anomalib_lite.calibration import describe_threshold
     from anomalib_lite.detectors.base import BaseDetector
-    from anomalib_lite.images import ImageSource
     from anomalib_lite.images.grouping import group_ids
 
     given = arguments.images, arguments.false_alarm_rate, arguments.confidence
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.images is None:
         detector.set_false_alarm_rate(rate, confidence=confidence)
     else:
-        images = ImageSource(arguments.images, max_pixels=detector.max_pixels, where="calibrate")
+        images = _good_images(arguments, detector.max_pixels)
         rule = arguments.groups
         groups = None if rule is None else read_groups(images.items, rule)
         ids = group_ids(images, groups, arguments.on_error)
@@ -106,3 +106,14 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print(f"threshold     {detector.threshold_:.6g}, before {before:.6g}: {rests_on}")
     print(f"written to    {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+def _good_images(arguments: argparse.Namespace, max_pixels: int) -> Any:
+    from anomalib_lite.images import ImageSource
+
+    return ImageSource(
+        arguments.images,
+        max_pixels=max_pixels,
+        where="calibrate",
+        recursive=arguments.recursive,
+    )

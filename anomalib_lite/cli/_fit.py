@@ -19,7 +19,7 @@ from anomalib_lite.cli._options import (
     HEATMAP_MODELS,
     PUBLISHED_LAYOUTS,
 )
-from anomalib_lite.cli._parser import UsageError
+from anomalib_lite.cli._parser import UsageError, add_recursive
 
 
 def add_to(commands: Any) -> None:
@@ -29,6 +29,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "images", metavar="DIR", help="directory of normal images; with --layout, of a data set"
     )
+    add_recursive(parser)
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="model to write")
     parser.add_argument(
         "--layout",
@@ -117,7 +118,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.exclude is not None:
         normal = without(source, Path(arguments.exclude))
         source = ImageSource(normal, where="fit")
-    images, y = normal_and_anomalous(normal, arguments.anomalous or ())
+    images, y = normal_and_anomalous(
+        normal, arguments.anomalous or (), recursive=arguments.recursive
+    )
     model = check_file(Path(arguments.output))
 
     detector = make_detector(arguments)
@@ -143,9 +146,14 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"written to    {model} ({model.stat().st_size / 1e6:.1f} MB)")
 
 
-def _training_images(arguments: argparse.Namespace) -> Any:
+def _training_images(arguments: argparse.Namespace) -> list[Any]:
     if arguments.layout is None:
-        return arguments.images
+        from anomalib_lite.images import ImageSource
+
+        recursive = arguments.recursive
+        return ImageSource(arguments.images, where="fit", recursive=recursive).items
+    if arguments.recursive:
+        raise UsageError("fit: --recursive is for a directory of images, not for --layout")
     from anomalib_lite.datasets import open_dataset
 
     dataset = open_dataset(arguments.images, arguments.layout, where="fit")
@@ -213,14 +221,17 @@ def _leaving_one_out(detector: Any) -> Any:
     return other
 
 
-def normal_and_anomalous(normal: Any, directories: Sequence[str]) -> tuple[Any, list[int] | None]:
+def normal_and_anomalous(
+    normal: Any, directories: Sequence[str], *, recursive: bool = False
+) -> tuple[Any, list[int] | None]:
     """Return the arguments of fit: images, and labels if there are anomalous images."""
     from anomalib_lite.images import ImageSource
 
     if not directories:
         return normal, None
     good = ImageSource(normal, where="fit").items
-    bad = [item for name in directories for item in ImageSource(name, where="fit").items]
+    sources = [ImageSource(name, where="fit", recursive=recursive) for name in directories]
+    bad = [item for source in sources for item in source.items]
     seen = {os.path.realpath(item) for item in good}
     for item in bad:
         if os.path.realpath(item) in seen:

@@ -42,6 +42,7 @@ def in_options(message: object) -> str:
     text = " ".join(str(message).split())
     for option, name in CASCADE_PARAMETERS.items():  # of the cascade, not of its heatmap model
         text = re.sub(rf"^GatedCascade: {name}\b", f"GatedCascade: {option}", text)
+    text = text.replace("pass ImageSource(directory, recursive=True)", "add --recursive")
     for value, answer in (("True", "yes"), ("False", "no")):
         text = text.replace(f"inverted_masks={value}", f"--inverted-masks {answer}")
         text = text.replace(f"ignore_255={value}", f"--ignore-255 {answer}")

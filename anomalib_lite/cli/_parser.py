@@ -8,6 +8,13 @@ from typing import NoReturn
 PROGRAM = "anomalib-lite"
 
 
+def add_recursive(command: argparse.ArgumentParser) -> None:
+    """Add the option that takes the images of subdirectories too."""
+    command.add_argument(
+        "--recursive", action="store_true", help="take the images in subdirectories, too"
+    )
+
+
 class UsageError(Exception):
     """Arguments that are wrong or do not go together."""
 

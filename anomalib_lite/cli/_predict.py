@@ -12,7 +12,7 @@ from typing import Any
 
 from anomalib_lite.cli._messages import print_skipped
 from anomalib_lite.cli._model import add_model_arguments, load_model
-from anomalib_lite.cli._parser import UsageError
+from anomalib_lite.cli._parser import UsageError, add_recursive
 
 
 def add_to(commands: Any) -> None:
@@ -26,6 +26,7 @@ def add_to(commands: Any) -> None:
         metavar="IMAGES",
         help="files and directories (the images directly inside a directory are used)",
     )
+    add_recursive(parser)
     parser.add_argument(
         "-o", "--output", metavar="DIR", required=True, help="directory for scores.csv and overlays"
     )
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
             "predict: --maps says which images get a picture, and --no-overlays that none does. "
             "Leave one of them out"
         )
-    files = _image_files(arguments.images)
+    files = _image_files(arguments.images, arguments.recursive)
     output = make_directory(Path(arguments.output))
 
     from anomalib_lite.cli._predictions import predict_to
@@ -92,11 +93,12 @@ def run(arguments: argparse.Namespace) -> None:
         print(_decided_by(summary.routes, detector._routes))
 
 
-def _image_files(given: Sequence[str]) -> list[Any]:
+def _image_files(given: Sequence[str], recursive: bool) -> list[Any]:
     """List the images of directories and files, each once, in the order given."""
     from anomalib_lite.images import ImageSource
 
-    files = [item for name in given for item in ImageSource(name, where="predict").items]
+    sources = [ImageSource(name, where="predict", recursive=recursive) for name in given]
+    files = [item for source in sources for item in source.items]
     return list({os.path.abspath(file): file for file in files}.values())  # noqa: PTH100
 
 

@@ -41,8 +41,10 @@ class DatasetItem:
         return as_item(row, where)
 
 
-def list_given(images: Any, where: str) -> list[Any]:
+def list_given(images: Any, where: str, *, recursive: bool = False) -> list[Any]:
     """List what is given as images, if it is no list: a directory, one image, an array, a data set.
+
+    ``recursive`` says whether the subdirectories of a directory are listed too.
 
     Raises
     ------
@@ -50,7 +52,7 @@ def list_given(images: Any, where: str) -> list[Any]:
         If a path does not exist, if there is no image, or if the type holds no images.
     """
     if isinstance(images, str | os.PathLike):
-        items: list[Any] = _list_path(images, where)
+        items: list[Any] = _list_path(images, where, recursive)
     elif isinstance(images, _ONE) or hasattr(images, "path") or hasattr(images, "read"):
         items = [images]
     elif hasattr(images, "__array__") or hasattr(images, "detach"):
@@ -119,7 +121,7 @@ def _list_array(images: Any, where: str) -> list[Any]:
     )
 
 
-def _list_path(given: str | os.PathLike[str], where: str) -> list[Path]:
+def _list_path(given: str | os.PathLike[str], where: str, recursive: bool) -> list[Path]:
     path = Path(given)
     if not os.fspath(given):
         raise InvalidValueError(f"{where}: images is an empty path. Give '.' for this directory.")
@@ -130,13 +132,18 @@ def _list_path(given: str | os.PathLike[str], where: str) -> list[Path]:
     if not path.is_dir():
         return [path]
     left_out: dict[str, list[Path]] = {}
-    found = images_and_masks(f"directory {path}", path, where, left_out=left_out)
-    if found:
+    name = f"directory {path}"
+    found = images_and_masks(name, path, where, recursive=recursive, left_out=left_out)
+    if found and BELOW in left_out:
+        remedy = "To take subdirectories too, pass ImageSource(directory, recursive=True)."
+        warn_left_out(path, left_out, where, remedy)
+    elif found:
         warn_left_out(path, left_out, where)
+    if found:
         return [image for image, _ in found]
     remedy = "Known are the suffixes that Pillow reads, such as '.png', '.jpg' and '.tif'."
     if left_out.get(BELOW):
         remedy = f"Its subdirectories {[p.name for p in left_out[BELOW]]} do: name one of them."
     elif left_out:
         remedy = f"It has {describe_left_out(left_out)}. {remedy}"
-    raise InvalidValueError(f"{where}: directory {path} holds no image files. {remedy}")
+    raise InvalidValueError(f"{where}: {name} holds no image files. {remedy}")

@@ -185,18 +185,19 @@ def describe_left_out(left_out: Mapping[str, list[Path]]) -> str:
     )
 
 
-def warn_left_out(directory: Path, left_out: Mapping[str, list[Path]], where: str) -> None:
+def warn_left_out(
+    directory: Path,
+    left_out: Mapping[str, list[Path]],
+    where: str,
+    remedy: str = "If images are among them, move or rename these.",
+) -> None:
     """Give a LeftOutWarning that says what in a directory is not looked at, if there is any."""
-    if not left_out:
-        return
-    remedy = "Give other images by their paths."
-    if BELOW in left_out:
-        remedy = "To take subdirectories too, pass list_files(directory, recursive=True)."
-    warnings.warn(
-        f"{where}: not looked at in {directory}: {describe_left_out(left_out)}. {remedy}",
-        LeftOutWarning,
-        stacklevel=2,
-    )
+    if left_out:
+        warnings.warn(
+            f"{where}: not looked at in {directory}: {describe_left_out(left_out)}. {remedy}",
+            LeftOutWarning,
+            stacklevel=2,
+        )
 
 
 def images_and_masks(

@@ -107,6 +107,8 @@ class ImageSource(Sequence[np.ndarray]):
         Largest number of pixels; larger images are refused, files before they are decoded.
     where : str
         Caller, named in errors.
+    recursive : bool, default=False
+        Whether the subdirectories of a directory are read, too.
 
     Raises
     ------
@@ -124,14 +126,19 @@ class ImageSource(Sequence[np.ndarray]):
     n_versions = 1  # images here for each that was given; AugmentedSource has more
 
     def __init__(
-        self, images: Any, *, max_pixels: int = 100_000_000, where: str = "ImageSource"
+        self,
+        images: Any,
+        *,
+        max_pixels: int = 100_000_000,
+        where: str = "ImageSource",
+        recursive: bool = False,
     ) -> None:
         self.max_pixels = max_pixels
         self.where = where
         if isinstance(images, ImageSource):
             images = images.items
         elif not isinstance(images, list | tuple) or not images:
-            images = list_given(images, where)
+            images = list_given(images, where, recursive=recursive)
         is_path = (str, Path)
         self.items: list[Any] = [i if isinstance(i, is_path) else as_item(i, where) for i in images]
         # Regions to ignore: in all images, or one for each of them.
