@@ -87,7 +87,8 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if path.is_dir():
         raise MissingPathError(f"load: {path} is a directory. Give the model file that fit wrote.")
     if not path.is_file():
-        raise MissingPathError(f"load: model file {path} does not exist.")
+        reason = "is no file, but a FIFO, socket or device" if path.exists() else "does not exist"
+        raise MissingPathError(f"load: model file {path} {reason}.")
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}

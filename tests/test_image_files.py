@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageSequence
 from torch.utils.data import DataLoader, Dataset
 
-from anomalib_lite import PatchCore
+from anomalib_lite import PatchCore, load
 from anomalib_lite.datasets import find_shared, load_mask
 from anomalib_lite.errors import (
     AnomalibLiteError,
@@ -29,6 +29,7 @@ from anomalib_lite.errors import (
 )
 from anomalib_lite.images import ImageSource, iter_batches
 from anomalib_lite.images._source import NETWORK_PIXELS
+from anomalib_lite.images.ignore_mask import read_ignore_mask
 
 HEIGHT, WIDTH = 20, 32
 RGB = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -64,6 +65,8 @@ def test_several_pages_are_refused(name: str, tmp_path: Path) -> None:
     assert "3 pages" in reason
     with pytest.raises(ImageError, match="3 pages"):
         load_mask(path)
+    with pytest.raises(ImageError, match="3 pages"):
+        read_ignore_mask(path, "Asker")
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.gif", "a.webp", "a.png"])
@@ -303,6 +306,10 @@ def test_what_is_no_file_is_refused_at_once(
             load_mask(path)
         with pytest.raises(ImageError, match="is no file"):
             find_shared([path], [path])
+        with pytest.raises(MissingPathError, match="is no file, but a FIFO, socket or device"):
+            load(path)
+        with pytest.raises(MissingPathError, match=r"ignore_mask .* is no file"):
+            read_ignore_mask(path, "Asker")
 
 
 # --- In memory ----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from anomalib_lite.errors import (
     MissingPathError,
 )
 from anomalib_lite.images import ImageSource
+from anomalib_lite.images._given import DatasetItem
 from anomalib_lite.images.copies import STRICTNESS, copies_in
 
 __all__ = ["default_groups", "group_ids", "groups_of_files"]
@@ -142,7 +143,7 @@ def _is_at_hand(item: Any) -> bool:
     path = getattr(item, "path", item)
     if isinstance(path, str | os.PathLike):
         return Path(path).is_file() or not Path(path).exists()
-    in_memory = isinstance(item, np.ndarray | Image.Image)
+    in_memory = isinstance(item, np.ndarray | Image.Image | bytes | DatasetItem)
     return in_memory or type(item).__module__.startswith("torch")
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from anomalib_lite.errors import InvalidValueError, MissingPathError
+from anomalib_lite.errors import ImageError, InvalidValueError, MissingPathError
+from anomalib_lite.images._pixels import check_one_page
 
 __all__ = ["IgnoreMask", "per_image", "read_ignore_mask"]
 
@@ -237,8 +238,9 @@ def _depth(nested: Any) -> int | None:
 
 
 def _from_file(path: Path, where: str) -> IgnoreMask:
-    if not path.exists():
-        raise MissingPathError(f"{where}: the ignore_mask {path} does not exist.")
+    if not path.is_file():
+        reason = "is no file" if path.exists() else "does not exist"
+        raise MissingPathError(f"{where}: the ignore_mask {path} {reason}.")
     try:
         if path.suffix.lower() == ".json":
             read = json.loads(path.read_text(encoding="utf-8"))
@@ -246,7 +248,11 @@ def _from_file(path: Path, where: str) -> IgnoreMask:
             given = [_points(s) if isinstance(s, dict) else s for s in shapes]
         else:
             with Image.open(path) as image:
+                if getattr(image, "is_animated", False):
+                    check_one_page(image, f"{where}: the ignore_mask {path}")
                 return IgnoreMask(_pixels(image))
+    except ImageError:
+        raise
     except Exception as error:  # PIL's decoders raise all kinds on broken files
         raise InvalidValueError(
             f"{where}: the ignore_mask {path} is neither an image nor JSON with polygons: {error}."
