@@ -103,24 +103,29 @@ def list_files(
     """
     others: dict[str, list[Path]] = {}
     real = os.path.realpath(directory)
-    found = list(_walk(directory, recursive, others, image_suffixes(), (real,)))
+    found = dict(_walk(directory, "", recursive, others, image_suffixes(), (real,)))
     if left_out is not None:
         for kind in sorted(others, reverse=True):  # words first
             left_out.setdefault(kind, []).extend(sorted(others[kind]))
-    return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
+    return [found[name] for name in sorted(found)]
 
 
 def _walk(
     folder: Path,
+    place: str,
     recursive: bool,
     others: dict[str, list[Path]],
     suffixes: frozenset[str],
     above: tuple[str, ...],
-) -> Iterator[Path]:
-    """Yield the images; ``above`` are the real paths of the directories on the way, this last."""
+) -> Iterator[tuple[str, Path]]:
+    """Yield the images with their names from the top, where ``folder`` is ``place``.
+
+    ``above`` are the real paths of the directories on the way, this one last.
+    """
     with os.scandir(folder) as entries:
         for entry in entries:
-            path, kind = folder / entry.name, Path(entry.name).suffix.lower()
+            path = folder / entry.name
+            kind = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 (faster than Path's)
             if _is_litter(entry.name):
                 kind = _HIDDEN
             elif entry.is_dir():
@@ -129,7 +134,8 @@ def _walk(
                     real = os.path.realpath(path)
                 kind = _kind_of_directory(path, real in above)
                 if not kind and recursive:
-                    yield from _walk(path, True, others, suffixes, (*above, real))
+                    below = f"{place}{entry.name}/"
+                    yield from _walk(path, below, True, others, suffixes, (*above, real))
                     continue
                 kind = kind or (BELOW if _holds_images(path, suffixes) else "")
                 if not kind:
@@ -137,7 +143,7 @@ def _walk(
             elif not entry.is_file() and path.exists():  # a broken link is said when it is read
                 kind = _SPECIAL
             elif kind in suffixes:
-                yield path
+                yield place + entry.name, path
                 continue
             others.setdefault(kind or _NO_SUFFIX, []).append(path)
 
@@ -155,7 +161,7 @@ def _kind_of_directory(path: Path, is_loop: bool) -> str:
 
 def _holds_images(folder: Path, suffixes: frozenset[str]) -> bool:
     try:
-        found = _walk(folder, True, {}, suffixes, (os.path.realpath(folder),))
+        found = _walk(folder, "", True, {}, suffixes, (os.path.realpath(folder),))
         return next(found, None) is not None
     except OSError:  # nobody knows
         return True

@@ -139,7 +139,7 @@ def _colours_of_16_bits(image: Any) -> np.ndarray:
     content = image.fp.read()
     read = []
     for swap in (False, True):
-        again: Any = Image.open(io.BytesIO(content))
+        again = type(image)(io.BytesIO(content))  # its format is known, and its size is checked
         if swap:
             again.tile = [
                 # A plain tuple in older versions of Pillow.
