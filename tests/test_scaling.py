@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import os
 import re
 import signal
@@ -560,11 +561,18 @@ def test_a_worker_of_a_cluster_is_killed_at_work(
     for path, pixels in zip(paths, images(90), strict=True):
         Image.fromarray(pixels).save(path)
     alone = make(memory_budget=budget).fit(paths)
-    # This image is a pipe: who reads it waits until we write, and can be found meanwhile.
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
+
+    class Piped:  # workers are sent local classes as they are
+        """An image that waits until we write it; meanwhile, who reads it can be found."""
+
+        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+            return np.asarray(Image.open(io.BytesIO(pipe.read_bytes())))
+
     place = int(np.random.RandomState(0).permutation(90)[20])
-    content, paths[place] = paths[place].read_bytes(), pipe
+    content = paths[place].read_bytes()
+    given = [Piped() if path == paths[place] else path for path in paths]
     killed: list[int] = []
 
     def kill_the_first_reader() -> None:
@@ -580,7 +588,7 @@ def test_a_worker_of_a_cluster_is_killed_at_work(
     killer = threading.Thread(target=kill_the_first_reader, daemon=True)
     killer.start()
     with joblib.parallel_config("dask"):
-        detector = make(memory_budget=budget, n_jobs=8).fit(paths)
+        detector = make(memory_budget=budget, n_jobs=8).fit(given)
     killer.join(10)
     assert killed[0] in pids
     assert killed[1] != killed[0]
