@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_what_is_left_out_is_said_once(tmp_path: Path) -> None:
     assert ImageSource(both).names == both.names
 
 
-LITTER = ("._a.png", ".DS_Store", "Thumbs.db", "desktop.ini", "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg")
+LITTER = ("._a.png", ".hidden/a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg")
 
 
 @pytest.mark.parametrize("place", LITTER)
@@ -91,6 +92,16 @@ def test_what_systems_leave_is_no_image(place: str, tmp_path: Path) -> None:
     with pytest.warns(LeftOutWarning, match=r"Folder: .*hidden or of the system: 2"):
         ds = Folder(tmp_path, test_size=0)
     assert len(ds.train) == 3
+
+
+@pytest.mark.parametrize("place", [".DS_Store", "Thumbs.db", "desktop.ini", ".git/config"])
+def test_nobody_misses_what_holds_no_images(place: str, tmp_path: Path) -> None:
+    draw(tmp_path / "good/0.png")
+    (tmp_path / "good" / place).parent.mkdir(exist_ok=True)
+    (tmp_path / "good" / place).write_bytes(b"of a system")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert names(ImageSource(tmp_path / "good")) == ["0.png"]
 
 
 def test_thumbnails_are_no_kinds(tmp_path: Path) -> None:

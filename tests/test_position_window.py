@@ -266,12 +266,18 @@ def test_a_file_keeps_the_places(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.maps, expected.maps)
     with safe_open(path, "np") as file:
         tensors = set(file.keys())
-    assert tensors == {"embeddings", "calibration_scores", "positions", "reach"}
+    assert tensors == {
+        "calibration_peaks",
+        "calibration_scores",
+        "embeddings",
+        "positions",
+        "reach",
+    }
     going_on = [copy.deepcopy(d).partial_fit(good(5, 7)) for d in (again, detector)]
     np.testing.assert_array_equal(*(d.score(images) for d in going_on))
     make(position_window=None).fit(good(16)).save(path)
     with safe_open(path, "np") as file:
-        assert set(file.keys()) == {"embeddings", "calibration_scores"}
+        assert set(file.keys()) == {"calibration_peaks", "calibration_scores", "embeddings"}
 
 
 @pytest.mark.parametrize(

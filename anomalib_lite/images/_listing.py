@@ -126,7 +126,9 @@ def _walk(
         for entry in entries:
             path = folder / entry.name
             kind = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 (faster than Path's)
-            if _is_litter(entry.name):
+            if _is_litter(entry.name):  # of which nobody misses what holds no images
+                if not (_holds_images(path, suffixes) if entry.is_dir() else kind in suffixes):
+                    continue
                 kind = _HIDDEN
             elif entry.is_dir():
                 real = os.path.join(above[-1], entry.name)  # noqa: PTH118

@@ -84,7 +84,7 @@ class EmbeddingModel(BaseEstimator, metaclass=ABCMeta):
     # "split", "cross" or "leave_one_out": what ``calibration`` stands for in the present fit.
     _calibrates_by: str = "split"
     image_score: str = "max"
-    smoothing: float
+    smoothing: float = 4.0
     false_alarm_rate: float
     augment: Any = None
     memory_budget: Any
