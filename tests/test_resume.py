@@ -18,8 +18,15 @@ from anomalib_lite import cli
 from anomalib_lite._files import RowsFile, quoted, replacing, unquoted
 from anomalib_lite.errors import OutputError
 
-# Images one by one, so that there is a row to wait for.
-PREDICT = "import sys; from anomalib_lite import cli; sys.exit(cli.main(sys.argv[1:]))"
+# Slow enough that there is a row to wait for; a parent may ignore the signal of Ctrl-C.
+PREDICT = """
+import signal, sys, time
+from anomalib_lite import PatchCore, cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+detect = PatchCore.detect
+PatchCore.detect = lambda *args, **options: (time.sleep(0.05), detect(*args, **options))[1]
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from pathlib import Path
@@ -146,10 +145,8 @@ def about_images(test: Any, labels: Any) -> dict[str, Any]:
 
 def distances(detector: Any, samples: Any) -> tuple[Any, Any]:
     """Compute for each image the distance of the whole, and the largest of its patches."""
-    whole, patch = copy.copy(detector), copy.copy(detector)
-    whole.global_weight, patch.global_weight = 1.0, 0.0
-    first, second = (np.asarray(d.score(samples)) for d in (whole, patch))
-    return first, second
+    whole, patch = (detector._with_options(global_weight=weight) for weight in (1.0, 0.0))
+    return np.asarray(whole.score(samples)), np.asarray(patch.score(samples))
 
 
 def write_adapted(detector: Any, network: NetworkConfig, path: Path) -> None:
