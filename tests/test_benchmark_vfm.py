@@ -103,9 +103,10 @@ def test_the_summary_tells_reported_from_measured(out: Path) -> None:
 
 class NoisyDetector(Noise):
     adapter_ = None
-    global_weight = 0.5
-
     backbone_ = SimpleNamespace(sha256="0" * 64)
+
+    def _with_options(self, **options: Any) -> Any:
+        return self
 
     def score(self, images: Any) -> np.ndarray:
         return 1 + self.random.rand(len(images))
