@@ -215,8 +215,9 @@ class RowsFile:
         """Read the rows before, and open the file behind the last whole one."""
         with writing(self.path):
             content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1].decode(errors="replace")
-            rows = list(csv.reader(whole.splitlines(), strict=True))
+            whole = content[: content.rfind(b"\n") + 1]
+            text = whole.decode(errors="surrogateescape")
+            rows = list(csv.reader(text.splitlines(), strict=True))
         if not rows or rows[0] != self._columns:
             raise OutputError(
                 f"cannot go on with {self.path}: its columns are {rows[0] if rows else []}, and "
@@ -227,14 +228,17 @@ class RowsFile:
             for row in rows[1:]
         ]
         with writing(self.path):
-            os.truncate(self.path, len(whole.encode()))
+            os.truncate(self.path, len(whole))
             self._file = self.path.open("a", encoding="utf-8", newline="")
 
     def write(self, row: Sequence[object]) -> None:
         """Add one row, and hand it to the system at once."""
         cells = [quoted(cell) if isinstance(cell, str) else cell for cell in row]
         if self._file is None:  # the first one takes the place of an older file
-            with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+            with (
+                replacing(self.path) as temporary,
+                temporary.open("w", encoding="utf-8", newline="") as file,
+            ):
                 csv.writer(file, lineterminator="\n").writerows([self._columns, cells])
             with writing(self.path):
                 self._file = self.path.open("a", encoding="utf-8", newline="")
